@@ -1,0 +1,93 @@
+"""From a command line to a configuration."""
+
+import argparse
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .configuration import (
+    BASE_DEFAULTS_NAME,
+    SelectiveAmnesiaConfig,
+    flag_type,
+    read_settings,
+)
+
+_PATH_SETTINGS = ("classifier", "fisher", "reference_features", "replay_prompts")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `examples/train_sa.py`, one flag for each field of the configuration."""
+    parser = argparse.ArgumentParser(
+        description="Make a text-to-image model forget a concept.",
+        epilog=textwrap.dedent("""\
+            Settings are taken from, the later the stronger: the defaults shown here, the base model's own
+            (selective_amnesia_defaults.json in its folder), the file given by --config, the flags.
+        """),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the settings below")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for spec in dataclasses.fields(SelectiveAmnesiaConfig):
+        group = spec.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        _add_flag(groups[group], spec)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field) -> None:
+    kind, is_list, allowed = flag_type(spec.type)
+    default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
+    text = spec.metadata["help"]
+    if default not in (None, [], False):
+        shown = " ".join(f'"{item}"' for item in default) if is_list else default
+        text += f" [{shown}]"
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+    else:
+        options |= {"type": kind, "choices": allowed}
+        options["metavar"] = "{" + ",".join(allowed) + "}" if allowed else _metavar(kind)
+        if is_list:
+            options["nargs"] = "+"
+    group.add_argument(f"--{spec.name}", **options)
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> SelectiveAmnesiaConfig:
+    """Read the command line; a mistake in it ends the program with exit code 2 and a message.
+
+    Args:
+        arguments: Default: the program's own.
+    """
+    parser = build_parser()
+    flags = vars(parser.parse_args(arguments))
+    file = flags.pop("config", None)
+    try:
+        settings = (read_settings(file) if file else {}) | flags
+        return SelectiveAmnesiaConfig(**(base_defaults(settings) | settings))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a base model's own folder recommends, if it does.
+
+    Args:
+        settings: What the user gave; only the base model's name is read.
+    """
+    field = SelectiveAmnesiaConfig.__dataclass_fields__["pretrained_model_name_or_path"]
+    folder = Path(settings.get(field.name, field.default))
+    if not (folder / BASE_DEFAULTS_NAME).is_file():
+        return {}
+    defaults = read_settings(folder / BASE_DEFAULTS_NAME)
+    for name in _PATH_SETTINGS:
+        if str(defaults.get(name, "")).startswith("../"):
+            defaults[name] = str((folder / defaults[name]).resolve())
+    return defaults

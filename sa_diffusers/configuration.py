@@ -1,0 +1,330 @@
+"""Every setting of an erasure: one dataclass behind the command line, the YAML file and the saved JSON."""
+
+import dataclasses
+import math
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .files import read_json, write_json
+
+CONFIG_NAME = "selective_amnesia.json"
+BASE_DEFAULTS_NAME = "selective_amnesia_defaults.json"
+SAMPLERS = ("ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc")
+TARGETS = ("noise", "frozen")
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def _flag(default: Any, help: str, group: str) -> Any:
+    metadata = {"help": help, "group": group}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class SelectiveAmnesiaConfig:
+    """Settings of one erasure (paper, eq. 4 and appendix B.2). Each field is a flag of `examples/train_sa.py`.
+
+    Raises:
+        ValueError: A value is out of range, or two values contradict each other. Unknown names in a YAML or JSON file
+            are errors too.
+    """
+
+    # What to forget
+    concept: list[str] = _flag([], "concept(s) to forget, each in quotes", "what to forget")
+    surrogate: list[str] = _flag(
+        [],
+        "what each concept turns into: a prompt, a folder of images (a path with a slash), or uniform_noise; "
+        "one for all concepts, or one for each",
+        "what to forget",
+    )
+    concept_templates: list[str] = _flag(
+        ["{}"],
+        "phrasings in which the concept is forgotten; {} stands for it (the paper: the bare concept)",
+        "what to forget",
+    )
+
+    # Model
+    pretrained_model_name_or_path: str = _flag(
+        "CompVis/stable-diffusion-v1-4", "the base model: a folder or a name on the Hub", "model"
+    )
+    revision: str | None = _flag(None, "branch, tag or commit of the base model on the Hub", "model")
+    variant: str | None = _flag(None, "variant of the weight files, such as fp16", "model")
+    cache_dir: str | None = _flag(None, "where models from the Hub are kept (default: the Hub's own cache)", "model")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = _flag(
+        None, "what the denoiser predicts (default: as the base model's scheduler says)", "model"
+    )
+    train_method: str = _flag(
+        "full",
+        "parameters to train: full, xattn (cross-attention only), noxattn (unconditional layers only), or a regular "
+        "expression on parameter names",
+        "model",
+    )
+    resolution: int | None = _flag(None, "height and width of images in pixels (default: the model's own)", "model")
+
+    # Samples from the frozen model
+    num_surrogate_images: int = _flag(200, "surrogate images, over all concepts", "samples")
+    num_replay_images: int = _flag(400, "replay images", "samples")
+    replay_prompts: str = _flag(
+        "diverse",
+        "prompts to remember: diverse or garments (built in), a text file with one a line, or a dataset as "
+        "NAME:COLUMN or NAME:COLUMN:SPLIT",
+        "samples",
+    )
+    sampler: Literal["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc"] = _flag("ddim", "sampler", "samples")
+    num_inference_steps: int = _flag(50, "steps of the sampler", "samples")
+    guidance_scale: float = _flag(7.5, "classifier-free guidance", "samples")
+    replay_guidance_scale: float | None = _flag(
+        None, "guidance of the replay images; 1 draws from the model's own distribution (default: as above)", "samples"
+    )
+    sample_batch_size: int = _flag(8, "images sampled at once", "samples")
+    artifacts_dir: str | None = _flag(
+        None,
+        "where samples and Fisher information are kept and reused (default: $SA_DIFFUSERS_CACHE or "
+        "~/.cache/sa_diffusers)",
+        "samples",
+    )
+
+    # Fisher information and elastic weight consolidation
+    fisher: str | None = _flag(None, "saved Fisher information to use: a folder or a name on the Hub", "fisher")
+    num_fisher_samples: int = _flag(100, "samples that the Fisher information is averaged over", "fisher")
+    fisher_timesteps: int | None = _flag(
+        50, "timesteps of each sample whose gradients are summed; 0 takes all (exact)", "fisher"
+    )
+    fisher_batch_size: int = _flag(10, "timesteps of one sample in one backward pass", "fisher")
+    ewc_weight: float = _flag(50.0, "weight of sum F (theta - theta*)^2; half of the paper's lambda", "fisher")
+    replay_weight: float = _flag(1.0, "weight of the replay loss (gamma); 0 leaves replay out", "fisher")
+
+    # Training
+    output_dir: str | None = _flag(None, "output folder (default: named after the concept)", "training")
+    overwrite_output_dir: bool = _flag(False, "replace an earlier erasure in the output folder", "training")
+    seed: int = _flag(0, "seed of everything random", "training")
+    max_train_steps: int = _flag(400, "optimiser steps", "training")
+    train_batch_size: int = _flag(4, "surrogate images and replay images, each, in a batch of one device", "training")
+    gradient_accumulation_steps: int = _flag(1, "batches summed before an optimiser step", "training")
+    gradient_checkpointing: bool = _flag(False, "trade time for memory in the backward pass", "training")
+    target: Literal["noise", "frozen"] = _flag(
+        "noise",
+        "regression target: the noise (the paper), or the frozen model's own prediction for the surrogate prompt and "
+        "for replay",
+        "training",
+    )
+    replay_condition_dropout: float = _flag(0.0, "share of replay images trained with the empty prompt", "training")
+    snr_gamma: float | None = _flag(None, "min-SNR weighting of the losses; 5.0 is usual", "training")
+    noise_offset: float = _flag(0.0, "offset of the noise, constant over an image's pixels", "training")
+    learning_rate: float = _flag(1e-5, "learning rate", "training")
+    scale_lr: bool = _flag(False, "multiply the learning rate by devices x accumulation x batch size", "training")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _flag("constant", "schedule of the learning rate", "training")
+    lr_warmup_steps: int = _flag(0, "steps of warm-up", "training")
+    lr_num_cycles: int = _flag(1, "restarts of cosine_with_restarts", "training")
+    lr_power: float = _flag(1.0, "power of polynomial", "training")
+    use_8bit_adam: bool = _flag(False, "8-bit Adam of bitsandbytes", "training")
+    adam_beta1: float = _flag(0.9, "beta 1 of Adam", "training")
+    adam_beta2: float = _flag(0.999, "beta 2 of Adam", "training")
+    adam_weight_decay: float = _flag(0.0, "weight decay of AdamW (it pulls against the EWC term)", "training")
+    adam_epsilon: float = _flag(1e-8, "epsilon of Adam", "training")
+    max_grad_norm: float = _flag(1.0, "clip the gradient, the EWC term's included, to this norm", "training")
+    use_ema: bool = _flag(False, "average the weights over the steps and keep the average", "training")
+    ema_decay: float = _flag(0.99, "decay of the average", "training")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
+        None, "no, fp16 or bf16 (default: as `accelerate config` says)", "training"
+    )
+    allow_tf32: bool = _flag(False, "TF32 matrix products on Ampere GPUs and newer", "training")
+    enable_xformers_memory_efficient_attention: bool = _flag(False, "attention of xformers", "training")
+    checkpointing_steps: int = _flag(500, "steps between checkpoints", "training")
+    checkpoints_total_limit: int | None = _flag(1, "checkpoints kept", "training")
+    resume_from_checkpoint: str | None = _flag(None, "a checkpoint folder, or latest", "training")
+
+    # Validation, evaluation, tracking, Hub
+    validation_prompts: list[str] = _flag([], "prompts sampled during training", "evaluation")
+    validation_steps: int = _flag(100, "steps between validation images", "evaluation")
+    num_validation_images: int = _flag(4, "validation images for each prompt", "evaluation")
+    classifier: str | None = _flag(
+        None, "image classifier that scores the result: a folder or a name on the Hub", "evaluation"
+    )
+    reference_features: str | None = _flag(
+        None, "file with the features of real images, for Fréchet distances in the classifier's features", "evaluation"
+    )
+    num_eval_images: int = _flag(
+        8, "images for each evaluation prompt (with a classifier: for each of its labels)", "evaluation"
+    )
+    eval_templates: list[str] = _flag([], "phrasings of the evaluation; {} stands for the label", "evaluation")
+    eval_seed: int = _flag(1_000_000, "first seed of the evaluation's images", "evaluation")
+    report_to: Literal["tensorboard", "wandb", "none"] = _flag("tensorboard", "tracker of the losses", "evaluation")
+    logging_dir: str = _flag("logs", "folder of the tracker, inside the output folder", "evaluation")
+    logging_steps: int = _flag(10, "steps between entries of the tracker", "evaluation")
+    tracker_project_name: str = _flag("selective-amnesia", "project name of the tracker", "evaluation")
+    push_to_hub: bool = _flag(False, "upload the output folder to the Hub", "evaluation")
+    hub_model_id: str | None = _flag(None, "name on the Hub (default: the output folder's)", "evaluation")
+    hub_private_repo: bool = _flag(False, "make the repository on the Hub private", "evaluation")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            setattr(self, spec.name, _coerce(spec, getattr(self, spec.name)))
+        at_least = {
+            1: (
+                "num_surrogate_images", "sample_batch_size", "num_fisher_samples", "fisher_batch_size",
+                "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
+                "validation_steps", "num_validation_images", "num_eval_images", "num_inference_steps",
+                "checkpoints_total_limit", "logging_steps", "lr_num_cycles",
+            ),
+            0: (
+                "num_replay_images", "fisher_timesteps", "ewc_weight", "replay_weight", "noise_offset",
+                "lr_warmup_steps", "adam_weight_decay", "guidance_scale", "replay_guidance_scale", "seed", "eval_seed",
+            ),
+        }  # fmt: skip
+        for bound, names in at_least.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not value >= bound:
+                    raise ValueError(f"{name}={value} must be at least {bound}")
+        for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon", "lr_power"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be greater than 0")
+        for name in ("replay_condition_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.replay_weight > 0 and self.num_replay_images == 0:
+            raise ValueError("num_replay_images=0 leaves nothing to replay: give some, or set replay_weight to 0")
+        if self.reference_features is not None and self.classifier is None:
+            raise ValueError("reference_features needs a classifier: give the one that the features came from")
+        for name in ("concept_templates", "eval_templates"):
+            for template in getattr(self, name):
+                if "{}" not in template:
+                    raise ValueError(f'{name}: "{template}" has no {{}} where the concept goes')
+        if not self.concept_templates:
+            raise ValueError('concept_templates is empty: give at least one, such as "{}" (the bare concept)')
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise ValueError(f"resolution={self.resolution} must be a positive multiple of 8 pixels")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the given settings") -> "SelectiveAmnesiaConfig":
+        """Build a configuration from a plain dictionary.
+
+        Raises:
+            ValueError: A name is unknown (the message proposes near ones) or a value is not allowed.
+        """
+        check_names(values, source)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SelectiveAmnesiaConfig":
+        """Read a YAML or JSON file; see `read_settings`."""
+        return cls.from_dict(read_settings(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write all settings as JSON, with the version of the package that they belong to."""
+        from .version import __version__
+
+        write_json(path, {"sa_diffusers_version": __version__, **self.to_dict()})
+
+    @property
+    def resolved_output_dir(self) -> Path:
+        """`output_dir`, or a folder in the current one named after the concept."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        name = re.sub(r"[^\w-]+", "-", " and ".join(self.concept).lower()).strip("-_")
+        return Path(name[:80] or "erased")
+
+    @property
+    def resolved_artifacts_dir(self) -> Path:
+        default = os.environ.get("SA_DIFFUSERS_CACHE", "~/.cache/sa_diffusers")
+        return Path(self.artifacts_dir or default).expanduser()
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read the settings in a YAML (`.yaml`, `.yml`) or JSON file, and check their names.
+
+    Raises:
+        ValueError: The file is of another kind, not a mapping, or names a setting that does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"configuration file {path} does not exist")
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML ({error})") from error
+    elif path.suffix == ".json":
+        values = read_json(path)
+    else:
+        raise ValueError(f"configuration file {path} must end in .yaml, .yml or .json")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`")
+    values.pop("sa_diffusers_version", None)
+    check_names(values, str(path))
+    return values
+
+
+def check_names(values: dict[str, Any], source: str) -> None:
+    import difflib
+
+    known = [spec.name for spec in dataclasses.fields(SelectiveAmnesiaConfig)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f'{source}: "{name}" is not a setting{hint}')
+
+
+def flag_type(annotation: Any) -> tuple[type, bool, tuple | None]:
+    """The element type, whether it is a list, and the allowed values, of a field's annotation."""
+    options = [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        options = [option for option in typing.get_args(annotation) if option is not types.NoneType]
+    option = options[0]
+    if typing.get_origin(option) is list:
+        return typing.get_args(option)[0], True, None
+    if typing.get_origin(option) is Literal:
+        return str, False, typing.get_args(option)
+    return option, False, None
+
+
+def _coerce(spec: dataclasses.Field, value: Any) -> Any:
+    """Check a value against its field's type; a single string serves as a list of one."""
+    kind, is_list, allowed = flag_type(spec.type)
+    if value is None:
+        if types.NoneType not in typing.get_args(spec.type):
+            raise ValueError(f"{spec.name} must be given")
+        return None
+    if is_list:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, kind) for item in value):
+            raise ValueError(f"{spec.name}={value!r} must be a list of {kind.__name__}")
+        return list(value)
+    if allowed is not None:
+        # YAML reads a bare `no` as false.
+        if value is False and "no" in allowed:
+            value = "no"
+        if value not in allowed:
+            raise ValueError(f'{spec.name}="{value}" is not one of {", ".join(f"{item!r}" for item in allowed)}')
+        return value
+    if kind is float and not isinstance(value, bool):
+        # YAML reads 1e-5 (no dot) as a string.
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{spec.name}={value!r} must be a number") from None
+        if not math.isfinite(value):
+            raise ValueError(f"{spec.name}={value} must be finite")
+        return value
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        raise ValueError(f"{spec.name}={value!r} must be of type {kind.__name__}")
+    return value

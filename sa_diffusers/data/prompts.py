@@ -1,0 +1,284 @@
+"""Concepts, surrogates, phrasings, and the prompts to remember."""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+_VOCABULARIES = Path(__file__).parent / "vocabularies"
+_ARTICLES = ("a", "an", "the")
+UNIFORM_NOISE = "uniform_noise"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What a concept turns into: the distribution q(x | c_f) of eq. 4.
+
+    Attributes:
+        kind: `"prompt"` (images that the frozen model makes for it), `"images"` (a folder) or `"noise"` (uniform over
+            pixel values, the paper's class experiments).
+        value: The prompt, the folder, or `"uniform_noise"`.
+    """
+
+    kind: Literal["prompt", "images", "noise"]
+    value: str
+
+
+@dataclass(frozen=True)
+class ErasurePair:
+    """One concept and its surrogate."""
+
+    concept: str
+    surrogate: Surrogate
+
+
+def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str]) -> list[ErasurePair]:
+    """Pair concepts with surrogates: one surrogate for all concepts, or one for each.
+
+    Args:
+        concepts: Phrases to forget, none empty, no two alike.
+        surrogates: Prompts, folders of images (recognised by a slash and by being there), or `"uniform_noise"`.
+
+    Raises:
+        ValueError: A concept or surrogate is empty, a concept is its own surrogate or stands twice, the numbers do not
+            pair up, or a folder does not exist or holds no image.
+    """
+    concepts = [" ".join(concept.split()) for concept in concepts]
+    surrogates = [" ".join(surrogate.split()) for surrogate in surrogates]
+    for kind, values in (("concept", concepts), ("surrogate", surrogates)):
+        if not values or not all(values):
+            example = '--concept "Brad Pitt" --surrogate "a middle aged man"'
+            raise ValueError(f"{kind} is empty: say what to forget and what it turns into, such as {example}")
+    if len(surrogates) not in (1, len(concepts)):
+        raise ValueError(
+            f"{len(concepts)} concepts and {len(surrogates)} surrogates do not pair up: give one surrogate for all "
+            "concepts, or one for each"
+        )
+    if len(surrogates) == 1:
+        surrogates = surrogates * len(concepts)
+    pairs = []
+    for concept, surrogate in zip(concepts, surrogates, strict=True):
+        if any(_bare(concept) == _bare(pair.concept) for pair in pairs):
+            raise ValueError(f'concept "{concept}" stands twice')
+        if _bare(concept) == _bare(surrogate):
+            raise ValueError(
+                f'concept "{concept}" equals its surrogate "{surrogate}": nothing would be forgotten. Choose another '
+                "surrogate"
+            )
+        pairs.append(ErasurePair(concept, parse_surrogate(surrogate)))
+    return pairs
+
+
+def parse_surrogate(text: str) -> Surrogate:
+    """Tell a prompt from a folder of images and from uniform noise.
+
+    Raises:
+        ValueError: The text looks like a path (`/...`, `./...`, `../...`, `~...`) but is no folder with images.
+    """
+    if text == UNIFORM_NOISE:
+        return Surrogate("noise", text)
+    path = Path(text).expanduser()
+    looks_like_path = text.startswith(("/", "./", "../", "~"))
+    if looks_like_path or ("/" in text and path.is_dir()):
+        if not path.is_dir():
+            raise ValueError(f'surrogate folder "{text}" does not exist')
+        if not image_files(path):
+            raise ValueError(f'surrogate folder "{text}" holds no image ({", ".join(IMAGE_SUFFIXES)})')
+        return Surrogate("images", str(path))
+    return Surrogate("prompt", text)
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The image files directly in a folder, by name."""
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _bare(text: str) -> str:
+    words = text.casefold().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in _ARTICLES else words)
+
+
+def fill_template(template: str, concept: str) -> str:
+    """Put a concept into a phrasing, with the article that fits.
+
+    `a {}` becomes `an {}` before a vowel, and loses its article when the concept brings one.
+
+    >>> fill_template("a photo of a {}", "ankle boot")
+    'a photo of an ankle boot'
+    >>> fill_template("a photo of a {}", "a middle aged man")
+    'a photo of a middle aged man'
+    """
+    has_article = concept.casefold().split()[:1] and concept.casefold().split()[0] in _ARTICLES
+    if has_article:
+        template = re.sub(r"\b(a|an|the) \{\}", "{}", template, flags=re.IGNORECASE)
+    elif concept[:1].casefold() in "aeiou":
+        template = re.sub(r"\b([Aa]) \{\}", r"\1n {}", template)
+    return template.replace("{}", concept)
+
+
+def names_concept(prompt: str, concept: str) -> bool:
+    """Whether a prompt names the concept as whole words, in any case, possessive and plural included.
+
+    A hyphenated word is one word: "t-shirt" does not name "shirt".
+    """
+    words = _bare(concept).split()
+    pattern = r"\s+".join(re.escape(word) for word in words)
+    return re.search(rf"(?<![\w-]){pattern}(?:'s|’s|s|es)?(?![\w-])", prompt.casefold()) is not None
+
+
+def concept_parts(concept: str) -> list[str]:
+    """The words of a concept that mean something by themselves: "Brad" and "Pitt"."""
+    ignored = {*_ARTICLES, "of", "in", "on", "and", "with", "by", "at", "to", "style", "person", "photo"}
+    return [word for word in _bare(concept).split() if word not in ignored and len(word) > 1]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A world of captions: subjects and the phrasings around them.
+
+    Attributes:
+        subjects: Phrases for `{}`.
+        templates: Phrasings.
+        held_out_templates: Phrasings that no training may use; evaluation does.
+        settings: Further slots: `{name}` in a template is filled from the list of that name.
+    """
+
+    subjects: list[str]
+    templates: list[str]
+    held_out_templates: list[str]
+    settings: dict[str, list[str]]
+
+
+@lru_cache
+def load_vocabulary(name: str) -> Vocabulary:
+    """Load a built-in vocabulary.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in builtin_vocabularies():
+        raise ValueError(f'"{name}" is not one of the built-in vocabularies {", ".join(builtin_vocabularies())}')
+    values = json.loads((_VOCABULARIES / f"{name}.json").read_text(encoding="utf-8"))
+    return Vocabulary(
+        subjects=values.pop("subjects"),
+        templates=values.pop("templates"),
+        held_out_templates=values.pop("held_out_templates"),
+        settings=values,
+    )
+
+
+def builtin_vocabularies() -> list[str]:
+    return sorted(path.stem for path in _VOCABULARIES.glob("*.json"))
+
+
+def generate_captions(vocabulary: Vocabulary, count: int, seed: int, avoid: Sequence[str] = ()) -> list[str]:
+    """Draw captions, subjects as evenly as `count` allows, repeating none while new ones can be found.
+
+    Args:
+        vocabulary: Where subjects and phrasings come from.
+        count: Number of captions.
+        seed: The same seed gives the same captions.
+        avoid: Concepts that no caption may name, in whole or in part.
+
+    Raises:
+        ValueError: Every subject, or every phrasing, names a concept to avoid.
+    """
+    banned = [part for concept in avoid for part in (concept, *concept_parts(concept))]
+
+    def allowed(text: str) -> bool:
+        return not any(names_concept(text, part) for part in banned)
+
+    subjects = [subject for subject in vocabulary.subjects if allowed(subject)]
+    templates = [template for template in vocabulary.templates if allowed(template)]
+    settings = {name: [value for value in values if allowed(value)] for name, values in vocabulary.settings.items()}
+    if not subjects or not templates:
+        raise ValueError(f"no caption of this vocabulary avoids {', '.join(avoid)}: bring replay prompts of your own")
+    draw = random.Random(seed)
+    captions: list[str] = []
+    seen: set[str] = set()
+    order: list[str] = []
+    while len(captions) < count:
+        if not order:
+            order = draw.sample(subjects, len(subjects))
+        subject = order.pop()
+        for _ in range(20):
+            caption = fill_template(draw.choice(templates), subject)
+            for name, values in settings.items():
+                if f"{{{name}}}" in caption:
+                    caption = caption.replace(f"{{{name}}}", draw.choice(values or [""]))
+            caption = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", " ".join(caption.split()))
+            if caption not in seen:
+                break
+        seen.add(caption)
+        captions.append(caption)
+    return captions
+
+
+def replay_prompts(source: str, count: int, seed: int, concepts: Sequence[str]) -> list[str]:
+    """Prompts to remember, for `count` replay images.
+
+    Args:
+        source: A built-in vocabulary (`"diverse"`, `"garments"`), a text file with one prompt a line, or a dataset's
+            column as `NAME:COLUMN` or `NAME:COLUMN:SPLIT`, NAME being a repository on the Hub or a local folder.
+        count: Number of prompts; a shorter list is repeated.
+        seed: Order and draw.
+        concepts: Concepts that are being forgotten.
+
+    Raises:
+        ValueError: There is no such source, it is empty, or a prompt names a concept (the message quotes the first).
+    """
+    if source in builtin_vocabularies():
+        return generate_captions(load_vocabulary(source), count, seed, avoid=concepts)
+    path = Path(source).expanduser()
+    if path.is_file():
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif ":" in source:
+        prompts = _dataset_column(source)
+    else:
+        raise ValueError(
+            f'replay_prompts="{source}" is neither one of {", ".join(map(repr, builtin_vocabularies()))}, nor a file, '
+            "nor a dataset's column written as NAME:COLUMN"
+        )
+    if not prompts:
+        raise ValueError(f'replay_prompts="{source}" holds no prompt')
+    check_replay_prompts(prompts, concepts)
+    draw = random.Random(seed)
+    chosen: list[str] = []
+    while len(chosen) < count:
+        chosen += draw.sample(prompts, len(prompts))
+    return chosen[:count]
+
+
+def check_replay_prompts(prompts: Sequence[str], concepts: Sequence[str]) -> None:
+    """Refuse replay prompts that would teach the concept again.
+
+    Raises:
+        ValueError: A prompt names a concept; the message says which, and how many do.
+    """
+    for concept in concepts:
+        naming = [prompt for prompt in prompts if names_concept(prompt, concept)]
+        if naming:
+            raise ValueError(
+                f'{len(naming)} of {len(prompts)} replay prompts name the concept "{concept}", which replay would '
+                f'teach again. The first is: "{naming[0]}". Remove them'
+            )
+
+
+def _dataset_column(source: str) -> list[str]:
+    name, column, *split = source.split(":")
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split[0] if split else "train")
+    except Exception as error:
+        raise ValueError(f'replay_prompts="{source}": the dataset "{name}" could not be loaded ({error})') from error
+    if column not in dataset.column_names:
+        raise ValueError(
+            f'replay_prompts="{source}": the dataset has no column "{column}"; it has {", ".join(dataset.column_names)}'
+        )
+    return [str(prompt).strip() for prompt in dataset[column] if str(prompt).strip()]

@@ -1,0 +1,120 @@
+"""Scoring pictures with an image classifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from .statistics import moments
+
+
+@dataclass
+class Classification:
+    """What a classifier says of pictures.
+
+    Attributes:
+        probabilities: `[n, labels]`.
+        features: `[n, d]`, what its last linear layer sees.
+    """
+
+    probabilities: torch.Tensor
+    features: torch.Tensor
+
+
+class ImageClassifier:
+    """Any transformers image classifier.
+
+    Args:
+        name_or_path: A folder or a name on the Hub.
+        device: Where it runs.
+        reference_features: File that `save_reference_features` wrote for this classifier, for Fréchet distances to
+            real images.
+
+    Raises:
+        ValueError: The classifier cannot be loaded, or the reference was not made with one of this shape.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path,
+        device: torch.device | str = "cpu",
+        reference_features: str | Path | None = None,
+    ) -> None:
+        try:
+            self.model = AutoModelForImageClassification.from_pretrained(name_or_path).eval().to(device)
+            self.processor = AutoImageProcessor.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'classifier="{name_or_path}" could not be loaded ({error}): give a folder or a Hub name of a '
+                "transformers image classifier"
+            ) from error
+        self.name = str(name_or_path)
+        count = self.model.config.num_labels
+        self.labels = [str(self.model.config.id2label[index]) for index in range(count)]
+        heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        self._head = heads[-1]
+        self.reference = None
+        if reference_features is not None:
+            if not Path(reference_features).is_file():
+                raise ValueError(f"reference_features={reference_features} is not a file")
+            self.reference = load_file(reference_features)
+            expected = (count, self._head.in_features)
+            if tuple(self.reference["mean"].shape) != expected:
+                raise ValueError(
+                    f"reference_features={reference_features} has means of shape "
+                    f"{tuple(self.reference['mean'].shape)}, but {name_or_path} needs {expected} (labels, features): "
+                    "it belongs to another classifier"
+                )
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 100) -> Classification:
+        seen: list[torch.Tensor] = []
+        hook = self._head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+        probabilities = []
+        try:
+            for start in range(0, len(pictures), batch_size):
+                batch = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
+                inputs = self.processor(batch, return_tensors="pt").to(self.model.device)
+                probabilities.append(self.model(**inputs).logits.float().softmax(-1).cpu())
+        finally:
+            hook.remove()
+        return Classification(torch.cat(probabilities), torch.cat(seen))
+
+    def label_of(self, text: str) -> int | None:
+        """The index of the label that a concept or surrogate is, in any case and with any article."""
+        words = text.casefold().split()
+        if len(words) > 1 and words[0] in ("a", "an", "the"):
+            words = words[1:]
+        names = [label.casefold() for label in self.labels]
+        return names.index(" ".join(words)) if " ".join(words) in names else None
+
+    def reference_moments(self, labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and covariance of the real images of some labels, equally weighted; None without a reference."""
+        if self.reference is None:
+            return None
+        means = self.reference["mean"][list(labels)].double()
+        covariances = self.reference["covariance"][list(labels)].double()
+        mean = means.mean(0)
+        spread = means - mean
+        return mean, covariances.mean(0) + spread.T @ spread / len(means)
+
+    def save_reference_features(self, pictures: Sequence[Sequence[Image.Image]], path: str | Path) -> None:
+        """Write mean and covariance of the features of real images, label by label.
+
+        Args:
+            pictures: For each label its real images.
+            path: A safetensors file.
+        """
+        pairs = [moments(self(images).features) for images in pictures]
+        save_file(
+            {
+                "mean": torch.stack([mean for mean, _ in pairs]).float(),
+                "covariance": torch.stack([covariance for _, covariance in pairs]).float(),
+            },
+            path,
+        )

@@ -1,0 +1,310 @@
+"""A saved pipeline against its base: what changed, with the figures' provenance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ..data.generation import SampleGenerator, count_black
+from ..data.prompts import ErasurePair, fill_template
+from ..data.sample_set import SampleSet
+from ..files import write_json
+from ..objectives import Objective, SamplingSettings
+from .classification import Classification, ImageClassifier
+from .pictures import before_after_grid
+from .statistics import frechet_distance, moments, wilson_interval
+
+REPORT_NAME = "report.json"
+GRID_NAME = "before_after.png"
+SCHEMA_VERSION = 1
+GRID_COLUMNS = 6
+_PACKAGES = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """Prompts that are evaluated together, one row of the table.
+
+    Attributes:
+        name: What the row is called.
+        role: `"concept"`, `"surrogate"` or `"remembered"`.
+        prompts: One for each image.
+        first_seed: The i-th image has seed `first_seed + i`, before and after.
+        label: The classifier's label that the prompts ask for, if it has one.
+        surrogate_label: For a concept, its surrogate's label.
+    """
+
+    name: str
+    role: str
+    prompts: tuple[str, ...]
+    first_seed: int
+    label: int | None = None
+    surrogate_label: int | None = None
+
+
+@dataclass
+class Drawn:
+    """The images of one model for one group."""
+
+    pictures: list[Image.Image]
+    black: int
+    scores: Classification | None = None
+
+
+@dataclass
+class Comparison:
+    """The outcome: rows of a table, and everything that they depend on."""
+
+    report: dict[str, Any]
+    grid: list[tuple[str, list[Image.Image], list[Image.Image]]] = field(default_factory=list)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json` and `before_after.png` into a folder that is there."""
+        folder = Path(folder)
+        temporary = folder / f".{GRID_NAME}"
+        before_after_grid(self.grid, temporary.with_suffix(".tmp.png"))
+        temporary.with_suffix(".tmp.png").replace(folder / GRID_NAME)
+        write_json(folder / REPORT_NAME, self.report)
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        return format_table(self.report)
+
+
+def label_groups(
+    labels: Sequence[str],
+    pairs: Sequence[ErasurePair],
+    label_of: Any,
+    concept_templates: Sequence[str],
+    eval_templates: Sequence[str],
+    count: int,
+    first_seed: int,
+) -> list[PromptGroup]:
+    """A group for each of a classifier's labels, and one for each concept in the phrasings it was trained on.
+
+    Args:
+        labels: The classifier's.
+        pairs: What was erased.
+        label_of: Text -> index of a label, or None.
+        concept_templates: Phrasings of the training.
+        eval_templates: Phrasings of the evaluation.
+        count: Images for each group.
+        first_seed: The first group's; each group has seeds of its own.
+    """
+    concepts = {label_of(pair.concept): pair for pair in pairs}
+    surrogates = {label_of(pair.surrogate.value) for pair in pairs}
+    groups = []
+    for index, label in enumerate(labels):
+        pair = concepts.get(index)
+        role = "concept" if pair else "surrogate" if index in surrogates else "remembered"
+        groups.append(
+            PromptGroup(
+                name=label,
+                role=role,
+                prompts=_spread(eval_templates, label, count),
+                first_seed=first_seed + index * count,
+                label=index,
+                surrogate_label=label_of(pair.surrogate.value) if pair else None,
+            )
+        )
+    for number, pair in enumerate(pairs):
+        groups.append(
+            PromptGroup(
+                name=f"{pair.concept} (trained phrasings)",
+                role="concept",
+                prompts=_spread(concept_templates, pair.concept, count),
+                first_seed=first_seed + (len(labels) + number) * count,
+                label=label_of(pair.concept),
+                surrogate_label=label_of(pair.surrogate.value),
+            )
+        )
+    return groups
+
+
+def prompt_groups(
+    pairs: Sequence[ErasurePair], remembered: Sequence[str], templates: Sequence[str], count: int, first_seed: int
+) -> list[PromptGroup]:
+    """Groups where there is no classifier: concepts, surrogates, and remembered prompts, one row each."""
+    entries: list[tuple[str, str, tuple[str, ...]]] = []
+    for pair in pairs:
+        entries.append((pair.concept, "concept", _spread(templates, pair.concept, count)))
+    for value in dict.fromkeys(pair.surrogate.value for pair in pairs if pair.surrogate.kind == "prompt"):
+        entries.append((value, "surrogate", _spread(templates, value, count)))
+    entries += [(prompt, "remembered", (prompt,) * count) for prompt in remembered]
+    return [
+        PromptGroup(name, role, prompts, first_seed + number * count)
+        for number, (name, role, prompts) in enumerate(entries)
+    ]
+
+
+def _spread(templates: Sequence[str], concept: str, count: int) -> tuple[str, ...]:
+    return tuple(fill_template(templates[number % len(templates)], concept) for number in range(count))
+
+
+def draw_groups(
+    objective: Objective,
+    groups: Sequence[PromptGroup],
+    settings: SamplingSettings,
+    artifacts_dir: str | Path,
+    accelerator: Accelerator,
+    classifier: ImageClassifier | None = None,
+) -> list[Drawn]:
+    """Draw every group's images from one model (or read them, if the same were drawn before) and score them."""
+    generator = SampleGenerator(objective, artifacts_dir, accelerator)
+    drawn = []
+    for group in groups:
+        kept: SampleSet = generator.prompted("evaluation", group.prompts, group.prompts, group.first_seed, settings)
+        pictures = objective.decode(kept.samples.to(objective.device))
+        drawn.append(Drawn(pictures, count_black(pictures), classifier(pictures) if classifier else None))
+    return drawn
+
+
+def compare(
+    groups: Sequence[PromptGroup],
+    before: Sequence[Drawn],
+    after: Sequence[Drawn],
+    settings: SamplingSettings,
+    classifier: ImageClassifier | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Comparison:
+    """Compare the same groups' images before and after.
+
+    Args:
+        groups: What was drawn.
+        before: The base model's images, one entry for each group.
+        after: The erased model's, from the same seeds.
+        settings: Sampler and guidance that drew both.
+        classifier: What scored them, if anything did.
+        provenance: Further fields of the report (base model, configuration, timings).
+    """
+    rows = [_row(group, *images) for group, *images in zip(groups, before, after, strict=True)]
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        **(provenance or {}),
+        "sampling": settings.to_dict(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "interval": "Wilson, 95 %",
+        "rows": rows,
+        "black_images": {"before": sum(image.black for image in before), "after": sum(image.black for image in after)},
+    }
+    if classifier is not None:
+        report["classifier"] = {"name": classifier.name, "labels": classifier.labels}
+        report["remembered"] = _remembered(groups, before, after, classifier)
+    grid = [(group.name, old.pictures[:GRID_COLUMNS], new.pictures[:GRID_COLUMNS])
+            for group, old, new in zip(groups, before, after, strict=True)]  # fmt: skip
+    return Comparison(report, grid)
+
+
+def _row(group: PromptGroup, before: Drawn, after: Drawn) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": group.name,
+        "role": group.role,
+        "images": len(group.prompts),
+        "prompts": list(dict.fromkeys(group.prompts)),
+        "seeds": [group.first_seed, group.first_seed + len(group.prompts) - 1],
+        "change": _change(before.pictures, after.pictures),
+        "black": {"before": before.black, "after": after.black},
+    }
+    if before.scores is not None and after.scores is not None and group.label is not None:
+        row["recognised"] = {"before": _share(before.scores, group.label), "after": _share(after.scores, group.label)}
+        row["probability"] = {
+            "before": float(before.scores.probabilities[:, group.label].mean()),
+            "after": float(after.scores.probabilities[:, group.label].mean()),
+        }
+        if group.surrogate_label is not None:
+            row["as_surrogate"] = {
+                "before": _share(before.scores, group.surrogate_label),
+                "after": _share(after.scores, group.surrogate_label),
+            }
+    return row
+
+
+def _share(scores: Classification, label: int) -> dict[str, Any]:
+    hits = int((scores.probabilities.argmax(-1) == label).sum())
+    total = len(scores.probabilities)
+    return {"share": hits / total, "interval": list(wilson_interval(hits, total))}
+
+
+def _change(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> dict[str, float | None]:
+    """How far pictures of the same seed are apart, and how far those of different seeds are, before."""
+    old = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in before]) / 255
+    new = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in after]) / 255
+    same = float(np.sqrt(((old - new) ** 2).mean()))
+    other = float(np.sqrt(((old - np.roll(old, 1, axis=0)) ** 2).mean())) if len(old) > 1 else None
+    return {"rmse": same, "rmse_between_seeds": other, "relative": same / other if other else None}
+
+
+def _remembered(
+    groups: Sequence[PromptGroup], before: Sequence[Drawn], after: Sequence[Drawn], classifier: ImageClassifier
+) -> dict[str, Any]:
+    """Mean recognition, and Fréchet distance to real images, of all labels but the concepts'."""
+    chosen = [number for number, group in enumerate(groups) if group.role != "concept"]
+    labels = [groups[number].label for number in chosen]
+    reference = classifier.reference_moments([label for label in labels if label is not None])
+    result: dict[str, Any] = {"labels": [groups[number].name for number in chosen]}
+    for name, images in (("before", before), ("after", after)):
+        scores = [images[number].scores for number in chosen]
+        hits = [_share(score, label)["share"] for score, label in zip(scores, labels, strict=True)]
+        features = torch.cat([score.features for score in scores])
+        result[name] = {
+            "recognised": sum(hits) / len(hits),
+            "frechet_distance": frechet_distance(moments(features), reference) if reference else None,
+            "images": len(features),
+        }
+    return result
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """A report's rows as aligned text."""
+    scored = any("recognised" in row for row in report["rows"])
+    if scored:
+        header = ["prompted with", "recognised before", "recognised after", "as its surrogate", "change"]
+    else:
+        header = ["prompted with", "role", "images", "change", "black before/after"]
+    lines = [header]
+    for row in report["rows"]:
+        relative = row["change"]["relative"]
+        change = "-" if relative is None else f"{100 * relative:.0f} %"
+        if scored:
+            shares = [_format_share(row.get("recognised", {}).get(time)) for time in ("before", "after")]
+            lines.append([row["name"], *shares, _format_share(row.get("as_surrogate", {}).get("after")), change])
+        else:
+            black = f"{row['black']['before']}/{row['black']['after']}"
+            lines.append([row["name"], row["role"], str(row["images"]), change, black])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    sampling = report["sampling"]
+    text.append("")
+    if scored:
+        remembered = report["remembered"]
+        old, new = remembered["before"], remembered["after"]
+        text.append(
+            f"All but the concept: recognised {100 * old['recognised']:.1f} % before, "
+            f"{100 * new['recognised']:.1f} % after"
+        )
+        if old["frechet_distance"] is not None:
+            text.append(
+                f"Fréchet distance to real images, in the classifier's features: {old['frechet_distance']:.2f} before, "
+                f"{new['frechet_distance']:.2f} after ({new['images']} images each)"
+            )
+    text.append(
+        f"{report['rows'][0]['images']} images a row, the same seeds before and after; {sampling['sampler']}, "
+        f"{sampling['num_inference_steps']} steps, guidance {sampling['guidance_scale']}"
+        + ("; brackets: 95 % interval" if scored else "")
+    )
+    text.append("change: distance between before and after at the same seed; 100 % is that of two different seeds")
+    return "\n".join(text)
+
+
+def _format_share(share: dict[str, Any] | None) -> str:
+    if share is None:
+        return ""
+    low, high = share["interval"]
+    return f"{100 * share['share']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,107 @@
+"""The saved artefact: diagonal Fisher information, and what it was computed from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+
+from ..files import read_json, replacing_folder, write_json
+
+FISHER_NAME = "fisher.safetensors"
+FISHER_CONFIG_NAME = "fisher_config.json"
+FORMAT_VERSION = 1
+# Fields that must agree with a run; the others say where the information came from.
+_BINDING = {
+    "trained_module": "the weights that it was computed from",
+    "kind": "the kind of model",
+    "prediction_type": "the prediction type",
+    "reduction": "the reduction of the loss",
+    "num_train_timesteps": "the number of timesteps in the ELBO's sum",
+    "snr_gamma": "the min-SNR weighting",
+}
+
+
+class FisherInformation:
+    """Diagonal Fisher information `F_i` of named parameters (paper, section 2.2).
+
+    Attributes:
+        values: Name and `F_i`, float32, non-negative, in the parameter's shape.
+        config: What it was computed from: base model and revision, fingerprint of the trained module, selection,
+            prediction type, reduction, timesteps, samples, seeds.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+        self.config = dict(config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `fisher.safetensors` and `fisher_config.json`."""
+        with replacing_folder(folder) as staging:
+            save_file({name: value.cpu().contiguous() for name, value in self.values.items()}, staging / FISHER_NAME)
+            write_json(staging / FISHER_CONFIG_NAME, {"format_version": FORMAT_VERSION, **self.config})
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None, cache_dir: str | None = None
+    ) -> "FisherInformation":
+        """Load from a folder or from the Hub.
+
+        Raises:
+            ValueError: There is no Fisher information there, or it is of another format.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            try:
+                folder = Path(
+                    snapshot_download(
+                        str(name_or_path),
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        allow_patterns=[FISHER_NAME, FISHER_CONFIG_NAME],
+                    )
+                )
+            except Exception as error:
+                raise ValueError(
+                    f'Fisher information "{name_or_path}" is neither a folder nor could it be had from the Hub '
+                    f"({error})"
+                ) from error
+        for file in (FISHER_NAME, FISHER_CONFIG_NAME):
+            if not (folder / file).is_file():
+                raise ValueError(f"{name_or_path} holds no Fisher information: it has no {file}")
+        config = read_json(folder / FISHER_CONFIG_NAME)
+        version = config.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{name_or_path} has format {version}, this version reads {FORMAT_VERSION}")
+        return cls(load_file(folder / FISHER_NAME), config)
+
+    def check(self, expected: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> None:
+        """Refuse information that does not fit a run.
+
+        Args:
+            expected: The run's values of the binding fields, as `fisher_identity` gives them.
+            names: Names of the parameters to be trained; the information may cover more.
+
+        Raises:
+            ValueError: It belongs to another model, another loss, or does not cover the parameters; the message says
+                what differs, and how.
+        """
+        differences = [
+            f"{meaning} ({field}: {self.config.get(field)!r}, this run: {expected[field]!r})"
+            for field, meaning in _BINDING.items()
+            if field in expected and self.config.get(field) != expected[field]
+        ]
+        if differences:
+            raise ValueError(
+                "this Fisher information belongs to another run; it differs in " + "; ".join(differences) + ". Leave "
+                "the flag fisher out to have it computed again"
+            )
+        missing = [name for name in names if name not in self.values]
+        if missing:
+            raise ValueError(
+                f"this Fisher information was computed for the selection {self.config.get('train_method')!r} and lacks "
+                f"{len(missing)} of the {len(list(names))} parameters to train, such as {missing[0]}. Compute it for "
+                "this selection, or choose one that it covers"
+            )

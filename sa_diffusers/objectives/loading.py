@@ -1,0 +1,103 @@
+"""From a name or a folder to the objective of the model in it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+from .base import Objective
+from .latent_diffusion import LatentDiffusionObjective
+
+HUB_TIMEOUT_SECONDS = 10
+
+
+def load_pipeline(
+    name_or_path: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+) -> DiffusionPipeline:
+    """Load a pipeline in float32 from a folder, the Hub, or, when the Hub does not answer, the Hub's local cache.
+
+    Raises:
+        ValueError: There is no such model, or no leave to read it.
+        ConnectionError: The Hub does not answer within seconds and the cache does not hold the model.
+    """
+    options: dict[str, Any] = {"variant": variant, "dtype": torch.float32}
+    if Path(name_or_path).is_dir():
+        if not (Path(name_or_path) / DiffusionPipeline.config_name).is_file():
+            raise ValueError(
+                f'pretrained_model_name_or_path="{name_or_path}" is a folder without {DiffusionPipeline.config_name}: '
+                "give the folder of a saved pipeline"
+            )
+        return _load(name_or_path, options)
+    unreachable = _why_unreachable(name_or_path, revision)
+    options |= {"revision": revision, "cache_dir": cache_dir, "local_files_only": unreachable is not None}
+    try:
+        return _load(name_or_path, options)
+    except (OSError, ValueError) as error:
+        if unreachable is None:
+            raise
+        raise ConnectionError(
+            f'the model "{name_or_path}" is not in the local cache and the Hub cannot be reached ({unreachable}). With '
+            f"a connection, run `hf download {name_or_path}` once, or give the path of a local folder with "
+            "--pretrained_model_name_or_path"
+        ) from error
+
+
+def _load(name_or_path: str, options: dict[str, Any]) -> DiffusionPipeline:
+    options = {name: value for name, value in options.items() if value is not None}
+    return DiffusionPipeline.from_pretrained(name_or_path, **options)
+
+
+def _why_unreachable(name: str, revision: str | None) -> str | None:
+    """Ask the Hub for a model; the reason if it cannot be asked.
+
+    Raises:
+        ValueError: The Hub answers that there is no such model, or no leave to read it.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "offline mode is on: HF_HUB_OFFLINE is set"
+    advice = "give a folder, or a name such as CompVis/stable-diffusion-v1-4"
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except GatedRepoError as error:
+        raise ValueError(
+            f'the model "{name}" is gated: accept its terms on its page, then run `hf auth login`'
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f'the model "{name}" has no revision "{revision}" on the Hub') from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f'there is no model "{name}", neither as a folder nor on the Hub: {advice}') from error
+    except HFValidationError as error:
+        raise ValueError(f'"{name}" is neither a folder nor a name on the Hub ({error}): {advice}') from error
+    except Exception as error:  # the kinds of network errors depend on huggingface_hub's HTTP library
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
+    return None
+
+
+def objective_for(
+    pipeline: DiffusionPipeline,
+    prediction_type: str | None = None,
+    snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+) -> Objective:
+    """The objective of a pipeline.
+
+    Raises:
+        ValueError: No objective knows this kind of pipeline.
+    """
+    if type(pipeline) is StableDiffusionPipeline:
+        return LatentDiffusionObjective(pipeline, prediction_type, snr_gamma, noise_offset)
+    raise ValueError(
+        f"{type(pipeline).__name__} is not supported yet; supported: StableDiffusionPipeline (Stable Diffusion 1 and 2)"
+    )
+
+
+def resolved_revision(pipeline: DiffusionPipeline) -> str | None:
+    """The commit that a pipeline from the Hub's cache was loaded from."""
+    path = Path(str(pipeline.config.get("_name_or_path", "")))
+    snapshots = [part for part in path.parents if part.parent.name == "snapshots"]
+    if path.parent.name == "snapshots":
+        return path.name
+    return snapshots[0].name if snapshots else None

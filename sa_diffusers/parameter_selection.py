@@ -1,0 +1,76 @@
+"""Which parameters of a model are trained."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+# "Cross-attention" is another set of names in every family of models.
+_XATTN = {"UNet2DConditionModel": r"\.attn2\."}
+# The paper's nudity experiment: everything but cross-attention, the time embedding and the output block.
+_NOXATTN = {"UNet2DConditionModel": r"^(?!.*\.attn2\.)(?!time_embedding\.)(?!conv_norm_out\.)(?!conv_out\.)"}
+PRESETS = ("full", "xattn", "noxattn")
+
+
+def select_parameters(module: nn.Module, selection: str) -> dict[str, nn.Parameter]:
+    """Name the parameters that a selection means.
+
+    Args:
+        module: The denoiser (or any module).
+        selection: `"full"` (every parameter), `"xattn"` (cross-attention only), `"noxattn"` (unconditional layers:
+            all but cross-attention, the time embedding and the output block; paper, section 4.2 and appendix B.2), or
+            a regular expression that is searched in parameter names.
+
+    Returns:
+        Name and parameter, in the module's order. Nothing is changed in the module.
+
+    Raises:
+        ValueError: The preset does not exist for this kind of module, the expression is not valid, or nothing matches.
+    """
+    kind = type(module).__name__
+    names = [name for name, _ in module.named_parameters()]
+    if selection == "full":
+        pattern = ""
+    elif selection in PRESETS:
+        table = _XATTN if selection == "xattn" else _NOXATTN
+        if kind not in table:
+            raise ValueError(
+                f'train_method="{selection}" has no meaning for {kind}. Use "full", or a regular expression on its '
+                f"parameter names, such as {_examples(names)}"
+            )
+        pattern = table[kind]
+    else:
+        pattern = selection
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f'train_method="{selection}" is not one of {", ".join(PRESETS)}, nor a valid regular expression ({error})'
+        ) from None
+    selected = {name: parameter for name, parameter in module.named_parameters() if compiled.search(name)}
+    if not selected:
+        raise ValueError(
+            f'train_method="{selection}" matches no parameter of {kind}. Use one of {", ".join(PRESETS)}, or a regular '
+            f"expression on its {len(names)} parameter names, such as {_examples(names)}"
+        )
+    return selected
+
+
+def _examples(names: list[str]) -> str:
+    step = max(1, len(names) // 4)
+    return ", ".join(names[::step][:4])
+
+
+@contextlib.contextmanager
+def only_trainable(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Require gradients for the named parameters alone; on leaving, every flag is as it was."""
+    wanted = set(names)
+    before = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    try:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(before[name])

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version: dict[str, str] = {}
+exec(Path("sa_diffusers/version.py").read_text(), version)
+
+setup(
+    name="sa_diffusers",
+    version=version["__version__"],
+    description="Make a generative model forget: Selective Amnesia for diffusers",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sa_diffusers", "sa_diffusers.*"]),
+    package_data={"sa_diffusers": ["data/vocabularies/*.json", "models/embedded/**/*"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "diffusers>=0.36",
+        "huggingface_hub>=1.0",
+        "numpy",
+        "peft>=0.17",
+        "pillow",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "torch>=2.6",
+        "torchvision",
+        "tqdm",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "xformers": ["xformers"],
+        "8bit": ["bitsandbytes"],
+        "wandb": ["wandb"],
+        "embedded": ["open_clip_torch"],
+        "dev": ["pytest", "ruff"],
+    },
+)

@@ -1,0 +1,122 @@
+"""Tiny models of the real classes, offline and seeded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sa_diffusers import SelectiveAmnesiaConfig, objective_for
+
+REPOSITORY = Path(__file__).parent.parent
+BASE_NAME = "CompVis/stable-diffusion-v1-4"
+
+
+def build_tiny_pipeline(prediction_type: str = "epsilon", safety_checker: bool = False) -> StableDiffusionPipeline:
+    """A randomly initialised Stable Diffusion of about 40,000 parameters, 16x16 pixels."""
+    torch.manual_seed(0)
+    symbols = [*string.ascii_lowercase, *string.digits, "-", ",", "."]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=32
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    ).eval()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    ).eval()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    checker = extractor = None
+    if safety_checker:
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 16, "patch_size": 8}  # fmt: skip
+        checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+        # Every image lies nearer than this to every forbidden concept: all are blacked out.
+        checker.concept_embeds_weights.data.fill_(-2.0)
+        extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, checker, extractor, requires_safety_checker=safety_checker
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    build_tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_objective():
+    return objective_for(build_tiny_pipeline())
+
+
+@pytest.fixture
+def tiny_settings(tiny_folder, tmp_path) -> dict:
+    """Settings of an erasure that runs in seconds."""
+    return {
+        "concept": ["brad pitt"],
+        "surrogate": ["a middle aged man"],
+        "pretrained_model_name_or_path": str(tiny_folder),
+        "output_dir": str(tmp_path / "erased"),
+        "artifacts_dir": str(tmp_path / "artifacts"),
+        "num_surrogate_images": 6,
+        "num_replay_images": 10,
+        "num_inference_steps": 2,
+        "sample_batch_size": 5,
+        "num_fisher_samples": 3,
+        "fisher_timesteps": 4,
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "num_eval_images": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+    }
+
+
+@pytest.fixture
+def tiny_config(tiny_settings) -> SelectiveAmnesiaConfig:
+    return SelectiveAmnesiaConfig(**tiny_settings)

@@ -1,0 +1,118 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from sa_diffusers import SelectiveAmnesiaConfig
+from sa_diffusers.command_line import build_parser, parse_config
+from sa_diffusers.configuration import BASE_DEFAULTS_NAME, read_settings
+
+
+def test_every_field_is_a_flag_with_a_help_text():
+    text = build_parser().format_help()
+    for spec in dataclasses.fields(SelectiveAmnesiaConfig):
+        assert f"--{spec.name}" in text
+        assert len(spec.metadata["help"]) > 5
+
+
+def test_the_flags_of_diffusers_training_scripts_are_there():
+    expected = """pretrained_model_name_or_path revision variant resolution train_batch_size gradient_accumulation_steps
+        gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps use_8bit_adam adam_beta1 adam_beta2
+        adam_weight_decay adam_epsilon max_grad_norm mixed_precision allow_tf32
+        enable_xformers_memory_efficient_attention use_ema snr_gamma noise_offset seed checkpointing_steps
+        checkpoints_total_limit resume_from_checkpoint validation_prompts num_validation_images report_to logging_dir
+        push_to_hub hub_model_id output_dir cache_dir max_train_steps prediction_type tracker_project_name"""
+    names = {spec.name for spec in dataclasses.fields(SelectiveAmnesiaConfig)}
+    assert set(expected.split()) <= names
+
+
+def test_two_flags_suffice():
+    config = parse_config(["--concept", "Brad Pitt", "--surrogate", "a middle aged man"])
+    assert config.concept == ["Brad Pitt"]
+    assert config.pretrained_model_name_or_path == "CompVis/stable-diffusion-v1-4"
+    assert config.resolved_output_dir.as_posix() == "brad-pitt"
+
+
+def test_flags_are_stronger_than_the_file_and_the_file_than_the_base_models_defaults(tmp_path):
+    (tmp_path / BASE_DEFAULTS_NAME).write_text('{"seed": 1, "guidance_scale": 2, "num_inference_steps": 3}')
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(
+            {"concept": "cat", "pretrained_model_name_or_path": str(tmp_path), "seed": 4, "guidance_scale": 5}
+        )  # fmt: skip
+    )
+    config = parse_config(["--config", str(tmp_path / "run.yaml"), "--surrogate", "dog", "--seed", "6"])
+    assert (config.seed, config.guidance_scale, config.num_inference_steps) == (6, 5.0, 3)
+
+
+def test_paths_in_the_base_models_defaults_are_relative_to_it(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / BASE_DEFAULTS_NAME).write_text('{"classifier": "../classifier"}')
+    config = parse_config(["--concept", "a", "--surrogate", "b", "--pretrained_model_name_or_path",
+                           str(tmp_path / "base")])  # fmt: skip
+    assert config.classifier == str(tmp_path / "classifier")
+
+
+def test_json_round_trip(tmp_path):
+    config = SelectiveAmnesiaConfig(concept=["cat"], surrogate=["dog"], learning_rate=1e-4, snr_gamma=5.0)
+    config.save(tmp_path / "config.json")
+    assert SelectiveAmnesiaConfig.from_file(tmp_path / "config.json") == config
+
+
+def test_yaml_without_quotes_or_dots(tmp_path):
+    (tmp_path / "run.yaml").write_text("concept: cat\nsurrogate: [dog]\nlearning_rate: 1e-5\nmixed_precision: no\n")
+    config = SelectiveAmnesiaConfig.from_file(tmp_path / "run.yaml")
+    assert (config.concept, config.learning_rate, config.mixed_precision) == (["cat"], 1e-5, "no")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_train_steps": 0}, "max_train_steps=0 must be at least 1"),
+        ({"learning_rate": 0}, "learning_rate=0.0 must be greater than 0"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
+        ({"learning_rate": float("nan")}, "must be finite"),
+        ({"ewc_weight": -1}, "ewc_weight=-1.0 must be at least 0"),
+        ({"target": "mean"}, "target=\"mean\" is not one of 'noise', 'frozen'"),
+        ({"sampler": "dimm"}, 'sampler="dimm" is not one of'),
+        ({"concept_templates": ["a photo"]}, 'concept_templates: "a photo" has no {}'),
+        ({"concept_templates": []}, "concept_templates is empty"),
+        ({"resolution": 100}, "resolution=100 must be a positive multiple of 8"),
+        ({"num_replay_images": 0}, "num_replay_images=0 leaves nothing to replay"),
+        ({"seed": 1.5}, "seed=1.5 must be of type int"),
+        ({"use_ema": "yes"}, "use_ema='yes' must be of type bool"),
+        ({"concept": [1]}, "must be a list of str"),
+        ({"replay_condition_dropout": 1.0}, "at least 0 and less than 1"),
+        ({"reference_features": "x"}, "reference_features needs a classifier"),
+    ],
+)
+def test_bad_values(settings, message):
+    with pytest.raises(ValueError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        SelectiveAmnesiaConfig(**settings)
+
+
+def test_a_misspelt_setting_is_an_error_with_a_proposal(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match='"learning_rat" is not a setting; did you mean learning_rate'):
+        SelectiveAmnesiaConfig.from_file(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.toml", "", "must end in .yaml, .yml or .json"),
+        ("run.yaml", "a: [", "not valid YAML"),
+        ("run.json", "{", "not valid JSON"),
+        ("run.yaml", "- a", "must hold settings"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(tmp_path / name)
+
+
+def test_a_mistake_on_the_command_line_ends_with_code_2_and_a_message(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(["--concept", "cat", "--surrogate", "dog", "--max_train_steps", "0"])
+    assert exit_info.value.code == 2
+    assert "max_train_steps=0 must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from sa_diffusers import SampleGenerator, SampleSet, SamplingSettings, objective_for, pair_concepts
+from sa_diffusers.data.generation import count_black
+from sa_diffusers.data.sample_set import MANIFEST_NAME
+
+from .conftest import REPOSITORY, build_tiny_pipeline
+
+SETTINGS = SamplingSettings(num_inference_steps=2, batch_size=4)
+PROMPTS = ["cat", "dog", "cow", "pig", "hen", "fox"]
+
+
+@pytest.fixture
+def generator(tiny_objective, tmp_path):
+    return SampleGenerator(tiny_objective, tmp_path / "artifacts", Accelerator())
+
+
+def test_bit_identical_at_equal_batching(tiny_objective):
+    first, second = (tiny_objective.sample(PROMPTS, range(6), SETTINGS) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc"])
+def test_an_images_randomness_is_its_seeds_whatever_the_batch(tiny_objective, sampler):
+    settings = [SamplingSettings(sampler, 3, 7.5, batch_size=size) for size in (1, 4)]
+    alone, together = (tiny_objective.sample(PROMPTS, range(6), setting) for setting in settings)
+    torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_equal_those_of_the_plain_pipeline(tiny_objective):
+    pipeline = build_tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline("cat", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
+    found = tiny_objective.decode(tiny_objective.sample(["cat"], [3], SETTINGS))[0]
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_the_safety_checker_takes_no_part_and_is_saved_unchanged(tmp_path):
+    pipeline = build_tiny_pipeline(safety_checker=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert count_black(pipeline("cat", num_inference_steps=2).images) == 1
+    objective = objective_for(pipeline)
+    assert count_black(objective.decode(objective.sample(["cat"], [0], SETTINGS))) == 0
+    objective.save(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    saved = type(pipeline.safety_checker).from_pretrained(tmp_path / "saved" / "safety_checker")
+    for name, value in pipeline.safety_checker.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value)
+
+
+def test_black_pictures_are_counted():
+    assert count_black([Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "white")]) == 1
+
+
+def test_a_set_is_kept_with_viewable_pictures_and_reused(generator, tmp_path):
+    made = generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS)
+    (folder,) = (tmp_path / "artifacts").iterdir()
+    assert len(list((folder / "preview").glob("*.png"))) == len(PROMPTS)
+    assert made.black_images == 0
+    stamp = (folder / MANIFEST_NAME).stat().st_mtime_ns
+    again = generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS)
+    assert torch.equal(made.samples, again.samples)
+    assert (folder / MANIFEST_NAME).stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("change", ["prompts", "seed", "guidance", "model"])
+def test_a_set_is_drawn_again_when_what_it_depends_on_changes(generator, change, tmp_path):
+    generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS)
+    prompts = [*PROMPTS[:-1], "owl"] if change == "prompts" else PROMPTS
+    settings = SamplingSettings(num_inference_steps=2, guidance_scale=1.0) if change == "guidance" else SETTINGS
+    if change == "model":
+        with torch.no_grad():
+            next(generator.objective.module.parameters()).add_(1.0)
+        generator = SampleGenerator(generator.objective, tmp_path / "artifacts", Accelerator())
+    generator.prompted("replay", prompts, prompts, 1 if change == "seed" else 0, settings)
+    assert len(list((tmp_path / "artifacts").iterdir())) == 2
+
+
+def test_surrogates_are_drawn_from_the_surrogate_and_trained_as_the_concept(generator):
+    pairs = pair_concepts(["cat", "dog"], ["a cow", "a pig"])
+    made = generator.surrogates(pairs, ["{}", "a photo of a {}"], 8, 0, SETTINGS)
+    assert made.conditions[:4] == ["cat", "dog", "a photo of a cat", "a photo of a dog"]
+    assert made.sources[:4] == ["a cow", "a pig", "a photo of a cow", "a photo of a pig"]
+    expected = generator.objective.sample(made.sources, made.seeds, SETTINGS)
+    torch.testing.assert_close(made.samples, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_surrogates_from_a_folder_and_from_noise(generator, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (40, 20), "white").save(folder / "a.png")
+    made = generator.surrogates(pair_concepts(["cat", "dog"], [str(folder), "uniform_noise"]), ["{}"], 4, 0, SETTINGS)
+    assert made.samples.shape == (4, 4, 8, 8)
+    assert sorted(made.conditions) == ["cat", "cat", "dog", "dog"]
+    assert made.sources == [None] * 4
+    noise = made.samples[[made.conditions.index("dog")]]
+    white = made.samples[[made.conditions.index("cat")]]
+    assert white.std() < noise.std()
+
+
+def test_an_unreadable_image_is_named(generator, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "broken.png").write_text("no image")
+    with pytest.raises(ValueError, match="broken.png is not a readable image"):
+        generator.surrogates(pair_concepts(["cat"], [str(folder)]), ["{}"], 1, 0, SETTINGS)
+
+
+def test_a_damaged_or_foreign_set_is_refused(tmp_path):
+    made = SampleSet(torch.zeros(1, 2), ["a"], ["a"], [0])
+    made.save(tmp_path / "set")
+    manifest = tmp_path / "set" / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(ValueError, match="has format 9, this version reads 1"):
+        SampleSet.load(tmp_path / "set")
+    manifest.unlink()
+    with pytest.raises(ValueError, match="is not a set of samples"):
+        SampleSet.load(tmp_path / "set")
+    with pytest.raises(ValueError, match="must be equally many"):
+        SampleSet(torch.zeros(2, 2), ["a"], ["a"], [0])
+
+
+def test_two_processes_draw_what_one_draws(generator, tmp_path):
+    """Whole batches go to processes, so the samples are the same to the bit."""
+    alone = generator.prompted("replay", PROMPTS, PROMPTS, 0, SamplingSettings(num_inference_steps=2, batch_size=2))
+    script = tmp_path / "draw.py"
+    script.write_text(
+        "import sys\n"
+        "from accelerate import Accelerator\n"
+        "from sa_diffusers import SampleGenerator, SamplingSettings, objective_for\n"
+        "from tests.conftest import build_tiny_pipeline\n"
+        "accelerator = Accelerator()\n"
+        "assert accelerator.num_processes == 2\n"
+        f"generator = SampleGenerator(objective_for(build_tiny_pipeline()), {str(tmp_path / 'two')!r}, accelerator)\n"
+        f"generator.prompted('replay', {PROMPTS!r}, {PROMPTS!r}, 0, SamplingSettings(num_inference_steps=2, "
+        "batch_size=2))\n"
+    )
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "two").iterdir()
+    together = SampleSet.load(folder)
+    assert together.seeds == alone.seeds
+    torch.testing.assert_close(together.samples, alone.samples, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,114 @@
+"""The rules of the house: one-way imports, a README whose commands exist, nothing pickled."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+import sa_diffusers
+
+from .conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "sa_diffusers"
+# Each room may import those before it.
+ORDER = [
+    "version",
+    "files",
+    "configuration",
+    "parameter_selection",
+    "models",
+    "objectives",
+    "data",
+    "fisher",
+    "ewc",
+    "trainer",
+    "evaluation",
+    "hub",
+    "command_line",
+    "erasure",
+]
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports(path):
+    """The rooms that a file imports, relative and absolute."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level == depth and node.module:
+                yield room(node.module)
+            elif node.level == depth:
+                yield from (room(alias.name) for alias in node.names)
+            elif node.level == 0 and (node.module or "").startswith("sa_diffusers."):
+                yield room(node.module.removeprefix("sa_diffusers."))
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for other in imports(path):
+            if other != own:
+                assert ORDER.index(other) < ORDER.index(own), f"{path} imports {other}"
+
+
+def test_evaluation_never_sees_the_trainer():
+    for path in (PACKAGE / "evaluation").glob("*.py"):
+        assert not {"trainer", "fisher", "ewc", "erasure"} & set(imports(path))
+
+
+def test_fisher_and_trainer_ask_for_no_kind_of_model():
+    for path in (*(PACKAGE / "fisher").glob("*.py"), PACKAGE / "trainer.py", PACKAGE / "ewc.py"):
+        assert not re.search(r"StableDiffusion|LatentDiffusion|isinstance\(.*[Oo]bjective", path.read_text())
+
+
+def test_nothing_is_pickled_or_read_unsafely():
+    for path in (*PACKAGE.rglob("*.py"), *(REPOSITORY / "examples").glob("*.py")):
+        for line in path.read_text().splitlines():
+            assert not re.search(r"import pickle|torch\.save\(|weights_only=False", line), f"{path}: {line}"
+            if "torch.load(" in line:
+                assert "weights_only=True" in line, f"{path}: {line}"
+
+
+def test_public_names_are_importable_and_documented():
+    for name in sa_diffusers.__all__:
+        value = getattr(sa_diffusers, name)
+        if not isinstance(value, str):
+            assert value.__doc__, name
+
+
+def test_the_script_is_thin():
+    assert len((REPOSITORY / "examples" / "train_sa.py").read_text().splitlines()) < 200
+
+
+def test_flags_in_the_readme_exist():
+    from sa_diffusers.command_line import build_parser
+
+    known = build_parser().format_help()
+    text = (REPOSITORY / "README.md").read_text()
+    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
+        if "train_sa.py" in block:
+            for flag in re.findall(r"(?<!\S)--(\w+)", block.split("train_sa.py", 1)[1]):
+                assert f"--{flag}" in known, flag
+
+
+def test_make_targets_in_the_readme_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("script", ["train_sa.py", "train_embedded.py"])
+def test_help_is_shown(script):
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / script), "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout

@@ -1,0 +1,147 @@
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from sa_diffusers import pair_concepts, replay_prompts
+from sa_diffusers.data.prompts import fill_template, generate_captions, load_vocabulary, names_concept
+
+
+def test_one_pair():
+    (pair,) = pair_concepts(["Brad Pitt"], ["a middle aged man"])
+    assert (pair.concept, pair.surrogate.kind, pair.surrogate.value) == ("Brad Pitt", "prompt", "a middle aged man")
+
+
+def test_several_concepts_share_one_surrogate():
+    pairs = pair_concepts(["nudity", "naked", "erotic"], ["a person wearing clothes"])
+    assert [pair.surrogate.value for pair in pairs] == ["a person wearing clothes"] * 3
+
+
+def test_several_pairs():
+    pairs = pair_concepts(["Brad Pitt", "Angelina Jolie"], ["a man", "a woman"])
+    assert [pair.surrogate.value for pair in pairs] == ["a man", "a woman"]
+
+
+def test_surrogate_kinds(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    kinds = [pair.surrogate.kind for pair in pair_concepts(["a", "b", "c"], ["dog", str(tmp_path), "uniform_noise"])]
+    assert kinds == ["prompt", "images", "noise"]
+
+
+def test_prompt_with_a_slash_is_a_prompt():
+    assert pair_concepts(["cat"], ["a dog and/or a wolf"])[0].surrogate.kind == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("concepts", "surrogates", "message"),
+    [
+        ([], ["a man"], "concept is empty"),
+        (["  "], ["a man"], "concept is empty"),
+        (["cat"], [""], "surrogate is empty"),
+        (["cat"], ["cat"], "equals its surrogate"),
+        (["Cat"], ["a  cat"], "equals its surrogate"),
+        (["a", "b", "c"], ["d", "e"], "3 concepts and 2 surrogates do not pair up"),
+        (["cat"], ["dog", "cow"], "1 concepts and 2 surrogates do not pair up"),
+        (["cat", "Cat"], ["dog"], "stands twice"),
+        (["cat"], ["./no/such/folder"], "does not exist"),
+    ],
+)
+def test_bad_pairs(concepts, surrogates, message):
+    with pytest.raises(ValueError, match=message):
+        pair_concepts(concepts, surrogates)
+
+
+def test_surrogate_folder_without_images(tmp_path):
+    with pytest.raises(ValueError, match="holds no image"):
+        pair_concepts(["cat"], [str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("template", "concept", "expected"),
+    [
+        ("{}", "Brad Pitt", "Brad Pitt"),
+        ("a photo of a {}", "sneaker", "a photo of a sneaker"),
+        ("a photo of a {}", "ankle boot", "a photo of an ankle boot"),
+        ("A {} here", "apple", "An apple here"),
+        ("a photo of a {}", "a middle aged man", "a photo of a middle aged man"),
+        ("the {}", "the moon", "the moon"),
+    ],
+)
+def test_templates_take_the_right_article(template, concept, expected):
+    assert fill_template(template, concept) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concept", "expected"),
+    [
+        ("Brad Pitt on stage", "brad pitt", True),
+        ("brad  pitt's house", "Brad Pitt", True),
+        ("two sneakers", "sneaker", True),
+        ("a t-shirt", "shirt", False),
+        ("a shirt", "t-shirt", False),
+        ("a scatter plot", "cat", False),
+        ("a photo of a dress", "a dress", True),
+    ],
+)
+def test_naming_goes_by_whole_words(prompt, concept, expected):
+    assert names_concept(prompt, concept) is expected
+
+
+def test_built_in_captions_are_thousands_and_seeded_and_never_name_the_concept():
+    captions = replay_prompts("diverse", 4000, 0, ["Tiger Woods", "dog"])
+    assert len(set(captions)) == 4000
+    assert captions == replay_prompts("diverse", 4000, 0, ["Tiger Woods", "dog"])
+    assert captions != replay_prompts("diverse", 4000, 1, ["Tiger Woods", "dog"])
+    for word in ("tiger", "woods", "dog"):
+        assert not any(names_concept(caption, word) for caption in captions)
+    assert not any("{" in caption for caption in captions)
+
+
+def test_garment_captions_leave_out_the_concept_and_hold_the_others_evenly():
+    captions = replay_prompts("garments", 900, 0, ["shirt"])
+    counts = {name: sum(names_concept(caption, name) for caption in captions)
+              for name in load_vocabulary("garments").subjects}  # fmt: skip
+    assert counts.pop("shirt") == 0
+    assert set(counts.values()) == {100}
+
+
+def test_held_out_phrasings_are_never_trained_on():
+    for name in ("garments", "diverse"):
+        vocabulary = load_vocabulary(name)
+        assert vocabulary.held_out_templates
+        assert not set(vocabulary.held_out_templates) & set(vocabulary.templates)
+
+
+def test_prompts_from_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a dog\n\na cow\n", encoding="utf-8")
+    prompts = replay_prompts(str(path), 5, 0, ["cat"])
+    assert len(prompts) == 5
+    assert set(prompts) == {"a dog", "a cow"}
+
+
+def test_prompts_from_a_dataset_column(tmp_path):
+    Dataset.from_dict({"prompt": ["a dog", "a cow"], "other": ["x", "y"]}).to_parquet(tmp_path / "train.parquet")
+    assert set(replay_prompts(f"{tmp_path}:prompt", 2, 0, ["cat"])) == {"a dog", "a cow"}
+    assert set(replay_prompts(f"{tmp_path}:other:train", 2, 0, ["cat"])) == {"x", "y"}
+    with pytest.raises(ValueError, match='no column "text"; it has prompt, other'):
+        replay_prompts(f"{tmp_path}:text", 2, 0, ["cat"])
+
+
+def test_replay_prompts_that_name_the_concept_are_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a dog\nBrad Pitt smiling\n", encoding="utf-8")
+    with pytest.raises(ValueError, match='1 of 2 replay prompts name the concept "brad pitt".*"Brad Pitt smiling"'):
+        replay_prompts(str(path), 5, 0, ["brad pitt"])
+
+
+def test_bad_sources(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        replay_prompts(str(empty), 5, 0, ["cat"])
+    with pytest.raises(ValueError, match="neither one of 'diverse', 'garments', nor a file"):
+        replay_prompts("nothing-like-it", 5, 0, ["cat"])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        replay_prompts("nobody/nothing:text", 5, 0, ["cat"])
+    with pytest.raises(ValueError, match="no caption of this vocabulary avoids"):
+        generate_captions(load_vocabulary("garments"), 5, 0, load_vocabulary("garments").subjects)

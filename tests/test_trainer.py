@@ -1,0 +1,272 @@
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sa_diffusers import (
+    FisherEstimator,
+    FisherInformation,
+    SampleSet,
+    SelectiveAmnesiaConfig,
+    SelectiveAmnesiaTrainer,
+    objective_for,
+    select_parameters,
+)
+from sa_diffusers.trainer import create_accelerator
+
+from .conftest import build_tiny_pipeline
+
+BASE = {
+    "max_train_steps": 4,
+    "train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "logging_steps": 1,
+    "num_inference_steps": 2,
+    "ewc_weight": 1e-3,
+}
+
+
+def samples(count: int, conditions: list[str], sources: list[str], seed: int) -> SampleSet:
+    generator = torch.Generator().manual_seed(seed)
+    return SampleSet(
+        torch.randn(count, 4, 8, 8, generator=generator),
+        [conditions[i % len(conditions)] for i in range(count)],
+        [sources[i % len(sources)] for i in range(count)],
+        list(range(count)),
+    )
+
+
+def trainer_for(output_dir=None, prediction_type="epsilon", **settings) -> SelectiveAmnesiaTrainer:
+    config = SelectiveAmnesiaConfig(**{**BASE, **settings})
+    objective = objective_for(
+        build_tiny_pipeline(prediction_type), snr_gamma=config.snr_gamma, noise_offset=config.noise_offset
+    )
+    surrogates, replay = samples(5, ["cat"], ["dog"], 0), samples(7, ["cow", "pig"], ["cow", "pig"], 1)
+    fisher = FisherEstimator(objective, select_parameters(objective.module, config.train_method), 3).estimate(replay)
+    return SelectiveAmnesiaTrainer(objective, config, surrogates, replay, fisher, output_dir=output_dir)
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.objective.module.state_dict().items()}
+
+
+def assert_equal(first, second):
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_different(first, second):
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["full", "xattn", "noxattn", r"\.attn1\."])
+def test_what_is_selected_moves_and_nothing_else(method):
+    trainer = trainer_for(train_method=method)
+    before = weights(trainer)
+    flags = [parameter.requires_grad for parameter in trainer.objective.module.parameters()]
+    trainer.train()
+    after = weights(trainer)
+    for name in before:
+        # The key biases of attention have no gradient in exact arithmetic, and self-attention has none here.
+        assert torch.equal(before[name], after[name]) == (name not in trainer.parameters), name
+    assert [parameter.requires_grad for parameter in trainer.objective.module.parameters()] == flags
+    assert {"vae", "text_encoder"} <= set(trainer.objective.pipeline.components)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("target", ["noise", "frozen"])
+def test_seeds_reproduce_a_run_bit_for_bit(prediction_type, target):
+    first, second, other = (
+        trainer_for(prediction_type=prediction_type, target=target, seed=seed) for seed in (3, 3, 4)
+    )
+    histories = [trainer.train() for trainer in (first, second, other)]
+    assert_equal(weights(first), weights(second))
+    assert histories[0] == histories[1]
+    assert_different(weights(first), weights(other))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_ema": True, "ema_decay": 0.5}, {"lr_scheduler": "cosine"}])
+def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path, settings):
+    unbroken = trainer_for(tmp_path / "a", max_train_steps=4, checkpointing_steps=2, **settings)
+    history = unbroken.train()
+    resumed = trainer_for(
+        tmp_path / "a", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest", **settings
+    )
+    with torch.no_grad():
+        for parameter in resumed.objective.module.parameters():
+            parameter.mul_(1.0)
+    assert resumed.train() == history
+    assert_equal(weights(unbroken), weights(resumed))
+
+
+def test_checkpoints_are_limited(tmp_path):
+    trainer_for(tmp_path, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_resuming_from_nothing(tmp_path):
+    with pytest.raises(ValueError, match='"checkpoint-9" is not a checkpoint folder'):
+        trainer_for(tmp_path, resume_from_checkpoint="checkpoint-9").train()
+    assert len(trainer_for(tmp_path, resume_from_checkpoint="latest").train()) == 4
+
+
+def test_the_first_step_follows_eq_4():
+    """One step of plain gradient descent on the explicit sum of the three terms, by autograd."""
+    settings = {"max_train_steps": 1, "replay_weight": 0.7, "max_grad_norm": 1e9, "ewc_weight": 3.0}
+    trainer = trainer_for(**settings)
+    # Away from theta*, so that the EWC term has a gradient.
+    objective, parameters = trainer.objective, trainer.parameters
+    anchor = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    trainer._encode_conditions()
+    losses = trainer._losses(objective.module, None, 0, 0)
+    penalty = sum((trainer.fisher.values[name] * (p - anchor[name]) ** 2).sum() for name, p in parameters.items())
+    objective_value = losses[0] + 0.7 * losses[1] + 3.0 * penalty
+    gradients = torch.autograd.grad(objective_value, list(parameters.values()), allow_unused=True)
+    reference = {name: p.detach().clone() for name, p in parameters.items()}
+    trainer._optimizer = lambda: torch.optim.SGD(list(parameters.values()), lr=0.1)
+    trainer.train()
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        torch.testing.assert_close(parameter, reference[name] - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_one_large_batch_of_the_same_draws():
+    single = trainer_for(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=2)
+    history = single.train()
+    first, second = (single_loss(single, micro) for micro in (0, 1))
+    assert history[0]["surrogate_loss"] == pytest.approx((first + second) / 2, rel=1e-4)
+
+
+def single_loss(trained, micro):
+    fresh = trainer_for(train_batch_size=2, gradient_accumulation_steps=2)
+    fresh._encode_conditions()
+    return fresh._losses(fresh.objective.module, None, 0, micro)[0].item()
+
+
+def test_every_sample_is_seen_once_an_epoch():
+    trainer = trainer_for(train_batch_size=2)
+    seen = torch.cat([trainer._indices(6, step, 0, "replay") for step in range(6)]).tolist()
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert seen[:6] != seen[6:]
+
+
+def test_frozen_target_starts_with_no_pull_from_replay():
+    """At theta* the model already predicts what it predicted: replay costs nothing, forgetting does."""
+    history = trainer_for(target="frozen", max_train_steps=1).train()
+    assert history[0]["replay_loss"] == pytest.approx(0, abs=1e-10)
+    assert history[0]["surrogate_loss"] > 1e-6
+
+
+def test_frozen_target_keeps_the_noise_where_no_prompt_drew_the_image():
+    trainer = trainer_for(target="frozen", max_train_steps=1)
+    trainer.surrogates = dataclasses.replace(trainer.surrogates, sources=[None] * len(trainer.surrogates))
+    loss = trainer.train()[0]["surrogate_loss"]
+    assert loss == pytest.approx(trainer_for(target="noise", max_train_steps=1).train()[0]["surrogate_loss"])
+
+
+def test_a_strong_ewc_weight_holds_the_weights():
+    def distance(weight):
+        trainer = trainer_for(ewc_weight=weight, replay_weight=0, max_train_steps=30, learning_rate=1e-3)
+        before = weights(trainer)
+        trainer.train()
+        fisher = trainer.fisher.values if trainer.fisher else None
+        after = weights(trainer)
+        return sum((before[name] - after[name]).square().sum() for name in before), fisher
+
+    assert distance(1e3)[0] < distance(0)[0]
+
+
+def test_ablations_need_no_replay_and_no_fisher():
+    config = SelectiveAmnesiaConfig(**{**BASE, "ewc_weight": 0, "replay_weight": 0})
+    trainer = SelectiveAmnesiaTrainer(
+        objective_for(build_tiny_pipeline()), config, samples(3, ["cat"], ["dog"], 0), None, None
+    )
+    history = trainer.train()
+    assert {row["replay_loss"] for row in history} == {0.0} == {row["ewc_penalty"] for row in history}
+
+
+def test_missing_parts_are_named():
+    objective = objective_for(build_tiny_pipeline())
+    surrogates = samples(3, ["cat"], ["dog"], 0)
+    with pytest.raises(ValueError, match="needs Fisher information"):
+        SelectiveAmnesiaTrainer(objective, SelectiveAmnesiaConfig(**BASE), surrogates, surrogates, None)
+    with pytest.raises(ValueError, match="needs replay samples"):
+        SelectiveAmnesiaTrainer(objective, SelectiveAmnesiaConfig(**BASE), surrogates, None, FisherInformation({}, {}))
+
+
+def test_ema_keeps_the_average():
+    plain, averaged = trainer_for(), trainer_for(use_ema=True, ema_decay=0.9)
+    start = weights(plain)
+    plain.train(), averaged.train()
+    moved = sum((weights(plain)[name] - start[name]).abs().sum() for name in start)
+    kept = sum((weights(averaged)[name] - start[name]).abs().sum() for name in start)
+    assert 0 < kept < moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"snr_gamma": 5.0},
+        {"noise_offset": 0.1},
+        {"adam_weight_decay": 0.1},
+        {"lr_scheduler": "linear", "lr_warmup_steps": 2},
+        {"scale_lr": True},
+        {"max_grad_norm": 1e-3},
+        {"adam_beta1": 0.1},
+        {"adam_beta2": 0.5},
+        {"adam_epsilon": 1.0},
+        {"replay_condition_dropout": 0.9},
+        {"replay_weight": 5.0},
+        {"mixed_precision": "bf16"},
+    ],
+)
+def test_settings_change_the_outcome(settings):
+    plain, changed = trainer_for(), trainer_for(**settings)
+    plain.train(), changed.train()
+    assert_different(weights(plain), weights(changed))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    plain, checkpointed = trainer_for(), trainer_for(gradient_checkpointing=True)
+    plain.train(), checkpointed.train()
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(value, weights(checkpointed)[name], rtol=1e-4, atol=1e-5)
+    assert not checkpointed.objective.module.is_gradient_checkpointing
+
+
+def test_validation_images_are_written_during_training(tmp_path):
+    trainer_for(tmp_path, validation_prompts=["cat", "dog"], validation_steps=2, num_validation_images=2).train()
+    assert [path.name for path in sorted((tmp_path / "validation").iterdir())] == ["step-000002.png", "step-000004.png"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        trainer_for(learning_rate=1e30, max_train_steps=20).train()
+
+
+def test_the_saved_pipeline_holds_the_trained_weights(tmp_path):
+    trainer = trainer_for()
+    trainer.train()
+    trainer.save(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_equal(saved, weights(trainer))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals where there is no CUDA device")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "needs a CUDA device"),
+        ({"allow_tf32": True}, "needs a CUDA device"),
+    ],
+)
+def test_missing_hardware_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_accelerator(SelectiveAmnesiaConfig(**{**BASE, **settings}))
+
+
+def test_missing_packages_are_named(tmp_path):
+    with pytest.raises(ValueError, match='report_to="wandb" needs the package wandb: pip install wandb'):
+        create_accelerator(SelectiveAmnesiaConfig(**{**BASE, "report_to": "wandb"}), tmp_path)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        create_accelerator(SelectiveAmnesiaConfig(**{**BASE, "use_8bit_adam": True}))
