@@ -354,7 +354,8 @@ datasets: [zalando-datasets/fashion_mnist]
 # Ten garments, 32x32 pixels
 
 A small but real text-to-image pipeline in the layout of Stable Diffusion, on which an erasure can be seen and measured
-on a CPU in minutes. It knows {subjects}, as grey pictures on black, in most phrasings that fit into {tokens} tokens.
+on a CPU in minutes. It knows ten garments ({subjects}),
+as grey pictures on black, in most phrasings that fit into {tokens} tokens.
 
 Data: the 60,000 training photographs of Fashion-MNIST (MIT licence, Zalando SE), padded to 32x32. The tokenizer is
 CLIP's, cut to {vocabulary} tokens. Recipe: `examples/train_embedded.py` (autoencoder {vae_steps} steps of 32, UNet and

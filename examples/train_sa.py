@@ -6,13 +6,15 @@ accelerate launch examples/train_sa.py --concept "Brad Pitt" --surrogate "a midd
 import sys
 
 from sa_diffusers.command_line import parse_config
-from sa_diffusers.erasure import Erasure
-from sa_diffusers.evaluation.comparison import GRID_NAME, REPORT_NAME
-from sa_diffusers.hub import push_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(arguments)
+    # Imported late: these take seconds, and a mistake on the command line should not.
+    from sa_diffusers.erasure import Erasure
+    from sa_diffusers.evaluation.comparison import GRID_NAME, REPORT_NAME
+    from sa_diffusers.hub import push_folder
+
     try:
         erasure = Erasure(config)
         say = erasure.accelerator.print

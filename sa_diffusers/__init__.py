@@ -1,14 +1,34 @@
 """Make a generative model forget: Selective Amnesia (Heng and Soh, NeurIPS 2023) for diffusers."""
 
-from .configuration import SelectiveAmnesiaConfig
-from .data import ErasurePair, SampleGenerator, SampleSet, Surrogate, pair_concepts, replay_prompts
-from .erasure import Erasure
-from .ewc import ElasticWeightConsolidation
-from .fisher import FisherEstimator, FisherInformation
-from .objectives import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
-from .parameter_selection import select_parameters
-from .trainer import SelectiveAmnesiaTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .configuration import SelectiveAmnesiaConfig
+    from .data import ErasurePair, SampleGenerator, SampleSet, Surrogate, pair_concepts, replay_prompts
+    from .erasure import Erasure
+    from .ewc import ElasticWeightConsolidation
+    from .fisher import FisherEstimator, FisherInformation
+    from .models import embedded_classifier, embedded_pipeline
+    from .objectives import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
+    from .parameter_selection import select_parameters
+    from .trainer import SelectiveAmnesiaTrainer
+
+# Imported when first used, so that `--help` and mistakes on the command line answer at once.
+_ROOMS = {
+    "configuration": ["SelectiveAmnesiaConfig"],
+    "data": ["ErasurePair", "SampleGenerator", "SampleSet", "Surrogate", "pair_concepts", "replay_prompts"],
+    "erasure": ["Erasure"],
+    "ewc": ["ElasticWeightConsolidation"],
+    "fisher": ["FisherEstimator", "FisherInformation"],
+    "models": ["embedded_classifier", "embedded_pipeline"],
+    "objectives": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
+    "parameter_selection": ["select_parameters"],
+    "trainer": ["SelectiveAmnesiaTrainer"],
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "ElasticWeightConsolidation",
@@ -25,9 +45,17 @@ __all__ = [
     "SelectiveAmnesiaTrainer",
     "Surrogate",
     "__version__",
+    "embedded_classifier",
+    "embedded_pipeline",
     "load_pipeline",
     "objective_for",
     "pair_concepts",
     "replay_prompts",
     "select_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)

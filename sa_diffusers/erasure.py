@@ -220,7 +220,8 @@ class Erasure:
         self.accelerator.wait_for_everyone()
         groups = self.evaluation_groups()
         surrogates = self._timed("surrogate samples", self.surrogates)
-        replay = self._timed("replay samples", self.replay)
+        # Without a replay loss the Fisher information alone asks for these samples, and draws them itself.
+        replay = self._timed("replay samples", self.replay) if config.replay_weight > 0 else None
         fisher = self._timed("fisher", self.fisher)
         before = self._timed("evaluation before", lambda: self._draw(self.objective, groups))
         self._train(surrogates, replay, fisher)

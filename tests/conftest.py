@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -80,6 +81,13 @@ def build_tiny_pipeline(prediction_type: str = "epsilon", safety_checker: bool =
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, checker, extractor, requires_safety_checker=safety_checker
     )
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state for a process; a test may ask for another precision than the one before."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

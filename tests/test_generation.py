@@ -145,9 +145,8 @@ def test_two_processes_draw_what_one_draws(generator, tmp_path):
         f"generator.prompted('replay', {PROMPTS!r}, {PROMPTS!r}, 0, SamplingSettings(num_inference_steps=2, "
         "batch_size=2))\n"
     )
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "two").iterdir()

@@ -20,14 +20,17 @@ from torch import nn
 
 from .base import Conditions, Denoiser, Objective, SamplingSettings
 
-_SAMPLERS = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "pndm": PNDMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+# Latents are not confined to [-1, 1], and PNDM's first steps are left out as Stable Diffusion does.
+_SAMPLERS: dict[str, tuple[type, dict[str, bool]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
 }
+# Eight images of 512x512: what a small GPU decodes at once.
+_DECODED_LATENT_PIXELS = 8 * 64 * 64
 
 
 class LatentDiffusionObjective(Objective):
@@ -84,7 +87,9 @@ class LatentDiffusionObjective(Objective):
         for name in ("unet", "vae", "text_encoder"):
             digest.update(fingerprint_module(getattr(self.pipeline, name)).encode())
         digest.update(self.pipeline.vae.config.scaling_factor.hex().encode())
-        digest.update(repr(sorted(self.pipeline.scheduler.config.items())).encode())
+        # Names with an underscore are diffusers' own book-keeping, in no fixed order.
+        schedule = {name: value for name, value in self.pipeline.scheduler.config.items() if name[0] != "_"}
+        digest.update(repr(sorted(schedule.items())).encode())
         digest.update(repr(sorted(self.pipeline.tokenizer.get_vocab().items())).encode())
         digest.update(self.prediction_type.encode())
         return digest.hexdigest()
@@ -109,9 +114,8 @@ class LatentDiffusionObjective(Objective):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
-        scheduler = _SAMPLERS[settings.sampler].from_config(
-            self.pipeline.scheduler.config, prediction_type=self.prediction_type
-        )
+        kind, options = _SAMPLERS[settings.sampler]
+        scheduler = kind.from_config(self.pipeline.scheduler.config, prediction_type=self.prediction_type, **options)
         sampler = StableDiffusionPipeline(
             vae=self.pipeline.vae,
             text_encoder=self.pipeline.text_encoder,
@@ -144,8 +148,9 @@ class LatentDiffusionObjective(Objective):
         return torch.cat(parts)
 
     @torch.no_grad()
-    def decode(self, samples: torch.Tensor, batch_size: int = 8) -> list[Image.Image]:
+    def decode(self, samples: torch.Tensor) -> list[Image.Image]:
         vae = self.pipeline.vae
+        batch_size = max(1, _DECODED_LATENT_PIXELS // (samples.shape[-1] * samples.shape[-2]))
         pictures: list[Image.Image] = []
         for part in samples.split(batch_size):
             images = vae.decode((part / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
