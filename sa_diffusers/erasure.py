@@ -55,7 +55,7 @@ class Erasure:
         pipeline = load_pipeline(
             config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir
         )
-        self.revision = resolved_revision(pipeline)
+        self.revision = resolved_revision(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
         self.objective: Objective = objective_for(
             pipeline, config.prediction_type, config.snr_gamma, config.noise_offset
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from .base import Objective
@@ -94,10 +94,9 @@ def objective_for(
     )
 
 
-def resolved_revision(pipeline: DiffusionPipeline) -> str | None:
-    """The commit that a pipeline from the Hub's cache was loaded from."""
-    path = Path(str(pipeline.config.get("_name_or_path", "")))
-    snapshots = [part for part in path.parents if part.parent.name == "snapshots"]
-    if path.parent.name == "snapshots":
-        return path.name
-    return snapshots[0].name if snapshots else None
+def resolved_revision(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+    """The commit that a name on the Hub stands for in the local cache; None for a folder."""
+    if Path(name_or_path).is_dir():
+        return None
+    index = try_to_load_from_cache(name_or_path, DiffusionPipeline.config_name, cache_dir, revision)
+    return Path(index).parent.name if isinstance(index, str) else None
