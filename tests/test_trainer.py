@@ -71,10 +71,8 @@ def test_what_is_selected_moves_and_nothing_else(method):
     trainer.train()
     after = weights(trainer)
     for name in before:
-        # The key biases of attention have no gradient in exact arithmetic, and self-attention has none here.
         assert torch.equal(before[name], after[name]) == (name not in trainer.parameters), name
     assert [parameter.requires_grad for parameter in trainer.objective.module.parameters()] == flags
-    assert {"vae", "text_encoder"} <= set(trainer.objective.pipeline.components)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -96,9 +94,6 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path, set
     resumed = trainer_for(
         tmp_path / "a", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest", **settings
     )
-    with torch.no_grad():
-        for parameter in resumed.objective.module.parameters():
-            parameter.mul_(1.0)
     assert resumed.train() == history
     assert_equal(weights(unbroken), weights(resumed))
 
