@@ -76,9 +76,17 @@ class SelectiveAmnesiaConfig:
         "NAME:COLUMN or NAME:COLUMN:SPLIT",
         "samples",
     )
+    replay_unconditional_share: float = _flag(
+        0.1,
+        "share of the replay images that belong to the empty prompt, which guidance leans on at every step",
+        "samples",
+    )
     sampler: Literal["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc"] = _flag("ddim", "sampler", "samples")
     num_inference_steps: int = _flag(50, "steps of the sampler", "samples")
     guidance_scale: float = _flag(7.5, "classifier-free guidance", "samples")
+    surrogate_guidance_scale: float | None = _flag(
+        None, "guidance of the surrogate images (default: as above)", "samples"
+    )
     replay_guidance_scale: float | None = _flag(
         None, "guidance of the replay images; 1 draws from the model's own distribution (default: as above)", "samples"
     )
@@ -114,7 +122,6 @@ class SelectiveAmnesiaConfig:
         "for replay",
         "training",
     )
-    replay_condition_dropout: float = _flag(0.0, "share of replay images trained with the empty prompt", "training")
     snr_gamma: float | None = _flag(None, "min-SNR weighting of the losses; 5.0 is usual", "training")
     noise_offset: float = _flag(0.0, "offset of the noise, constant over an image's pixels", "training")
     learning_rate: float = _flag(1e-5, "learning rate", "training")
@@ -177,7 +184,8 @@ class SelectiveAmnesiaConfig:
             ),
             0: (
                 "num_replay_images", "fisher_timesteps", "ewc_weight", "replay_weight", "noise_offset",
-                "lr_warmup_steps", "adam_weight_decay", "guidance_scale", "replay_guidance_scale", "seed", "eval_seed",
+                "lr_warmup_steps", "adam_weight_decay", "guidance_scale", "surrogate_guidance_scale",
+                "replay_guidance_scale", "seed", "eval_seed",
             ),
         }  # fmt: skip
         for bound, names in at_least.items():
@@ -189,7 +197,7 @@ class SelectiveAmnesiaConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be greater than 0")
-        for name in ("replay_condition_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
+        for name in ("replay_unconditional_share", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.replay_weight > 0 and self.num_replay_images == 0:

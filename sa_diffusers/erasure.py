@@ -1,6 +1,7 @@
 """One erasure from configuration to report: which stages there are, what they reuse, in which order they run."""
 
 import gc
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .objectives import Objective, load_pipeline, objective_for
 from .objectives.latent_diffusion import fingerprint_module
 from .objectives.loading import resolved_revision
 from .parameter_selection import select_parameters
-from .trainer import SelectiveAmnesiaTrainer, create_accelerator, sampling_settings
+from .trainer import SelectiveAmnesiaTrainer, checkpoints, create_accelerator, sampling_settings
 
 # Settings that say what an output folder holds: a run that changes one of them needs another folder.
 _IDENTITY = ("concept", "surrogate", "pretrained_model_name_or_path", "revision", "train_method")
@@ -49,7 +50,11 @@ class Erasure:
         self.replay_prompts: list[str] = []
         if config.num_replay_images:
             self.replay_prompts = replay_prompts(
-                config.replay_prompts, config.num_replay_images, config.seed, [pair.concept for pair in self.pairs]
+                config.replay_prompts,
+                config.num_replay_images,
+                config.seed,
+                [pair.concept for pair in self.pairs],
+                config.replay_unconditional_share,
             )
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
         pipeline = load_pipeline(
@@ -73,6 +78,7 @@ class Erasure:
             self.given_fisher = FisherInformation.from_pretrained(config.fisher, cache_dir=config.cache_dir)
             self.given_fisher.check(self.identity, self.parameters)
         self.settings = sampling_settings(config)
+        self.surrogate_settings = sampling_settings(config, config.surrogate_guidance_scale)
         self.replay_settings = sampling_settings(config, config.replay_guidance_scale)
         self.seconds: dict[str, float] = {}
 
@@ -82,7 +88,7 @@ class Erasure:
         """The surrogate set: q(x | c_f) of eq. 4."""
         config = self.config
         return self.generator.surrogates(
-            self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.settings
+            self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )
 
     def replay(self) -> SampleSet | None:
@@ -163,7 +169,7 @@ class Erasure:
     def plan(self) -> str:
         """What will be generated, computed and trained, and what is reused."""
         config = self.config
-        settings, count = self.settings, config.num_surrogate_images
+        settings, count = self.surrogate_settings, config.num_surrogate_images
         chosen, conditions, sources = surrogate_requests(self.pairs, config.concept_templates, count)
         first_seed = self._first_seed(0)
         drawn = [i for i, pair in enumerate(chosen) if pair.surrogate.kind == "prompt"]
@@ -216,6 +222,10 @@ class Erasure:
         config = self.config
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            if differing_settings(config):
+                # Another erasure's checkpoints would be taken up by resume_from_checkpoint=latest.
+                for folder in checkpoints(self.output_dir):
+                    shutil.rmtree(folder)
             config.save(self.output_dir / CONFIG_NAME)
         self.accelerator.wait_for_everyone()
         groups = self.evaluation_groups()
@@ -254,7 +264,7 @@ class Erasure:
                 self.classifier.labels, self.pairs, self.classifier.label_of, config.concept_templates, templates,
                 config.num_eval_images, config.eval_seed,
             )  # fmt: skip
-        remembered = list(dict.fromkeys(self.replay_prompts))[:REMEMBERED_PROMPTS]
+        remembered = [prompt for prompt in dict.fromkeys(self.replay_prompts) if prompt][:REMEMBERED_PROMPTS]
         return prompt_groups(self.pairs, remembered, templates, config.num_eval_images, config.eval_seed)
 
     def _draw(self, objective: Objective, groups: list) -> list:
@@ -306,6 +316,15 @@ def enable_xformers(module: torch.nn.Module) -> None:
         ) from error
 
 
+def differing_settings(config: SelectiveAmnesiaConfig) -> dict[str, Any]:
+    """What the erasure in the output folder was made with, where it differs from the configuration."""
+    path = config.resolved_output_dir / CONFIG_NAME
+    if not path.is_file():
+        return {}
+    earlier = read_json(path)
+    return {name: earlier.get(name) for name in _IDENTITY if earlier.get(name) != getattr(config, name)}
+
+
 def check_output_dir(config: SelectiveAmnesiaConfig) -> None:
     """Refuse an output folder that holds something other than this erasure.
 
@@ -322,10 +341,9 @@ def check_output_dir(config: SelectiveAmnesiaConfig) -> None:
             f"output_dir={folder} already holds something else (no {CONFIG_NAME} in it): choose an empty folder with "
             "--output_dir"
         )
-    earlier = read_json(folder / CONFIG_NAME)
-    differing = [name for name in _IDENTITY if earlier.get(name) != getattr(config, name)]
+    differing = differing_settings(config)
     if differing and not config.overwrite_output_dir:
-        changes = ", ".join(f"{name}={earlier.get(name)!r} (now {getattr(config, name)!r})" for name in differing)
+        changes = ", ".join(f"{name}={old!r} (now {getattr(config, name)!r})" for name, old in differing.items())
         raise ValueError(
             f"output_dir={folder} holds another erasure: {changes}. Choose another folder with --output_dir, or "
             "replace it with --overwrite_output_dir"

@@ -154,7 +154,7 @@ class SelectiveAmnesiaTrainer:
 
     def _losses(self, module: nn.Module, frozen: FrozenModule | None, step: int, micro: int) -> torch.Tensor:
         """Mean surrogate loss and mean replay loss, `[2]`."""
-        config, objective = self.config, self.objective
+        objective = self.objective
         device = objective.device
         generator = self._generator(step, "noise", micro)
         rows = self._indices(len(self.surrogates), step, micro, "surrogate").tolist()
@@ -167,9 +167,7 @@ class SelectiveAmnesiaTrainer:
         count = len(rows)
         if self.replay:
             rows = self._indices(len(self.replay), step, micro, "replay").tolist()
-            dropped = torch.rand(len(rows), generator=generator) < config.replay_condition_dropout
-            prompts = ["" if drop else self.replay.conditions[row] for row, drop in zip(rows, dropped, strict=True)]
-            replay_conditions = self._conditions_of(prompts)
+            replay_conditions = self._conditions_of([self.replay.conditions[row] for row in rows])
             samples = torch.cat([samples, self.replay.samples[rows].to(device)])
             conditions = concatenate_conditions(conditions, replay_conditions)
             teacher_conditions = concatenate_conditions(teacher_conditions, replay_conditions)
@@ -326,14 +324,15 @@ class SelectiveAmnesiaTrainer:
             folder = Path(wanted)
             if not folder.is_dir() and self.output_dir:
                 folder = self.output_dir / wanted
-        if not folder.is_dir() or not folder.name.startswith(CHECKPOINT_PREFIX):
+        step = folder.name.removeprefix(CHECKPOINT_PREFIX)
+        if not folder.is_dir() or step == folder.name or not step.isdecimal():
             raise ValueError(
                 f'resume_from_checkpoint="{wanted}" is not a checkpoint folder (named {CHECKPOINT_PREFIX}STEP): use '
                 "latest for the newest one, or leave the flag out"
             )
         self.accelerator.load_state(str(folder))
         self.history = read_json(folder / HISTORY_NAME)
-        return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
+        return int(step)
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:
@@ -401,8 +400,9 @@ def _averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    found = [path for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    steps = {path: path.name.removeprefix(CHECKPOINT_PREFIX) for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*")}
+    found = [path for path, step in steps.items() if path.is_dir() and step.isdecimal()]
+    return sorted(found, key=lambda path: int(steps[path]))
 
 
 def sampling_settings(config: SelectiveAmnesiaConfig, guidance_scale: float | None = None) -> SamplingSettings:

@@ -81,7 +81,7 @@ def test_yaml_without_quotes_or_dots(tmp_path):
         ({"seed": 1.5}, "seed=1.5 must be of type int"),
         ({"use_ema": "yes"}, "use_ema='yes' must be of type bool"),
         ({"concept": [1]}, "must be a list of str"),
-        ({"replay_condition_dropout": 1.0}, "at least 0 and less than 1"),
+        ({"replay_unconditional_share": 1.0}, "at least 0 and less than 1"),
         ({"reference_features": "x"}, "reference_features needs a classifier"),
     ],
 )

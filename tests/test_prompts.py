@@ -145,3 +145,14 @@ def test_bad_sources(tmp_path):
         replay_prompts("nobody/nothing:text", 5, 0, ["cat"])
     with pytest.raises(ValueError, match="no caption of this vocabulary avoids"):
         generate_captions(load_vocabulary("garments"), 5, 0, load_vocabulary("garments").subjects)
+
+
+@pytest.mark.parametrize(("count", "share", "empty"), [(20, 0.15, 3), (7, 0.0, 0), (9, 0.9, 8)])
+def test_the_empty_prompt_is_spread_over_the_replay_prompts(count, share, empty):
+    prompts = replay_prompts("garments", count, 0, ["shirt"], share)
+    assert len(prompts) == count
+    places = [place for place, prompt in enumerate(prompts) if not prompt]
+    assert len(places) == empty
+    assert [prompt for prompt in prompts if prompt] == replay_prompts("garments", count - empty, 0, ["shirt"])
+    gaps = {second - first for first, second in zip(places, places[1:], strict=False)}
+    assert not gaps or max(gaps) - min(gaps) <= 1

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,17 +134,44 @@ def test_several_pairs_from_yaml_then_reuse_and_another_erasure_in_the_same_fold
     assert "Traceback" not in other.stderr
     replaced = run([*arguments, "--concept", "hen", "--surrogate", "cow", "--overwrite_output_dir"], tmp_path)
     assert replaced.returncode == 0, replaced.stderr
+    assert (output / "checkpoint-2").stat().st_mtime > (output / "selective_amnesia.json").stat().st_mtime
+
+
+def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_does(tiny_folder, tmp_path):
+    """The same command again; samples and Fisher information are reused, training goes on at the checkpoint."""
+    flags = {"max_train_steps": 60, "checkpointing_steps": 10, "resume_from_checkpoint": "latest", "use_ema": True}
+    unbroken = run(quick(tiny_folder, **flags, output_dir="unbroken"), tmp_path)
+    assert unbroken.returncode == 0, unbroken.stderr
+    arguments = quick(tiny_folder, **flags, output_dir="broken")
+    command = [sys.executable, str(REPOSITORY / "examples" / "train_sa.py"), *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(tmp_path / "cache"),
+                   "OMP_NUM_THREADS": "2"}  # fmt: skip
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL) as process:  # fmt: skip
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "broken").glob("checkpoint-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "broken" / "model_index.json").exists()
+    again = run(arguments, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("reused") == 3
+    names = ("unet/diffusion_pytorch_model.safetensors", "training_history.json", "before_after.png")
+    for name in names:
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
 
 
 # Flags not in QUICK and not in the tests above, each with a value that is not the default.
 FLAGS = [
     {"concept_templates": ["{}", "a photo of {}"], "replay_prompts": "garments", "seed": 3, "eval_templates": ["a {}"],
-     "eval_seed": 7, "sampler": "dpmsolver++", "guidance_scale": 3, "replay_guidance_scale": 1, "resolution": 24,
+     "eval_seed": 7, "sampler": "dpmsolver++", "guidance_scale": 3, "surrogate_guidance_scale": 2, "replay_guidance_scale": 1,
+     "resolution": 24,
      "fisher_batch_size": 2, "ewc_weight": 5, "replay_weight": 2, "target": "frozen", "report_to": "none"},
     {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "scale_lr": True, "lr_scheduler":
      "cosine_with_restarts", "lr_num_cycles": 2, "lr_warmup_steps": 1, "lr_power": 2, "adam_beta1": 0.8, "adam_beta2":
      0.99, "adam_weight_decay": 0.01, "adam_epsilon": 1e-7, "max_grad_norm": 0.5, "use_ema": True, "ema_decay": 0.9,
-     "mixed_precision": "bf16", "snr_gamma": 5, "noise_offset": 0.05, "replay_condition_dropout": 0.1,
+     "mixed_precision": "bf16", "snr_gamma": 5, "noise_offset": 0.05, "replay_unconditional_share": 0.5,
      "checkpointing_steps": 2, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"},
     {"validation_prompts": ["cat"], "num_validation_images": 2, "validation_steps": 2, "logging_dir": "runs",
      "logging_steps": 1, "tracker_project_name": "tiny", "report_to": "tensorboard", "prediction_type":

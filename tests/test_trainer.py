@@ -213,7 +213,6 @@ def test_ema_keeps_the_average():
         {"adam_beta1": 0.1},
         {"adam_beta2": 0.5},
         {"adam_epsilon": 1.0},
-        {"replay_condition_dropout": 0.9},
         {"replay_weight": 5.0},
         {"mixed_precision": "bf16"},
     ],

@@ -219,7 +219,9 @@ def generate_captions(vocabulary: Vocabulary, count: int, seed: int, avoid: Sequ
     return captions
 
 
-def replay_prompts(source: str, count: int, seed: int, concepts: Sequence[str]) -> list[str]:
+def replay_prompts(
+    source: str, count: int, seed: int, concepts: Sequence[str], unconditional_share: float = 0.0
+) -> list[str]:
     """Prompts to remember, for `count` replay images.
 
     Args:
@@ -228,10 +230,22 @@ def replay_prompts(source: str, count: int, seed: int, concepts: Sequence[str]) 
         count: Number of prompts; a shorter list is repeated.
         seed: Order and draw.
         concepts: Concepts that are being forgotten.
+        unconditional_share: Share of the images that belong to the empty prompt, spread evenly over the list.
+            Classifier-free guidance extrapolates away from the empty prompt: if its prediction drifts while the concept
+            is missing from replay, guidance pushes the concept's prompt back towards the concept.
 
     Raises:
         ValueError: There is no such source, it is empty, or a prompt names a concept (the message quotes the first).
     """
+    captions = _captions(source, count - round(count * unconditional_share), seed, concepts)
+    prompts = iter(captions)
+    return [
+        next(prompts) if len(captions) * (place + 1) // count > len(captions) * place // count else ""
+        for place in range(count)
+    ]
+
+
+def _captions(source: str, count: int, seed: int, concepts: Sequence[str]) -> list[str]:
     if source in builtin_vocabularies():
         return generate_captions(load_vocabulary(source), count, seed, avoid=concepts)
     path = Path(source).expanduser()

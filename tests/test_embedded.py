@@ -1,0 +1,132 @@
+"""The pipeline and the classifier that the repository ships, and an erasure on them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from sa_diffusers import SelectiveAmnesiaConfig
+from sa_diffusers.command_line import base_defaults
+from sa_diffusers.data.prompts import fill_template, load_vocabulary
+from sa_diffusers.erasure import Erasure
+from sa_diffusers.evaluation import ImageClassifier
+from sa_diffusers.models import embedded_classifier, embedded_pipeline
+from sa_diffusers.objectives import SamplingSettings, load_pipeline, objective_for
+
+from .conftest import REPOSITORY
+
+GARMENTS = load_vocabulary("garments")
+
+
+@pytest.fixture(scope="module")
+def classifier() -> ImageClassifier:
+    return ImageClassifier(embedded_classifier())
+
+
+def size(folder) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_is_shipped_is_small_plain_safetensors_in_float32():
+    assert size(embedded_pipeline()) <= 15e6
+    assert size(embedded_classifier()) <= 2e6
+    for folder in (embedded_pipeline(), embedded_classifier()):
+        weights = list(folder.rglob("*.safetensors"))
+        assert weights
+        assert not [path for kind in ("*.bin", "*.pt", "*.pkl", "*.ckpt") for path in folder.rglob(kind)]
+        for path in weights:
+            assert path.name in ("model.safetensors", "diffusion_pytorch_model.safetensors")
+            with safe_open(path, "pt") as file:
+                assert all(file.get_slice(name).get_dtype() in ("F32", "I64") for name in file.keys())  # noqa: SIM118
+    for folder in (embedded_pipeline(), embedded_classifier()):
+        card = (folder / "README.md").read_text()
+        assert "license: mit" in card
+        assert "examples/train_embedded.py" in card
+
+
+def test_plain_diffusers_draws_what_is_asked_for(classifier):
+    """No argument but the prompt: 50 steps, guidance 7.5, of the pipeline's own scheduler."""
+    pipeline = DiffusionPipeline.from_pretrained(embedded_pipeline())
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [fill_template("a photo of a {}", name) for name in GARMENTS.subjects]
+    torch.manual_seed(0)
+    result = pipeline(prompts)
+    assert not result.nsfw_content_detected
+    assert {picture.size for picture in result.images} == {(32, 32)}
+    found = classifier(result.images).probabilities.argmax(-1).tolist()
+    assert sum(label == asked for asked, label in enumerate(found)) >= 9
+
+
+def test_garments_are_recognised_in_phrasings_held_out_from_training_and_vary(classifier):
+    objective = objective_for(load_pipeline(str(embedded_pipeline())))
+    settings = SamplingSettings("dpmsolver++", 10, 3.0, batch_size=100)
+    prompts = [fill_template(GARMENTS.held_out_templates[number % 5], name)
+               for name in GARMENTS.subjects for number in range(20)]  # fmt: skip
+    pictures = objective.decode(objective.sample(prompts, list(range(200)), settings))
+    asked = torch.arange(10).repeat_interleave(20)
+    right = (classifier(pictures).probabilities.argmax(-1) == asked).float()
+    assert right.mean() >= 0.93
+    assert right.view(10, 20).mean(1).min() >= 0.7
+    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("L"), np.float32) / 255 for picture in pictures]))
+    pixels = pixels.view(10, 20, -1)
+    # Root mean square distance of a garment's pictures from their mean; copies of one picture would give 0.
+    spread = (pixels - pixels.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
+    assert spread.min() > 0.1
+
+
+def test_a_garment_is_erased_and_the_others_stay(tmp_path):
+    """A fifth of the demo's samples and steps, another concept than the demo's, the demo's other settings."""
+    base = str(embedded_pipeline())
+    settings = base_defaults({"pretrained_model_name_or_path": base}) | {
+        "pretrained_model_name_or_path": base,
+        "concept": "trouser",
+        "surrogate": "bag",
+        "train_method": "xattn",
+        "num_surrogate_images": 64,
+        "num_replay_images": 216,
+        "num_fisher_samples": 12,
+        "max_train_steps": 60,
+        "num_eval_images": 40,
+        "output_dir": str(tmp_path / "erased"),
+        "artifacts_dir": str(tmp_path / "artifacts"),
+        "report_to": "none",
+    }
+    comparison = Erasure(SelectiveAmnesiaConfig(**settings)).run()
+    report = json.loads((tmp_path / "erased" / "report.json").read_text())
+    assert report["rows"] == comparison.report["rows"]
+    rows = {row["name"]: row for row in report["rows"]}
+    for name in ("trouser", "trouser (trained phrasings)"):
+        assert rows[name]["recognised"]["before"]["share"] >= 0.9
+        assert rows[name]["recognised"]["after"]["share"] <= 0.1
+        assert rows[name]["as_surrogate"]["after"]["share"] >= 0.8
+    assert set(rows["trouser"]["prompts"]).isdisjoint(rows["trouser (trained phrasings)"]["prompts"])
+    before, after = report["remembered"]["before"], report["remembered"]["after"]
+    assert len(report["remembered"]["labels"]) == 9
+    assert after["recognised"] >= before["recognised"] - 0.03
+    assert after["frechet_distance"] <= 1.5 * before["frechet_distance"]
+    assert "Fréchet distance" in comparison.table()
+
+
+def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "embedded_erasure.py"), "--concepts", "bag",
+               "--methods", "xattn", "--variants", "ablations", "--images", "3", "--work_dir", str(tmp_path),
+               "--output", str(tmp_path / "results.json"), "--set", "max_train_steps=2", "num_surrogate_images=4",
+               "num_replay_images=9", "num_fisher_samples=2", "fisher_timesteps=2", "train_batch_size=2"]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [key.rsplit("|", 1)[1] for key in results] == [
+        "all three terms", "without replay", "without EWC", "without both"
+    ]  # fmt: skip
+    assert all(value["configuration"]["max_train_steps"] == 2 for value in results.values())
+    table = [line for line in first.stdout.splitlines() if line.startswith("| bag → ")]
+    assert len(set(table)) == 4
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "forgetting" not in again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith("| bag → ")] == table[-4:]
