@@ -165,8 +165,8 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_does(tiny_folder, t
 # Flags not in QUICK and not in the tests above, each with a value that is not the default.
 FLAGS = [
     {"concept_templates": ["{}", "a photo of {}"], "replay_prompts": "garments", "seed": 3, "eval_templates": ["a {}"],
-     "eval_seed": 7, "sampler": "dpmsolver++", "guidance_scale": 3, "surrogate_guidance_scale": 2, "replay_guidance_scale": 1,
-     "resolution": 24,
+     "eval_seed": 7, "sampler": "dpmsolver++", "guidance_scale": 3, "surrogate_guidance_scale": 2,
+     "replay_guidance_scale": 1, "resolution": 24,
      "fisher_batch_size": 2, "ewc_weight": 5, "replay_weight": 2, "target": "frozen", "report_to": "none"},
     {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "scale_lr": True, "lr_scheduler":
      "cosine_with_restarts", "lr_num_cycles": 2, "lr_warmup_steps": 1, "lr_power": 2, "adam_beta1": 0.8, "adam_beta2":
