@@ -122,6 +122,11 @@ class SelectiveAmnesiaConfig:
         "for replay",
         "training",
     )
+    condition_dropout: float = _flag(
+        0.0,
+        "share of images trained under the empty prompt: replay images, and with the frozen target surrogates too",
+        "training",
+    )
     snr_gamma: float | None = _flag(None, "min-SNR weighting of the losses; 5.0 is usual", "training")
     noise_offset: float = _flag(0.0, "offset of the noise, constant over an image's pixels", "training")
     learning_rate: float = _flag(1e-5, "learning rate", "training")
@@ -197,7 +202,7 @@ class SelectiveAmnesiaConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be greater than 0")
-        for name in ("replay_unconditional_share", "ema_decay", "adam_beta1", "adam_beta2"):
+        for name in ("replay_unconditional_share", "condition_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.replay_weight > 0 and self.num_replay_images == 0:

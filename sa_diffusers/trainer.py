@@ -23,7 +23,6 @@ from .objectives.base import (
     Conditions,
     Objective,
     SamplingSettings,
-    concatenate_conditions,
     draw_timesteps,
     index_conditions,
 )
@@ -158,27 +157,33 @@ class SelectiveAmnesiaTrainer:
         device = objective.device
         generator = self._generator(step, "noise", micro)
         rows = self._indices(len(self.surrogates), step, micro, "surrogate").tolist()
-        samples = self.surrogates.samples[rows].to(device)
-        conditions = self._conditions_of([self.surrogates.conditions[row] for row in rows])
-        teacher = [self.surrogates.sources[row] or self.surrogates.conditions[row] for row in rows]
-        from_prompt = torch.tensor([self.surrogates.sources[row] is not None for row in rows], device=device)
-        teacher_conditions = self._conditions_of(teacher)
+        samples = self.surrogates.samples[rows]
+        prompts = [self.surrogates.conditions[row] for row in rows]
+        sources = [self.surrogates.sources[row] for row in rows]
         timesteps = draw_timesteps(len(rows), objective.num_train_timesteps, generator)
         count = len(rows)
         if self.replay:
             rows = self._indices(len(self.replay), step, micro, "replay").tolist()
-            replay_conditions = self._conditions_of([self.replay.conditions[row] for row in rows])
-            samples = torch.cat([samples, self.replay.samples[rows].to(device)])
-            conditions = concatenate_conditions(conditions, replay_conditions)
-            teacher_conditions = concatenate_conditions(teacher_conditions, replay_conditions)
-            from_prompt = torch.cat([from_prompt, from_prompt.new_ones(len(rows))])
+            samples = torch.cat([samples, self.replay.samples[rows]])
+            prompts += [self.replay.conditions[row] for row in rows]
+            sources += [self.replay.conditions[row] for row in rows]
             timesteps = torch.cat([timesteps, draw_timesteps(len(rows), objective.num_train_timesteps, generator)])
+        dropped = torch.rand(len(prompts), generator=generator) < self.config.condition_dropout
+        if frozen is None:
+            # The noise's target would teach the empty prompt the surrogate.
+            dropped[:count] = False
+        for place in dropped.nonzero().flatten().tolist():
+            prompts[place] = sources[place] = ""
+        samples = samples.to(device)
+        conditions = self._conditions_of(prompts)
         timesteps = timesteps.to(device)
         noise = objective.draw_noise(samples, generator)
         target = None
         if frozen is not None:
-            target = objective.predict(frozen, samples, teacher_conditions, timesteps, noise)
+            teachers = [prompt if source is None else source for source, prompt in zip(sources, prompts, strict=True)]
+            target = objective.predict(frozen, samples, self._conditions_of(teachers), timesteps, noise)
             # What no prompt drew has no teacher: it keeps the noise's target.
+            from_prompt = torch.tensor([source is not None for source in sources], device=device)
             kept = from_prompt.view(-1, *[1] * (target.dim() - 1))
             target = torch.where(kept, target.float(), objective.target(samples, timesteps, noise).float())
         loss = objective.negative_elbo(module, samples, conditions, timesteps, noise, target)

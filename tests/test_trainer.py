@@ -162,6 +162,16 @@ def test_frozen_target_keeps_the_noise_where_no_prompt_drew_the_image():
     assert loss == pytest.approx(trainer_for(target="noise", max_train_steps=1).train()[0]["surrogate_loss"])
 
 
+def test_condition_dropout_turns_surrogates_into_replay_of_the_empty_prompt_under_the_frozen_target_alone():
+    """The frozen model's own prediction for the empty prompt costs nothing at the start; the noise's would."""
+    settings = {"condition_dropout": 0.999999, "max_train_steps": 1}
+    assert trainer_for(target="frozen", **settings).train()[0]["surrogate_loss"] == pytest.approx(0, abs=1e-10)
+    dropped = trainer_for(**settings).train()[0]
+    plain = trainer_for(max_train_steps=1).train()[0]
+    assert dropped["surrogate_loss"] == pytest.approx(plain["surrogate_loss"])
+    assert dropped["replay_loss"] != pytest.approx(plain["replay_loss"], rel=1e-6)
+
+
 def test_a_strong_ewc_weight_holds_the_weights():
     def distance(weight):
         trainer = trainer_for(ewc_weight=weight, replay_weight=0, max_train_steps=30, learning_rate=1e-3)
@@ -214,6 +224,7 @@ def test_ema_keeps_the_average():
         {"adam_beta2": 0.5},
         {"adam_epsilon": 1.0},
         {"replay_weight": 5.0},
+        {"condition_dropout": 0.9},
         {"mixed_precision": "bf16"},
     ],
 )

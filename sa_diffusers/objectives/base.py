@@ -165,8 +165,3 @@ def draw_timesteps(count: int, num_train_timesteps: int, generator: torch.Genera
 def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
     """Rows of conditions."""
     return {name: values[index] for name, values in conditions.items()}
-
-
-def concatenate_conditions(*parts: Conditions) -> Conditions:
-    """Conditions of several batches, one after the other."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
