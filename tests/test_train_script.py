@@ -172,7 +172,8 @@ FLAGS = [
      "cosine_with_restarts", "lr_num_cycles": 2, "lr_warmup_steps": 1, "lr_power": 2, "adam_beta1": 0.8, "adam_beta2":
      0.99, "adam_weight_decay": 0.01, "adam_epsilon": 1e-7, "max_grad_norm": 0.5, "use_ema": True, "ema_decay": 0.9,
      "mixed_precision": "bf16", "snr_gamma": 5, "noise_offset": 0.05, "replay_unconditional_share": 0.5,
-     "condition_dropout": 0.1, "checkpointing_steps": 2, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"},
+     "condition_dropout": 0.1, "checkpointing_steps": 2, "checkpoints_total_limit": 2,
+     "resume_from_checkpoint": "latest"},
     {"validation_prompts": ["cat"], "num_validation_images": 2, "validation_steps": 2, "logging_dir": "runs",
      "logging_steps": 1, "tracker_project_name": "tiny", "report_to": "tensorboard", "prediction_type":
      "v_prediction", "train_method": "noxattn", "artifacts_dir": "artifacts", "cache_dir": "hub", "output_dir": "out",
