@@ -232,6 +232,9 @@ class Erasure:
         surrogates = self._timed("surrogate samples", self.surrogates)
         # Without a replay loss the Fisher information alone asks for these samples, and draws them itself.
         replay = self._timed("replay samples", self.replay) if config.replay_weight > 0 else None
+        if replay is not None:
+            # What lies nearest to the change is the surrogate itself: its samples are at hand, under its own prompt.
+            replay = replay + surrogates.under_their_sources()
         fisher = self._timed("fisher", self.fisher)
         before = self._timed("evaluation before", lambda: self._draw(self.objective, groups))
         self._train(surrogates, replay, fisher)

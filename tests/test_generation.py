@@ -95,6 +95,16 @@ def test_surrogates_are_drawn_from_the_surrogate_and_trained_as_the_concept(gene
     torch.testing.assert_close(made.samples, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_surrogates_are_replayed_under_the_prompt_that_drew_them():
+    samples = torch.arange(3.0)[:, None]
+    surrogates = SampleSet(samples, ["cat"] * 3, ["a dog", None, "a cow"], [1, 2, 3], {"kind": "x"})
+    replay = surrogates.under_their_sources()
+    assert replay.conditions == replay.sources == ["a dog", "a cow"]
+    assert replay.samples.tolist() == [[0.0], [2.0]]
+    assert replay.seeds == [1, 3]
+    assert surrogates.conditions == ["cat"] * 3
+
+
 def test_surrogates_from_a_folder_and_from_noise(generator, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -62,6 +62,12 @@ class SampleSet:
             origin=self.origin,
         )
 
+    def under_their_sources(self) -> "SampleSet":
+        """The samples that a prompt drew, to be trained on under that prompt: surrogates, as replay of themselves."""
+        kept = self.subset([place for place, source in enumerate(self.sources) if source is not None])
+        kept.conditions = [source for source in kept.sources if source is not None]
+        return kept
+
     def __add__(self, other: "SampleSet") -> "SampleSet":
         return SampleSet(
             samples=torch.cat([self.samples, other.samples]),
