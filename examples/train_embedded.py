@@ -2,14 +2,15 @@
 
     python examples/train_embedded.py --stage all --output_dir sa_diffusers/models/embedded
 
-Needs `open_clip_torch` for the CLIP vocabulary. The stages (classifier, vae, diffusion, measure) can be run one at a
-time; each reads what the ones before it wrote.
+Needs `open_clip_torch` for the CLIP vocabulary. The stages (classifier, vae, diffusion, measure, cards) can be run one
+at a time; each reads what the ones before it wrote.
 """
 
 import argparse
 import gzip
 import importlib.util
 import random
+import textwrap
 import time
 from pathlib import Path
 
@@ -34,10 +35,10 @@ from sa_diffusers.data.image_datasets import load_fashion_mnist
 from sa_diffusers.data.prompts import fill_template, load_vocabulary
 from sa_diffusers.evaluation.classification import ImageClassifier
 from sa_diffusers.evaluation.statistics import frechet_distance, moments
-from sa_diffusers.files import write_json
+from sa_diffusers.files import read_json, write_json
 from sa_diffusers.objectives import SamplingSettings, load_pipeline, objective_for
 
-STAGES = ("classifier", "vae", "diffusion", "measure")
+STAGES = ("classifier", "vae", "diffusion", "measure", "cards")
 VOCABULARY_SIZE = 4096
 MAX_TOKENS = 32
 CLASSIFIER_PIXELS = 64
@@ -384,7 +385,9 @@ photographs of Fashion-MNIST (MIT licence, Zalando SE), padded to 32x32 and enla
 by up to two pixels in training, no noise, no label smoothing. Recipe: `examples/train_embedded.py --stage classifier`
 ({epochs} epochs of 128, AdamW; seed {seed}).
 
-Recognises {accuracy:.2%} of the 10,000 real test images. By garment: {by_garment}.
+Recognises {accuracy:.2%} of the 10,000 real test images. By garment:
+
+{table}
 
 It scores the samples of the pipeline beside it; it was trained before, and apart from it.
 """
@@ -410,7 +413,7 @@ def measure(args: argparse.Namespace) -> None:
         rebuilt = torch.cat([objective.pipeline.vae.decode(encode(objective.pipeline.vae, part)).sample
                              for part in images.split(500)])  # fmt: skip
     reconstructions = float((classifier(pictures_of(rebuilt)).probabilities.argmax(-1) == labels).float().mean())
-    rows, measured = [], []
+    measured = []
     for guidance, steps in (
         (args.guidance_scale, args.num_inference_steps),
         (7.5, 50),
@@ -434,41 +437,69 @@ def measure(args: argparse.Namespace) -> None:
             mean = sum(shares.values()) / len(shares)
             measured.append({"sampler": "ddim", "steps": steps, "guidance": guidance, "phrasings": kind,
                              "recognised": mean, "by_garment": shares, "frechet_distance": distance})  # fmt: skip
-            rows.append(
-                f"| {steps} | {guidance} | {kind} | {mean:.1%} | {distance:.1f} | "
-                + " | ".join(f"{share:.0%}" for share in shares.values()) + " |"
-            )  # fmt: skip
-            print(rows[-1])
+            print(f"{steps} steps, guidance {guidance}, {kind} phrasings: {mean:.1%}, Fréchet distance {distance:.1f}")
             folder = args.output_dir / "pictures"
             folder.mkdir(exist_ok=True)
             make_image_grid(grid, 10, 12, resize=64).save(folder / f"guidance-{guidance}-{kind.replace(' ', '-')}.png")
-    header = ["DDIM steps", "guidance", "phrasings", "recognised", "Fréchet distance", *vocabulary.subjects]
-    table = "\n".join(["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *rows])
-    measured_file = {"classifier": {"accuracy": float(right.float().mean()), "by_garment": by_garment},
-                     "reconstructions_recognised": reconstructions, "samples_per_garment": args.samples_per_garment,
-                     "samples": measured}  # fmt: skip
+    measured_file = {
+        "classifier": {"accuracy": float(right.float().mean()), "by_garment": by_garment},
+        "reconstructions_recognised": reconstructions,
+        "samples_per_garment": args.samples_per_garment,
+        "samples": measured,
+    }
     write_json(args.output_dir / "measured.json", measured_file)
-    subjects = ", ".join(vocabulary.subjects)
-    (args.output_dir / "pipeline" / "README.md").write_text(
-        PIPELINE_CARD.format(
-            subjects=subjects, tokens=MAX_TOKENS, vocabulary=VOCABULARY_SIZE, count=args.samples_per_garment,
-            table=table, reconstructions=reconstructions, **vars(args),
-        )
+
+
+def write_cards(args: argparse.Namespace) -> None:
+    """Write both model cards from `measured.json`."""
+    subjects = load_vocabulary("garments").subjects
+    measured = read_json(args.output_dir / "measured.json")
+    header = ["DDIM steps", "guidance", "phrasings", "recognised", "Fréchet distance", *subjects]
+    rows = [
+        [f"{row['steps']}", f"{row['guidance']}", row["phrasings"], f"{row['recognised']:.1%}",
+         f"{row['frechet_distance']:.1f}", *(f"{row['by_garment'][name]:.0%}" for name in subjects)]
+        for row in measured["samples"]
+    ]  # fmt: skip
+    card = PIPELINE_CARD.format(
+        subjects=", ".join(subjects), tokens=MAX_TOKENS, vocabulary=VOCABULARY_SIZE,
+        count=measured["samples_per_garment"], table=markdown_table([header, *rows]),
+        reconstructions=measured["reconstructions_recognised"], **vars(args),
     )  # fmt: skip
-    (args.output_dir / "classifier" / "README.md").write_text(
-        CLASSIFIER_CARD.format(
-            subjects=subjects, pixels=CLASSIFIER_PIXELS, accuracy=float(right.float().mean()),
-            parameters=sum(parameter.numel() for parameter in classifier.model.parameters()),
-            epochs=args.classifier_epochs, seed=args.seed,
-            by_garment=", ".join(f"{name} {share:.1%}" for name, share in by_garment.items()),
-        )
+    (args.output_dir / "pipeline" / "README.md").write_text(wrap(card), encoding="utf-8")
+    model = ResNetForImageClassification.from_pretrained(args.output_dir / "classifier")
+    accuracy = measured["classifier"]
+    card = CLASSIFIER_CARD.format(
+        subjects=", ".join(subjects), pixels=CLASSIFIER_PIXELS, accuracy=accuracy["accuracy"],
+        parameters=model.num_parameters(), epochs=args.classifier_epochs, seed=args.seed,
+        table=markdown_table([subjects, [f"{accuracy['by_garment'][name]:.1%}" for name in subjects]]),
     )  # fmt: skip
+    (args.output_dir / "classifier" / "README.md").write_text(wrap(card), encoding="utf-8")
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def wrap(card: str) -> str:
+    """Wrap a card's prose; metadata, headings and tables stay as they are."""
+    paragraphs = card.split("\n\n")
+    return "\n\n".join(
+        part if part.startswith(("---", "#", "|")) else textwrap.fill(part, 120) + "\n" * part.endswith("\n")
+        for part in paragraphs
+    )
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     torch.set_num_threads(arguments.threads)
-    stages = {"classifier": train_classifier, "vae": train_vae, "diffusion": train_diffusion, "measure": measure}
+    stages = {
+        "classifier": train_classifier,
+        "vae": train_vae,
+        "diffusion": train_diffusion,
+        "measure": measure,
+        "cards": write_cards,
+    }
     for name in STAGES if arguments.stage == "all" else (arguments.stage,):
         torch.manual_seed(arguments.seed)
         stages[name](arguments)
