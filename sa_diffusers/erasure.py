@@ -18,7 +18,7 @@ from .files import read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME
 from .objectives import Objective, load_pipeline, objective_for
-from .objectives.latent_diffusion import fingerprint_module
+from .objectives.base import fingerprint_module
 from .objectives.loading import resolved_revision
 from .parameter_selection import select_parameters
 from .trainer import SelectiveAmnesiaTrainer, checkpoints, create_accelerator, sampling_settings

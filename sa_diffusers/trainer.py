@@ -120,7 +120,8 @@ class SelectiveAmnesiaTrainer:
 
     def _encode_conditions(self) -> None:
         """Embed every prompt once; samples refer to rows of the table."""
-        used = ["", *self.surrogates.conditions, *(prompt for prompt in self.surrogates.sources if prompt is not None)]
+        used = [""] if self.config.condition_dropout else []
+        used += [*self.surrogates.conditions, *(prompt for prompt in self.surrogates.sources if prompt is not None)]
         used += self.replay.conditions if self.replay else []
         prompts = list(dict.fromkeys(used))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}

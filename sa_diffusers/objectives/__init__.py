@@ -1,10 +1,14 @@
 """One objective for each kind of generative model."""
 
 from .base import Conditions, Objective, SamplingSettings
+from .class_conditional import ClassConditionalObjective
+from .conditional_vae import ConditionalVAEObjective
 from .latent_diffusion import LatentDiffusionObjective
 from .loading import load_pipeline, objective_for
 
 __all__ = [
+    "ClassConditionalObjective",
+    "ConditionalVAEObjective",
     "Conditions",
     "LatentDiffusionObjective",
     "Objective",

@@ -1,5 +1,6 @@
 """What the Fisher estimator and the trainer know of a generative model: nothing but this protocol."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -56,6 +57,7 @@ class Objective(ABC):
         reduction: How a sample's squared error is reduced over its elements, `"mean"` or `"sum"`. The weight of the
             EWC term does not carry over between the two.
         snr_gamma: Min-SNR weighting of the ELBO's terms, if any.
+        labels: Names of the classes, where conditions are classes; None where they are text.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class Objective(ABC):
     prediction_type: str
     reduction: str
     snr_gamma: float | None = None
+    labels: list[str] | None = None
 
     @property
     @abstractmethod
@@ -165,3 +168,13 @@ def draw_timesteps(count: int, num_train_timesteps: int, generator: torch.Genera
 def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
     """Rows of conditions."""
     return {name: values[index] for name, values in conditions.items()}
+
+
+def fingerprint_module(module: nn.Module) -> str:
+    """A digest of a module's parameters and buffers: names, shapes, types and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()

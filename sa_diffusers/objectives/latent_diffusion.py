@@ -5,35 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
-from diffusers.training_utils import compute_snr
+from diffusers import StableDiffusionPipeline
 from PIL import Image
-from torch import nn
 
-from .base import Conditions, Denoiser, Objective, SamplingSettings
+from .base import Conditions, SamplingSettings, fingerprint_module
+from .diffusion import DiffusionObjective
 
-# Latents are not confined to [-1, 1], and PNDM's first steps are left out as Stable Diffusion does.
-_SAMPLERS: dict[str, tuple[type, dict[str, bool]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-}
 # Eight images of 512x512: what a small GPU decodes at once.
 _DECODED_LATENT_PIXELS = 8 * 64 * 64
 
 
-class LatentDiffusionObjective(Objective):
+class LatentDiffusionObjective(DiffusionObjective):
     """The objective of a `StableDiffusionPipeline` (paper, sections 2.1 and 4.2).
 
     Args:
@@ -59,23 +41,13 @@ class LatentDiffusionObjective(Objective):
     ) -> None:
         self.pipeline = pipeline
         self.module = pipeline.unet
-        self.prediction_type = prediction_type or pipeline.scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f'prediction_type="{self.prediction_type}" is not one of "epsilon", "v_prediction"')
-        self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=self.prediction_type)
-        self.num_train_timesteps = self.noise_schedule.config.num_train_timesteps
-        self.snr_gamma = snr_gamma
-        self.noise_offset = noise_offset
+        super().__init__(pipeline.scheduler, prediction_type, snr_gamma, noise_offset)
         pipeline.vae.requires_grad_(False)
         pipeline.text_encoder.requires_grad_(False)
 
     @property
     def resolution(self) -> int:
         return self.module.config.sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def device(self) -> torch.device:
-        return self.module.device
 
     def to(self, device: torch.device | str) -> "LatentDiffusionObjective":
         for component in (self.module, self.pipeline.vae, self.pipeline.text_encoder):
@@ -114,14 +86,12 @@ class LatentDiffusionObjective(Objective):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
-        kind, options = _SAMPLERS[settings.sampler]
-        scheduler = kind.from_config(self.pipeline.scheduler.config, prediction_type=self.prediction_type, **options)
         sampler = StableDiffusionPipeline(
             vae=self.pipeline.vae,
             text_encoder=self.pipeline.text_encoder,
             tokenizer=self.pipeline.tokenizer,
             unet=self.module,
-            scheduler=scheduler,
+            scheduler=self.make_sampler(settings.sampler, self.pipeline.scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -157,56 +127,5 @@ class LatentDiffusionObjective(Objective):
             pictures += self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
         return pictures
 
-    def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        noise = torch.randn(samples.shape, generator=generator)
-        if self.noise_offset:
-            noise += self.noise_offset * torch.randn((*samples.shape[:2], 1, 1), generator=generator)
-        return noise.to(samples.device)
-
-    def predict(
-        self,
-        module: Denoiser,
-        samples: torch.Tensor,
-        conditions: Conditions,
-        timesteps: torch.Tensor,
-        noise: torch.Tensor,
-    ) -> torch.Tensor:
-        noisy = self.noise_schedule.add_noise(samples, noise, timesteps)
-        return module(noisy, timesteps, **conditions, return_dict=False)[0]
-
-    def negative_elbo(
-        self,
-        module: Denoiser,
-        samples: torch.Tensor,
-        conditions: Conditions,
-        timesteps: torch.Tensor,
-        noise: torch.Tensor,
-        target: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        prediction = self.predict(module, samples, conditions, timesteps, noise)
-        if target is None:
-            target = self.target(samples, timesteps, noise)
-        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        if self.snr_gamma is None:
-            return error
-        snr = compute_snr(self.noise_schedule, timesteps)
-        weight = snr.clamp(max=self.snr_gamma) / (snr + 1 if self.prediction_type == "v_prediction" else snr)
-        return error * weight
-
-    def target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        if self.prediction_type == "v_prediction":
-            return self.noise_schedule.get_velocity(samples, noise, timesteps)
-        return noise
-
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)
-
-
-def fingerprint_module(module: nn.Module) -> str:
-    """A digest of a module's parameters and buffers: names, shapes, types and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
-    return digest.hexdigest()

@@ -3,15 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from ..models.class_conditional_pipeline import ClassConditionalPipeline
+from ..models.conditional_vae import ConditionalVAE
+from ..models.conditional_vae_pipeline import ConditionalVAEPipeline
 from .base import Objective
+from .class_conditional import ClassConditionalObjective
+from .conditional_vae import ConditionalVAEObjective
 from .latent_diffusion import LatentDiffusionObjective
 
 HUB_TIMEOUT_SECONDS = 10
+_OWN_PIPELINES: dict[str, type] = {kind.__name__: kind for kind in (ClassConditionalPipeline, ConditionalVAEPipeline)}
+_OWN_MODELS: dict[str, type] = {"ConditionalVAE": ConditionalVAE}
 
 
 def load_pipeline(
@@ -47,7 +55,25 @@ def load_pipeline(
 
 def _load(name_or_path: str, options: dict[str, Any]) -> DiffusionPipeline:
     options = {name: value for name, value in options.items() if value is not None}
+    place = {name: options[name] for name in ("revision", "cache_dir", "local_files_only") if name in options}
+    index = DiffusionPipeline.load_config(name_or_path, **place)
+    if isinstance(index["_class_name"], list) and index["_class_name"][1] in _OWN_PIPELINES:
+        if not Path(name_or_path).is_dir():
+            name_or_path = snapshot_download(name_or_path, **place)
+        return _load_own(Path(name_or_path), index, {name: options[name] for name in options if name not in place})
     return DiffusionPipeline.from_pretrained(name_or_path, **options)
+
+
+def _load_own(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> DiffusionPipeline:
+    """A pipeline of this package, with this package's code and not with the copy that it was saved with."""
+    components: dict[str, Any] = {}
+    for name, value in index.items():
+        if not isinstance(value, list) or name.startswith("_"):
+            continue
+        kind = _OWN_MODELS.get(value[1]) or getattr(diffusers, value[1])
+        is_model = issubclass(kind, diffusers.ModelMixin)
+        components[name] = kind.from_pretrained(folder, subfolder=name, **(options if is_model else {}))
+    return _OWN_PIPELINES[index["_class_name"][1]](**components, id2label=index.get("id2label"))
 
 
 def _why_unreachable(name: str, revision: str | None) -> str | None:
@@ -89,8 +115,20 @@ def objective_for(
     """
     if type(pipeline) is StableDiffusionPipeline:
         return LatentDiffusionObjective(pipeline, prediction_type, snr_gamma, noise_offset)
+    if type(pipeline) is ClassConditionalPipeline:
+        return ClassConditionalObjective(pipeline, prediction_type, snr_gamma, noise_offset)
+    if type(pipeline) is ConditionalVAEPipeline:
+        for name, value in (
+            ("prediction_type", prediction_type),
+            ("snr_gamma", snr_gamma),
+            ("noise_offset", noise_offset),
+        ):
+            if value:
+                raise ValueError(f"{name}={value} has no meaning for a conditional VAE: leave it out")
+        return ConditionalVAEObjective(pipeline)
     raise ValueError(
-        f"{type(pipeline).__name__} is not supported yet; supported: StableDiffusionPipeline (Stable Diffusion 1 and 2)"
+        f"{type(pipeline).__name__} is not supported yet; supported: StableDiffusionPipeline (Stable Diffusion 1 and "
+        f"2), {', '.join(_OWN_PIPELINES)}. For another kind of model, write a subclass of Objective"
     )
 
 

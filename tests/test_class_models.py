@@ -1,0 +1,194 @@
+"""The paper's class-conditional models: their pipelines, objectives, and an erasure of each."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+
+from sa_diffusers import (
+    FisherEstimator,
+    SampleGenerator,
+    SamplingSettings,
+    SelectiveAmnesiaConfig,
+    SelectiveAmnesiaTrainer,
+    load_pipeline,
+    objective_for,
+    pair_concepts,
+)
+from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
+from sa_diffusers.models.conditional_vae import ConditionalVAE
+from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
+from sa_diffusers.trainer import create_accelerator
+
+NAMES = {"0": "airplane", "1": "cat", "2": "dog"}
+
+
+def tiny_diffusion(prediction_type="epsilon") -> ClassConditionalPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=8,
+        num_class_embeds=4,
+        norm_num_groups=4,
+    ).eval()
+    return ClassConditionalPipeline(
+        unet, DDPMScheduler(num_train_timesteps=50, prediction_type=prediction_type, clip_sample=False), NAMES
+    )
+
+
+def tiny_vae() -> ConditionalVAEPipeline:
+    torch.manual_seed(0)
+    vae = ConditionalVAE(sample_size=8, num_classes=3, hidden_sizes=(16, 8), latent_size=2).eval()
+    return ConditionalVAEPipeline(vae, NAMES)
+
+
+BUILDERS = {"diffusion": tiny_diffusion, "vae": tiny_vae}
+
+
+@pytest.fixture(params=BUILDERS)
+def pipeline(request):
+    return BUILDERS[request.param]()
+
+
+def test_labels_by_number_and_by_name(pipeline):
+    assert pipeline.labels == ["airplane", "cat", "dog"]
+    assert [pipeline.label_index(label) for label in (1, "1", "cat")] == [1, 1, 1]
+    for wrong in (3, "3", "bird", -1):
+        with pytest.raises(ValueError, match=f'"{wrong}" is not a class of this model: give one of airplane, cat, dog'):
+            pipeline.label_index(wrong)
+
+
+def test_ids_must_fit_the_model(pipeline):
+    components = {name: getattr(pipeline, name) for name in ("unet", "scheduler", "vae") if hasattr(pipeline, name)}
+    with pytest.raises(ValueError, match="must name the classes 0 to 2; it names 0, 1"):
+        type(pipeline)(**components, id2label={"0": "a", "1": "b"})
+    assert type(pipeline)(**components).labels == ["0", "1", "2"]
+
+
+def test_saved_loads_here_and_where_the_package_is_not_installed(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = load_pipeline(str(tmp_path / "saved"))
+    assert type(loaded) is type(pipeline)
+    assert loaded.labels == pipeline.labels
+    picture = loaded("cat", generator=torch.Generator().manual_seed(0)).images[0]
+    picture.save(tmp_path / "here.png")
+    script = (
+        "import sys\n"
+        "sys.modules['sa_diffusers'] = None\n"
+        "import torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained('saved', trust_remote_code=True)\n"
+        "pipeline('cat', generator=torch.Generator().manual_seed(0)).images[0].save('there.png')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here.png").read_bytes() == (tmp_path / "there.png").read_bytes()
+    if isinstance(pipeline, ClassConditionalPipeline):
+        UNet2DConditionModel.from_pretrained(tmp_path / "saved" / "unet")
+
+
+def test_guidance_in_the_papers_convention_and_in_diffusers():
+    pipeline = tiny_diffusion()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(**options):
+        return pipeline(
+            [0, 1], 3, generator=torch.Generator().manual_seed(0), output_type="latent", **options
+        ).images  # fmt: skip
+
+    assert torch.equal(draw(guidance_weight=2.0), draw(guidance_scale=3.0))
+    torch.testing.assert_close(draw(guidance_weight=0.0), draw(guidance_scale=1.0 + 1e-7))
+    assert not torch.equal(draw(guidance_weight=2.0), draw(guidance_scale=2.0))
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    step = torch.tensor(7)
+    labels, null = torch.tensor([0, 1]), torch.tensor([3, 3])
+    with torch.no_grad():
+        conditional = pipeline.unet(latents, step, None, class_labels=labels).sample
+        empty = pipeline.unet(latents, step, None, class_labels=null).sample
+    assert not torch.allclose(conditional, empty)
+    torch.testing.assert_close((1 + 2.0) * conditional - 2.0 * empty, empty + 3.0 * (conditional - empty))
+
+
+def test_the_vae_is_the_papers():
+    vae = ConditionalVAE()
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 1_081_120
+    assert [layer.in_features for layer in vae.modules() if isinstance(layer, torch.nn.Linear)] == [
+        794, 512, 256, 256, 18, 256, 512
+    ]  # fmt: skip
+
+
+def test_the_vaes_elbo_equals_torchs_own_distributions():
+    objective = objective_for(tiny_vae())
+    images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round()
+    conditions = objective.encode_prompts(["cat", "dog", "airplane", "0", "1"])
+    noise = objective.draw_noise(images, torch.Generator().manual_seed(1))
+    loss = objective.negative_elbo(objective.module, images, conditions, torch.zeros(5, dtype=torch.long), noise)
+    logits, mean, log_variance = objective.module(images, noise=noise, **conditions)
+    likelihood = torch.distributions.Bernoulli(logits=logits).log_prob(images).sum((1, 2, 3))
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(loss, divergence - likelihood)
+
+
+def test_the_diffusion_loss_is_summed_over_pixels():
+    objective = objective_for(tiny_diffusion())
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditions = objective.encode_prompts(["cat", "", "2"])
+    assert conditions["class_labels"].tolist() == [1, 3, 2]
+    timesteps = torch.tensor([0, 7, 19])
+    noise = objective.draw_noise(images, torch.Generator().manual_seed(1))
+    loss = objective.negative_elbo(objective.module, images, conditions, timesteps, noise)
+    prediction = objective.predict(objective.module, images, conditions, timesteps, noise)
+    torch.testing.assert_close(loss, (prediction - noise).square().sum((1, 2, 3)))
+
+
+def test_samples_depend_on_their_seed_alone(pipeline):
+    objective = objective_for(pipeline)
+    settings = [SamplingSettings("ddpm", 4, 3.0, batch_size=size) for size in (1, 4)]
+    one, many = (objective.sample(["cat", "dog", "cat", "cat"], [5, 6, 7, 5], item) for item in settings)
+    torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(many[0], many[3], rtol=1e-4, atol=1e-5)
+    assert (many[0] - many[2]).abs().max() > 1e-3
+    assert len(objective.decode(many)) == 4
+
+
+@pytest.mark.parametrize("target", ["noise", "frozen"])
+def test_a_class_is_forgotten_into_noise_by_the_same_trainer_and_estimator(pipeline, target, tmp_path):
+    objective = objective_for(pipeline)
+    config = SelectiveAmnesiaConfig(
+        concept="cat", surrogate="uniform_noise", num_inference_steps=2, max_train_steps=30, train_batch_size=8,
+        learning_rate=3e-3, ewc_weight=1e-6, target=target, report_to="none", logging_steps=1,
+    )  # fmt: skip
+    accelerator = create_accelerator(config)
+    generator = SampleGenerator(objective, tmp_path, accelerator)
+    settings = SamplingSettings("ddim", 2, 1.0)
+    pairs = pair_concepts(config.concept, config.surrogate)
+    surrogates = generator.surrogates(pairs, ["{}"], 40, 0, settings)
+    others = ["airplane", "dog"] * 20
+    replay = generator.prompted("replay", others, others, 1000, settings)
+    parameters = dict(objective.module.named_parameters())
+    fisher = FisherEstimator(objective, parameters, accelerator=accelerator).estimate(replay.subset(range(6)))
+    assert any(value.max() > 0 for value in fisher.values.values())
+    trainer = SelectiveAmnesiaTrainer(objective, config, surrogates, replay, fisher, accelerator, tmp_path)
+    history = trainer.train()
+    assert history[-1]["surrogate_loss"] < history[0]["surrogate_loss"]
+    trainer.save(tmp_path / "erased")
+    assert type(load_pipeline(str(tmp_path / "erased"))) is type(pipeline)
+
+
+def test_settings_without_meaning_for_a_vae_are_refused():
+    with pytest.raises(ValueError, match="snr_gamma=5.0 has no meaning for a conditional VAE"):
+        objective_for(tiny_vae(), snr_gamma=5.0)
+    with pytest.raises(ValueError, match="this model draws 8 pixels only"):
+        objective_for(tiny_vae()).sample(["cat"], [0], SamplingSettings(resolution=16))
