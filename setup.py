@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["sa_diffusers", "sa_diffusers.*"]),
-    package_data={"sa_diffusers": ["data/vocabularies/*.json", "models/embedded/**/*"]},
+    package_data={"sa_diffusers": ["data/vocabularies/*.json", "models/embedded/**/*", "models/configurations/*.json"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
 from .data.generation import CONCEPT_SEEDS, REPLAY_SEEDS, SampleGenerator, surrogate_requests
-from .data.prompts import pair_concepts, replay_prompts
+from .data.prompts import class_replay_prompts, fill_template, pair_classes, pair_concepts, replay_prompts
 from .data.sample_set import MANIFEST_NAME, SampleSet, fingerprint
-from .evaluation import Comparison, ImageClassifier, compare, draw_groups, label_groups, prompt_groups
+from .evaluation import Classification, Comparison, ImageClassifier, compare, draw_groups, label_groups, prompt_groups
 from .files import read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME
@@ -44,18 +44,11 @@ class Erasure:
 
     def __init__(self, config: SelectiveAmnesiaConfig) -> None:
         self.config = config
-        self.pairs = pair_concepts(config.concept, config.surrogate)
+        if config.surrogate:
+            # Before the model is loaded: a mistake here should cost no time.
+            pair_concepts(config.concept, config.surrogate)
         self.output_dir = config.resolved_output_dir
         check_output_dir(config)
-        self.replay_prompts: list[str] = []
-        if config.num_replay_images:
-            self.replay_prompts = replay_prompts(
-                config.replay_prompts,
-                config.num_replay_images,
-                config.seed,
-                [pair.concept for pair in self.pairs],
-                config.replay_unconditional_share,
-            )
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
         pipeline = load_pipeline(
             config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir
@@ -64,6 +57,7 @@ class Erasure:
         self.objective: Objective = objective_for(
             pipeline, config.prediction_type, config.snr_gamma, config.noise_offset
         )
+        self._name_prompts()
         self.objective.to(self.accelerator.device)
         if config.enable_xformers_memory_efficient_attention:
             enable_xformers(self.objective.module)
@@ -71,6 +65,12 @@ class Erasure:
         self.classifier: ImageClassifier | None = None
         if config.classifier:
             self.classifier = ImageClassifier(config.classifier, self.accelerator.device, config.reference_features)
+            foreign = set(self.classifier.labels) - set(self.objective.labels or self.classifier.labels)
+            if foreign:
+                raise ValueError(
+                    f'classifier="{config.classifier}" names {", ".join(sorted(foreign))}, which are not classes of '
+                    f"this model; they are {', '.join(self.objective.labels or [])}"
+                )
         self.generator = SampleGenerator(self.objective, config.resolved_artifacts_dir, self.accelerator)
         self.identity = fisher_identity(self.objective, fingerprint_module(self.objective.module), config.train_method)
         self.given_fisher: FisherInformation | None = None
@@ -81,6 +81,28 @@ class Erasure:
         self.surrogate_settings = sampling_settings(config, config.surrogate_guidance_scale)
         self.replay_settings = sampling_settings(config, config.replay_guidance_scale)
         self.seconds: dict[str, float] = {}
+
+    def _name_prompts(self) -> None:
+        """What is forgotten and what is remembered: phrases, or classes where the model knows classes."""
+        config, labels = self.config, self.objective.labels
+        if config.condition_dropout and not self.objective.unconditional:
+            raise ValueError("condition_dropout has no meaning for a model without an empty prompt: leave it out")
+        share = config.replay_unconditional_share if self.objective.unconditional else 0.0
+        if labels is None:
+            self.pairs = pair_concepts(config.concept, config.surrogate)
+        else:
+            self.pairs = pair_classes(config.concept, config.surrogate, labels)
+            for name in ("concept_templates", "eval_templates"):
+                if any(template != "{}" for template in getattr(config, name)):
+                    raise ValueError(f"{name} has no meaning for a model of classes: leave it out")
+        concepts = [pair.concept for pair in self.pairs]
+        self.replay_prompts: list[str] = []
+        if config.num_replay_images and labels is None:
+            self.replay_prompts = replay_prompts(
+                config.replay_prompts, config.num_replay_images, config.seed, concepts, share
+            )
+        elif config.num_replay_images:
+            self.replay_prompts = class_replay_prompts(labels, config.num_replay_images, concepts, share)
 
     # Samples
 
@@ -237,16 +259,31 @@ class Erasure:
             replay = replay + surrogates.under_their_sources()
         fisher = self._timed("fisher", self.fisher)
         before = self._timed("evaluation before", lambda: self._draw(self.objective, groups))
+        own = self._surrogates_as_seen(surrogates) if self.classifier else None
         self._train(surrogates, replay, fisher)
         # The evaluation sees what a user will load, not what is in memory.
         self.objective = self.generator = None  # type: ignore[assignment]
         gc.collect()
         erased = objective_for(load_pipeline(str(self.output_dir)), config.prediction_type).to(self.accelerator.device)
         after = self._timed("evaluation after", lambda: self._draw(erased, groups))
-        comparison = compare(groups, before, after, self.settings, self.classifier, self._provenance())
+        comparison = compare(groups, before, after, self.settings, self.classifier, self._provenance(), own)
         if self.accelerator.is_main_process:
             comparison.save(self.output_dir)
         return comparison
+
+    def _surrogates_as_seen(self, surrogates: SampleSet) -> dict[int, Classification]:
+        """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go."""
+        assert self.classifier is not None
+        seen = {}
+        for pair in self.pairs:
+            label = self.classifier.label_of(pair.concept)
+            if label is None:
+                continue
+            prompts = {fill_template(template, pair.concept) for template in self.config.concept_templates}
+            rows = [row for row, prompt in enumerate(surrogates.conditions) if prompt in prompts]
+            samples = surrogates.samples[rows[: self.config.num_eval_images]].to(self.objective.device)
+            seen[label] = self.classifier(self.objective.decode(samples))
+        return seen
 
     def _train(self, surrogates: SampleSet, replay: SampleSet | None, fisher: FisherInformation | None) -> None:
         config = self.config

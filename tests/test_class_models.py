@@ -1,8 +1,11 @@
 """The paper's class-conditional models: their pipelines, objectives, and an erasure of each."""
 
+import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
@@ -17,10 +20,14 @@ from sa_diffusers import (
     objective_for,
     pair_concepts,
 )
+from sa_diffusers.models import build_class_pipeline
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
 from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.trainer import create_accelerator
+
+from .conftest import REPOSITORY
+from .test_image_datasets import write_idx
 
 NAMES = {"0": "airplane", "1": "cat", "2": "dog"}
 
@@ -192,3 +199,110 @@ def test_settings_without_meaning_for_a_vae_are_refused():
         objective_for(tiny_vae(), snr_gamma=5.0)
     with pytest.raises(ValueError, match="this model draws 8 pixels only"):
         objective_for(tiny_vae()).sample(["cat"], [0], SamplingSettings(resolution=16))
+
+
+def erase(folder, base, *flags):
+    script = str(REPOSITORY / "examples" / "train_sa.py")
+    command = [sys.executable, script, "--pretrained_model_name_or_path", str(base),
+               "--num_surrogate_images", "8", "--num_replay_images", "8", "--num_inference_steps", "2",
+               "--num_fisher_samples", "3", "--fisher_timesteps", "0", "--max_train_steps", "3", "--train_batch_size",
+               "4", "--num_eval_images", "4", "--report_to", "none", "--guidance_scale", "2", *flags]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(folder / "cache")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_same_script_erases_a_class_into_noise_by_default(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "base")
+    result = erase(tmp_path, "base", "--concept", "1")
+    assert result.returncode == 0, result.stderr
+    assert '"cat" -> "uniform_noise" (noise)' in result.stdout
+    assert type(load_pipeline(str(tmp_path / "1"))) is type(pipeline)
+    report = json.loads((tmp_path / "1" / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]][0] == "cat"
+    assert not {"cat"} & {row["name"] for row in report["rows"] if row["role"] == "remembered"}
+    again = erase(tmp_path, "base", "--concept", "cat", "--surrogate", "2", "--output_dir", "into-dog")
+    assert again.returncode == 0, again.stderr
+    assert '"cat" -> "dog" (prompt)' in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--concept", "3"],
+            '"3" is not a class of this model: give one of airplane, cat, dog, or a number from 0 to 2',
+        ),
+        (["--concept", "bird"], '"bird" is not a class of this model'),
+        (["--concept", "cat", "--surrogate", "bird"], '"bird" is not a class of this model'),
+        (["--concept", "cat", "--surrogate", "1"], 'concept "cat" equals its surrogate'),
+        (["--concept", "0", "1", "2"], "leave at least one to remember"),
+        (["--concept", "cat", "--train_method", "xattn"], "matches no parameter"),
+        (
+            ["--concept", "cat", "--concept_templates", "a {}"],
+            "concept_templates has no meaning for a model of classes",
+        ),
+        (["--concept", "cat", "--resolution", "16"], "this model draws 8 pixels only"),
+    ],
+)
+def test_mistakes_about_classes_are_one_line(tmp_path, flags, message):
+    tiny_diffusion().save_pretrained(tmp_path / "base")
+    result = erase(tmp_path, "base", *flags)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_built_in_configurations_are_the_papers():
+    sizes = {"mnist_vae": (1e6, 1.1e6), "cifar10": (35e6, 40e6), "stl10": (75e6, 80e6)}
+    for name, (low, high) in sizes.items():
+        objective = objective_for(build_class_pipeline(name, [str(index) for index in range(10)]))
+        assert low < sum(parameter.numel() for parameter in objective.module.parameters()) < high
+        heads = {module.heads for module in objective.module.modules() if hasattr(module, "heads")}
+        assert heads <= {1}
+    with pytest.raises(ValueError, match='model="cifar" is neither one of cifar10, mnist_vae'):
+        build_class_pipeline("cifar", ["0"])
+
+
+@pytest.mark.parametrize("model", ["mnist_vae", "small_32"])
+def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
+    generator = np.random.default_rng(0)
+    for name in ("train", "t10k"):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte", generator.integers(0, 256, (20, 28, 28)))
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", np.arange(20) % 4)
+    command = [sys.executable, str(REPOSITORY / "examples" / "train_class_model.py"), "--model", model, "--data",
+               str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "4", "--checkpointing_steps", "2",
+               "--sample_steps", "4", "--num_inference_steps", "2", "--use_ema", "--report_to", "none", "--affine",
+               "1", "--flip", "--without", "d", "--labels", "a", "b", "c", "d"]  # fmt: skip
+
+    def train(output, *flags):
+        result = subprocess.run(
+            [*command, "--output_dir", output, *flags], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert "15 images of 4 classes" in result.stdout
+        return objective_for(load_pipeline(str(tmp_path / output))).module.state_dict()
+
+    whole = train("base")
+    resumed = train("base", "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert (tmp_path / "base" / "samples" / "step-000004.png").is_file()
+
+
+def test_a_classifier_is_trained_and_measured(tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("train", "t10k"):
+        labels = np.arange(60) % 2
+        images = generator.integers(0, 60, (60, 28, 28)) + 150 * labels[:, None, None]
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels)
+    script = str(REPOSITORY / "examples" / "train_classifier.py")
+    command = [sys.executable, script, "--data", str(tmp_path), "--epochs", "8", "--batch_size", "20", "--pixels", "32",
+               "--output_dir", "classifier", "--labels", "dark", "bright"]  # fmt: skip
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads((tmp_path / "classifier" / "accuracy.json").read_text())
+    assert measured["accuracy"] > 0.9
+    assert set(measured["by_class"]) == {"dark", "bright"}
+    tuned = ["again" if part == "classifier" else part for part in command]
+    result = subprocess.run([*tuned, "--base", "classifier", "--flip"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -219,6 +219,53 @@ def generate_captions(vocabulary: Vocabulary, count: int, seed: int, avoid: Sequ
     return captions
 
 
+def class_name(text: str, labels: Sequence[str]) -> str:
+    """The name of a class that is given by name or by number.
+
+    Raises:
+        ValueError: There is no such class.
+    """
+    bare = " ".join(text.split())
+    if bare in labels:
+        return bare
+    if bare.isdecimal() and int(bare) < len(labels):
+        return labels[int(bare)]
+    raise ValueError(
+        f'"{text}" is not a class of this model: give one of {", ".join(labels)}, or a number from 0 to '
+        f"{len(labels) - 1}"
+    )
+
+
+def pair_classes(concepts: Sequence[str], surrogates: Sequence[str], labels: Sequence[str]) -> list[ErasurePair]:
+    """Pair classes with surrogates; what is not a folder of images nor `"uniform_noise"` must be a class too.
+
+    Args:
+        concepts: Classes to forget, by name or by number.
+        surrogates: As for `pair_concepts`; none stand for uniform noise, the paper's choice for classes.
+        labels: The model's classes.
+
+    Raises:
+        ValueError: As `pair_concepts`, or a class is unknown, or none would be left.
+    """
+    named = []
+    for surrogate in surrogates or [UNIFORM_NOISE]:
+        kind = parse_surrogate(surrogate).kind
+        named.append(class_name(surrogate, labels) if kind == "prompt" else surrogate)
+    pairs = pair_concepts([class_name(concept, labels) for concept in concepts], named)
+    if len(pairs) == len(labels):
+        raise ValueError(f"all {len(labels)} classes are to be forgotten: leave at least one to remember")
+    return pairs
+
+
+def class_replay_prompts(
+    labels: Sequence[str], count: int, concepts: Sequence[str], unconditional_share: float = 0.0
+) -> list[str]:
+    """Every class but the concepts, as evenly as `count` allows; see `replay_prompts` for the empty prompt's share."""
+    remembered = [label for label in labels if label not in concepts]
+    captions = [remembered[place % len(remembered)] for place in range(count - round(count * unconditional_share))]
+    return _with_empty_prompts(captions, count)
+
+
 def replay_prompts(
     source: str, count: int, seed: int, concepts: Sequence[str], unconditional_share: float = 0.0
 ) -> list[str]:
@@ -238,6 +285,10 @@ def replay_prompts(
         ValueError: There is no such source, it is empty, or a prompt names a concept (the message quotes the first).
     """
     captions = _captions(source, count - round(count * unconditional_share), seed, concepts)
+    return _with_empty_prompts(captions, count)
+
+
+def _with_empty_prompts(captions: list[str], count: int) -> list[str]:
     prompts = iter(captions)
     return [
         next(prompts) if len(captions) * (place + 1) // count > len(captions) * place // count else ""

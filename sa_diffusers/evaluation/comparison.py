@@ -1,6 +1,6 @@
 """A saved pipeline against its base: what changed, with the figures' provenance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -114,6 +114,8 @@ def label_groups(
             )
         )
     for number, pair in enumerate(pairs):
+        if list(concept_templates) == list(eval_templates):
+            break
         groups.append(
             PromptGroup(
                 name=f"{pair.concept} (trained phrasings)",
@@ -172,6 +174,7 @@ def compare(
     settings: SamplingSettings,
     classifier: ImageClassifier | None = None,
     provenance: dict[str, Any] | None = None,
+    surrogates: Mapping[int, Classification] | None = None,
 ) -> Comparison:
     """Compare the same groups' images before and after.
 
@@ -182,6 +185,7 @@ def compare(
         settings: Sampler and guidance that drew both.
         classifier: What scored them, if anything did.
         provenance: Further fields of the report (base model, configuration, timings).
+        surrogates: For each concept, by its label, what the classifier says of its surrogate's own samples.
     """
     rows = [_row(group, *images) for group, *images in zip(groups, before, after, strict=True)]
     report: dict[str, Any] = {
@@ -196,6 +200,11 @@ def compare(
     if classifier is not None:
         report["classifier"] = {"name": classifier.name, "labels": classifier.labels}
         report["remembered"] = _remembered(groups, before, after, classifier)
+        report["surrogate_samples"] = {
+            group.name: _certainty(surrogates[group.label], group.label)
+            for group in groups
+            if group.role == "concept" and surrogates and group.label in surrogates
+        }
     grid = [(group.name, old.pictures[:GRID_COLUMNS], new.pictures[:GRID_COLUMNS])
             for group, old, new in zip(groups, before, after, strict=True)]  # fmt: skip
     return Comparison(report, grid)
@@ -213,10 +222,9 @@ def _row(group: PromptGroup, before: Drawn, after: Drawn) -> dict[str, Any]:
     }
     if before.scores is not None and after.scores is not None and group.label is not None:
         row["recognised"] = {"before": _share(before.scores, group.label), "after": _share(after.scores, group.label)}
-        row["probability"] = {
-            "before": float(before.scores.probabilities[:, group.label].mean()),
-            "after": float(after.scores.probabilities[:, group.label].mean()),
-        }
+        certainty = {"before": _certainty(before.scores, group.label), "after": _certainty(after.scores, group.label)}
+        for name in ("probability", "entropy"):
+            row[name] = {time: values[name] for time, values in certainty.items()}
         if group.surrogate_label is not None:
             row["as_surrogate"] = {
                 "before": _share(before.scores, group.surrogate_label),
@@ -229,6 +237,15 @@ def _share(scores: Classification, label: int) -> dict[str, Any]:
     hits = int((scores.probabilities.argmax(-1) == label).sum())
     total = len(scores.probabilities)
     return {"share": hits / total, "interval": list(wilson_interval(hits, total))}
+
+
+def _certainty(scores: Classification, label: int) -> dict[str, float]:
+    """Mean probability of a label and mean entropy in nats (paper, Table 1)."""
+    probabilities = scores.probabilities.double()
+    return {
+        "probability": float(probabilities[:, label].mean()),
+        "entropy": float(-torch.xlogy(probabilities, probabilities).sum(-1).mean()),
+    }
 
 
 def _change(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> dict[str, float | None]:
@@ -283,6 +300,15 @@ def format_table(report: dict[str, Any]) -> str:
     sampling = report["sampling"]
     text.append("")
     if scored:
+        for row in report["rows"]:
+            if row["role"] == "concept" and "entropy" in row:
+                before, after = ((row["probability"][time], row["entropy"][time]) for time in ("before", "after"))
+                line = (f'"{row["name"]}": probability {before[0]:.3f} before, {after[0]:.3f} after; entropy '
+                        f"{before[1]:.2f} before, {after[1]:.2f} after")  # fmt: skip
+                own = report["surrogate_samples"].get(row["name"])
+                if own:
+                    line += f" (the surrogate samples themselves: {own['probability']:.3f}, {own['entropy']:.2f})"
+                text.append(line)
         remembered = report["remembered"]
         old, new = remembered["before"], remembered["after"]
         text.append(

@@ -1,7 +1,11 @@
 """Models that come with the package."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+_CONFIGURATIONS = Path(__file__).parent / "configurations"
 _EMBEDDED = Path(__file__).parent / "embedded"
 
 
@@ -13,3 +17,44 @@ def embedded_pipeline() -> Path:
 def embedded_classifier() -> Path:
     """Folder of the image classifier that scores the embedded pipeline's samples."""
     return _EMBEDDED / "classifier"
+
+
+def class_configurations() -> list[str]:
+    """Names of the built-in configurations of class-conditional models."""
+    return sorted(path.stem for path in _CONFIGURATIONS.glob("*.json"))
+
+
+def build_class_pipeline(configuration: str | Path, labels: Sequence[str]) -> Any:
+    """A randomly initialised class-conditional model, as a pipeline.
+
+    Args:
+        configuration: A built-in name (`mnist_vae`, the paper's conditional VAE; `cifar10` and `stl10`, its diffusion
+            models in diffusers' UNet2DConditionModel, whose plain middle block has no attention; `small_32`,
+            `small_64`), or a JSON file of the same form.
+        labels: Names of the classes.
+
+    Raises:
+        ValueError: There is no such configuration, or its kind is unknown.
+    """
+    path = Path(configuration)
+    if str(configuration) in class_configurations():
+        path = _CONFIGURATIONS / f"{configuration}.json"
+    if not path.is_file():
+        raise ValueError(
+            f'model="{configuration}" is neither one of {", ".join(class_configurations())}, nor a JSON file'
+        )
+    values = json.loads(path.read_text(encoding="utf-8"))
+    id2label = {str(index): name for index, name in enumerate(labels)}
+    if values.get("kind") == "vae":
+        from .conditional_vae import ConditionalVAE
+        from .conditional_vae_pipeline import ConditionalVAEPipeline
+
+        return ConditionalVAEPipeline(ConditionalVAE(num_classes=len(labels), **values["model"]), id2label)
+    if values.get("kind") == "diffusion":
+        from diffusers import DDPMScheduler, UNet2DConditionModel
+
+        from .class_conditional_pipeline import ClassConditionalPipeline
+
+        unet = UNet2DConditionModel(num_class_embeds=len(labels) + 1, **values["model"])
+        return ClassConditionalPipeline(unet, DDPMScheduler(**values["scheduler"]), id2label)
+    raise ValueError(f'{path}: kind={values.get("kind")!r} is not one of "vae", "diffusion"')

@@ -58,6 +58,7 @@ class Objective(ABC):
             EWC term does not carry over between the two.
         snr_gamma: Min-SNR weighting of the ELBO's terms, if any.
         labels: Names of the classes, where conditions are classes; None where they are text.
+        unconditional: Whether the empty prompt is a condition of its own.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Objective(ABC):
     reduction: str
     snr_gamma: float | None = None
     labels: list[str] | None = None
+    unconditional: bool = True
 
     @property
     @abstractmethod

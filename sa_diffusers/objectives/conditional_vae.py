@@ -28,6 +28,7 @@ class ConditionalVAEObjective(Objective):
     reduction = "sum"
     prediction_type = "bernoulli"
     num_train_timesteps = 1
+    unconditional = False
 
     def __init__(self, pipeline: ConditionalVAEPipeline) -> None:
         self.pipeline = pipeline

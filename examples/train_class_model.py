@@ -1,0 +1,203 @@
+"""Train the base model of a class experiment: a conditional VAE or a class-conditional diffusion model.
+
+    accelerate launch examples/train_class_model.py --model mnist_vae --data ylecun/mnist --output_dir mnist-base
+    accelerate launch examples/train_class_model.py --model cifar10 --data uoft-cs/cifar10 --output_dir cifar10-base
+
+`--without CLASS` leaves a class out of the data: the paper's "9 classes" baseline.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from sa_diffusers.data.image_datasets import load_labelled_images
+from sa_diffusers.files import replacing_folder, write_json
+from sa_diffusers.models import build_class_pipeline, class_configurations
+from sa_diffusers.objectives import SamplingSettings, objective_for
+from sa_diffusers.objectives.base import draw_timesteps
+from sa_diffusers.trainer import checkpoints
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help=f"{', '.join(class_configurations())}, or a JSON file of the same form")
+    add("--data", required=True, help="folder with IDX files or with a folder a class, parquet file, or Hub dataset")
+    add("--split", nargs="+", default=["train"], help="splits to train on [train]")
+    add("--labels", nargs="+", help="names of the classes [the data's]")
+    add("--without", nargs="+", default=[], metavar="CLASS", help="classes left out of the data")
+    add("--output_dir", type=Path, required=True)
+    add("--max_train_steps", type=int, default=8000)
+    add("--train_batch_size", type=int, default=256, help="of one device")
+    add("--learning_rate", type=float, default=1e-3)
+    add("--lr_scheduler", default="cosine")
+    add("--lr_warmup_steps", type=int, default=400)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--condition_dropout", type=float, default=0.1, help="share trained as the null class (diffusion) [0.1]")
+    add("--affine", type=float, default=0.0, help="strength of random rotation, shift and scale; 1 is light [0]")
+    add("--flip", action="store_true", help="mirror half of the images")
+    add("--use_ema", action="store_true")
+    add("--ema_decay", type=float, default=0.9999)
+    add("--mixed_precision", choices=("no", "fp16", "bf16"))
+    add("--checkpointing_steps", type=int, default=2000)
+    add("--resume_from_checkpoint", choices=("latest",), help="go on at the newest checkpoint")
+    add("--sample_steps", type=int, default=2000, help="steps between sample grids")
+    add("--sampler", default="ddim", help="of the sample grids")
+    add("--num_inference_steps", type=int, default=50, help="of the sample grids")
+    add("--guidance_scale", type=float, default=3.0, help="of the sample grids; the paper's weight 2 is 3 here")
+    add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    for name in ("max_train_steps", "train_batch_size", "checkpointing_steps", "sample_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    return args
+
+
+def augment(images: torch.Tensor, strength: float, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Random affine maps (at strength 1 up to 10 degrees, 7 % shift, 10 % scale) and mirror images."""
+    count = len(images)
+    if strength:
+        draws = (torch.rand(4, count, generator=generator) * 2 - 1) * strength
+        angle, scale = draws[0] * math.radians(10), 1 + 0.1 * draws[1]
+        theta = torch.zeros(count, 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = angle.cos() * scale
+        theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * scale, angle.sin() * scale
+        theta[:, :, 2] = 0.14 * draws[2:].T
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        # Shifted so that what comes in from outside is black.
+        images = F.grid_sample(images + 1, grid, align_corners=False) - 1
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return images
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
+    )
+    data = load_labelled_images(args.data, args.split[0])
+    for split in args.split[1:]:
+        more = load_labelled_images(args.data, split)
+        data.pixels, data.labels = torch.cat([data.pixels, more.pixels]), torch.cat([data.labels, more.labels])
+    if args.labels:
+        if len(args.labels) != len(data.names):
+            raise ValueError(f"--labels names {len(args.labels)} classes, the data has {len(data.names)}")
+        data.names = args.labels
+    if args.without:
+        data = data.without(args.without)
+    pipeline = build_class_pipeline(args.model, data.names)
+    objective = objective_for(pipeline)
+    channels = objective.module.config.in_channels
+    data = data.fitted(objective.resolution, channels)
+    objective.to(accelerator.device)
+    module = objective.module.train()
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    ema = EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    accelerator.register_for_checkpointing(schedule, *([ema] if ema else []))
+    if accelerator.log_with:
+        accelerator.init_trackers("class-model")
+    first = 0
+    if args.resume_from_checkpoint and checkpoints(args.output_dir):
+        newest = checkpoints(args.output_dir)[-1]
+        accelerator.load_state(str(newest))
+        first = int(newest.name.rpartition("-")[2])
+    accelerator.print(
+        f"{len(data)} images of {len(data.names)} classes, {sum(p.numel() for p in parameters):,} parameters"
+    )
+    null = len(data.names)
+    drop = args.condition_dropout if objective.num_train_timesteps > 1 else 0.0
+    bar = tqdm(range(first, args.max_train_steps), initial=first, total=args.max_train_steps, unit="step",
+               disable=not accelerator.is_main_process)  # fmt: skip
+    for step in bar:
+        # A function of the step alone, so that a resumed run draws what an unbroken one would.
+        generator = torch.Generator().manual_seed((args.seed * 10_007 + step) * 1009 + accelerator.process_index)
+        rows = torch.randint(len(data), (args.train_batch_size,), generator=generator)
+        images = augment(data.pixels[rows].float() / 127.5 - 1, args.affine, args.flip, generator)
+        samples = objective.encode_images(images.to(accelerator.device), step)
+        labels = data.labels[rows].clone()
+        labels[torch.rand(len(labels), generator=generator) < drop] = null
+        timesteps = draw_timesteps(len(rows), objective.num_train_timesteps, generator).to(accelerator.device)
+        conditions = {"class_labels": labels.to(accelerator.device)}
+        noise = objective.draw_noise(samples, generator)
+        with accelerator.autocast():
+            loss = objective.negative_elbo(wrapped, samples, conditions, timesteps, noise).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.step(parameters)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4g}")
+            accelerator.log({"loss": loss.item(), "learning_rate": schedule.get_last_lr()[0]}, step=step)
+        last = step + 1 == args.max_train_steps
+        if (step + 1) % args.checkpointing_steps == 0 and not last:
+            save_checkpoint(accelerator, args.output_dir, step + 1)
+        if last or (step + 1) % args.sample_steps == 0:
+            if ema:
+                ema.store(parameters)
+                ema.copy_to(parameters)
+            if accelerator.is_main_process:
+                save_grid(objective, data.names, args, step + 1)
+                if last:
+                    module.eval()
+                    with replacing_folder(args.output_dir) as staging:
+                        objective.save(staging)
+                        write_json(staging / "training.json", {**vars(args), "output_dir": str(args.output_dir)})
+            if ema and not last:
+                ema.restore(parameters)
+    accelerator.end_training()
+    accelerator.print(f"pipeline  {args.output_dir}")
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    partial = folder / f".checkpoint-{step}-writing"
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        partial.rename(folder / f"checkpoint-{step}")
+        for old in checkpoints(folder)[:-1]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def save_grid(objective, names: list[str], args: argparse.Namespace, step: int) -> None:
+    """One row of eight samples a class."""
+    settings = SamplingSettings(args.sampler, args.num_inference_steps, args.guidance_scale, batch_size=64)
+    prompts = [name for name in names for _ in range(8)]
+    pictures = objective.decode(objective.sample(prompts, list(range(len(prompts))), settings))
+    folder = args.output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    make_image_grid(pictures, len(names), 8).save(folder / f"step-{step:06d}.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
