@@ -7,6 +7,8 @@ from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.command_line import build_parser, parse_config
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, read_settings
 
+from .conftest import REPOSITORY
+
 
 def test_every_field_is_a_flag_with_a_help_text():
     text = build_parser().format_help()
@@ -116,3 +118,14 @@ def test_a_mistake_on_the_command_line_ends_with_code_2_and_a_message(capsys):
         parse_config(["--concept", "cat", "--surrogate", "dog", "--max_train_steps", "0"])
     assert exit_info.value.code == 2
     assert "max_train_steps=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_the_papers_experiments_are_configurations_that_load():
+    files = sorted((REPOSITORY / "examples" / "configurations").glob("*.yaml"))
+    assert {"brad_pitt_man", "brad_pitt_clown", "nudity", "van_gogh"} <= {file.stem for file in files}
+    for file in files:
+        config = parse_config(["--config", str(file)])
+        assert config.concept, file
+    nudity = parse_config(["--config", str(REPOSITORY / "examples" / "configurations" / "nudity.yaml")])
+    assert nudity.concept == ["nudity", "naked", "erotic", "sexual"]
+    assert nudity.train_method == "noxattn"
