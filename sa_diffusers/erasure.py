@@ -144,11 +144,16 @@ class Erasure:
 
     # Fisher information
 
+    def _fisher_timesteps(self) -> int | None:
+        """None for all: also where the model has no more of them than are asked for (a VAE has one)."""
+        asked = self.config.fisher_timesteps
+        return asked if asked and asked < self.objective.num_train_timesteps else None
+
     def fisher_folder(self) -> Path:
         config = self.config
         key = {
             **self.identity,
-            "timesteps": config.fisher_timesteps,
+            "timesteps": self._fisher_timesteps(),
             "samples": config.num_fisher_samples,
             "seed": config.seed,
             "prompts": [self._concept_prompts(), self.replay_prompts],
@@ -168,7 +173,7 @@ class Erasure:
             estimator = FisherEstimator(
                 self.objective,
                 self.parameters,
-                config.fisher_timesteps or None,
+                self._fisher_timesteps(),
                 config.fisher_batch_size,
                 config.seed,
                 self.accelerator,
@@ -215,7 +220,7 @@ class Erasure:
             lines.append(f"fisher    reused: {config.fisher}")
         else:
             known = (self.fisher_folder() / FISHER_CONFIG_NAME).is_file()
-            steps = config.fisher_timesteps or self.objective.num_train_timesteps
+            steps = self._fisher_timesteps() or self.objective.num_train_timesteps
             note = f"; reused: {self.fisher_folder()}" if known else ""
             lines.append(f"fisher    {config.num_fisher_samples} samples x {steps} timesteps{note}")
         trained = sum(parameter.numel() for parameter in self.parameters.values())

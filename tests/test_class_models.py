@@ -205,7 +205,7 @@ def erase(folder, base, *flags):
     script = str(REPOSITORY / "examples" / "train_sa.py")
     command = [sys.executable, script, "--pretrained_model_name_or_path", str(base),
                "--num_surrogate_images", "8", "--num_replay_images", "8", "--num_inference_steps", "2",
-               "--num_fisher_samples", "3", "--fisher_timesteps", "0", "--max_train_steps", "3", "--train_batch_size",
+               "--num_fisher_samples", "3", "--max_train_steps", "3", "--train_batch_size",
                "4", "--num_eval_images", "4", "--report_to", "none", "--guidance_scale", "2", *flags]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(folder / "cache")}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
