@@ -7,7 +7,6 @@
 """
 
 import argparse
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -18,12 +17,12 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from sa_diffusers.data.image_datasets import load_labelled_images
+from sa_diffusers.configuration import BASE_DEFAULTS_NAME
+from sa_diffusers.data.image_datasets import augment, load_labelled_images
 from sa_diffusers.files import replacing_folder, write_json
-from sa_diffusers.models import build_class_pipeline, class_configurations
+from sa_diffusers.models import build_class_pipeline, class_configurations, class_defaults
 from sa_diffusers.objectives import SamplingSettings, objective_for
 from sa_diffusers.objectives.base import draw_timesteps
 from sa_diffusers.trainer import checkpoints
@@ -63,25 +62,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
     return args
-
-
-def augment(images: torch.Tensor, strength: float, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Random affine maps (at strength 1 up to 10 degrees, 7 % shift, 10 % scale) and mirror images."""
-    count = len(images)
-    if strength:
-        draws = (torch.rand(4, count, generator=generator) * 2 - 1) * strength
-        angle, scale = draws[0] * math.radians(10), 1 + 0.1 * draws[1]
-        theta = torch.zeros(count, 2, 3)
-        theta[:, 0, 0] = theta[:, 1, 1] = angle.cos() * scale
-        theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * scale, angle.sin() * scale
-        theta[:, :, 2] = 0.14 * draws[2:].T
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-        # Shifted so that what comes in from outside is black.
-        images = F.grid_sample(images + 1, grid, align_corners=False) - 1
-    if flip:
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return images
 
 
 def main() -> None:
@@ -169,6 +149,8 @@ def main() -> None:
                     module.eval()
                     with replacing_folder(args.output_dir) as staging:
                         objective.save(staging)
+                        # What train_sa.py takes up by itself.
+                        write_json(staging / BASE_DEFAULTS_NAME, class_defaults(args.model))
                         write_json(staging / "training.json", {**vars(args), "output_dir": str(args.output_dir)})
             if ema and not last:
                 ema.restore(parameters)

@@ -1,10 +1,11 @@
 """Train the image classifier that scores a class experiment, on real images only: no noise, no label smoothing.
 
-    python examples/train_classifier.py --data ylecun/mnist --output_dir mnist-classifier
+    python examples/train_classifier.py --data ylecun/mnist --cnn --output_dir mnist-classifier
     python examples/train_classifier.py --data uoft-cs/cifar10 --base microsoft/resnet-34 --pixels 224 --flip \\
         --output_dir cifar10-classifier
 
-Without `--base` it is a small residual network; with it, any image classifier of the Hub is fine-tuned. Writes an
+It is a small residual network, or with `--cnn` one of two convolutions (the paper's for MNIST), or with `--base` any
+image classifier of the Hub, fine-tuned. Writes an
 ordinary transformers folder and `accuracy.json`, measured on the test split.
 """
 
@@ -24,9 +25,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from sa_diffusers.data.image_datasets import LabelledImages, load_labelled_images
+from sa_diffusers.data.image_datasets import LabelledImages, augment, load_labelled_images
 from sa_diffusers.evaluation.classification import ImageClassifier
 from sa_diffusers.files import replacing_folder, write_json
+from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,22 +38,32 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="train", help="split to train on [train]")
     add("--test_split", default="test", help="split to measure on [test]")
     add("--labels", nargs="+", help="names of the classes [the data's]")
+    add("--cnn", action="store_true", help="two convolutional layers, for 28x28 pixels or about that")
     add("--base", help="image classifier to fine-tune: a folder or a name on the Hub")
     add("--output_dir", type=Path, required=True)
-    add("--pixels", type=int, default=64, help="images are resized to this for the classifier [64]")
+    add("--pixels", type=int, help="images are resized to this for the classifier [64; 28 with --cnn]")
     add("--epochs", type=int, default=7)
     add("--batch_size", type=int, default=128)
     add("--learning_rate", type=float, help="peak of the one-cycle schedule [3e-3; 1e-4 with --base]")
     add("--weight_decay", type=float, default=0.05)
-    add("--shift", type=int, default=2, help="shift images by up to so many pixels [2]")
-    add("--flip", action="store_true", help="mirror half of the batches")
+    add("--affine", type=float, default=1.0, help="strength of random rotation, shift and scale [1, light]")
+    add("--flip", action="store_true", help="mirror half of the images")
     add("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.cnn and args.base:
+        parser.error("--cnn builds a new network, --base fine-tunes one: give one of them")
+    args.pixels = args.pixels or (28 if args.cnn else 64)
+    if args.pixels < 16:
+        parser.error(f"--pixels {args.pixels} must be at least 16")
+    return args
 
 
 def build(args: argparse.Namespace, names: list[str]) -> tuple[torch.nn.Module, object]:
     names_by_index = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     size = {"height": args.pixels, "width": args.pixels}
+    if args.cnn:
+        processor = ViTImageProcessor(size=size, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        return DigitClassifier(DigitClassifierConfig(image_size=args.pixels, **names_by_index)), processor
     if args.base is None:
         config = ResNetConfig(num_channels=3, embedding_size=32, hidden_sizes=[32, 64, 96], depths=[2, 2, 2],
                               layer_type="basic", **names_by_index)  # fmt: skip
@@ -79,13 +91,8 @@ def train(model: torch.nn.Module, processor, data: LabelledImages, args: argpars
         while len(order) < args.batch_size:
             order = torch.cat([order, torch.randperm(len(data), generator=generator)])
         rows, order = order[: args.batch_size], order[args.batch_size :]
-        images = data.pixels[rows].float() / 255
-        if args.flip and torch.rand((), generator=generator) < 0.5:
-            images = images.flip(-1)
-        if args.shift:
-            shift = torch.randint(-args.shift, args.shift + 1, (2,), generator=generator).tolist()
-            images = torch.roll(images, shift, dims=(-2, -1))
-        images = images.expand(-1, 3, -1, -1).to(device)
+        images = augment(data.pixels[rows].float() / 127.5 - 1, args.affine, args.flip, generator)
+        images = ((images + 1) / 2).expand(-1, 3, -1, -1).to(device)
         images = F.interpolate(images, (args.pixels, args.pixels), mode="bilinear", antialias=True)
         loss = F.cross_entropy(model((images - mean) / deviation).logits, data.labels[rows].to(device))
         optimizer.zero_grad(set_to_none=True)

@@ -276,18 +276,25 @@ class Erasure:
             comparison.save(self.output_dir)
         return comparison
 
-    def _surrogates_as_seen(self, surrogates: SampleSet) -> dict[int, Classification]:
-        """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go."""
+    def _surrogates_as_seen(self, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
+        """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go.
+
+        A decoder that shows the pixels' means can show no noise, only its mean: that is seen too.
+        """
         assert self.classifier is not None
-        seen = {}
+        seen: dict[int, dict[str, Classification]] = {}
         for pair in self.pairs:
             label = self.classifier.label_of(pair.concept)
             if label is None:
                 continue
             prompts = {fill_template(template, pair.concept) for template in self.config.concept_templates}
             rows = [row for row, prompt in enumerate(surrogates.conditions) if prompt in prompts]
-            samples = surrogates.samples[rows[: self.config.num_eval_images]].to(self.objective.device)
-            seen[label] = self.classifier(self.objective.decode(samples))
+            samples = surrogates.samples[rows].to(self.objective.device)
+            pictures = self.objective.decode(samples[: self.config.num_eval_images])
+            seen[label] = {"samples": self.classifier(pictures)}
+            if self.objective.shows_means and pair.surrogate.kind == "noise":
+                mean = self.objective.decode(samples.mean(0, keepdim=True))
+                seen[label]["mean"] = self.classifier(mean)
         return seen
 
     def _train(self, surrogates: SampleSet, replay: SampleSet | None, fisher: FisherInformation | None) -> None:

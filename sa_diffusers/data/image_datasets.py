@@ -1,6 +1,7 @@
 """Labelled image datasets as arrays, from IDX files on disk or from the Hub."""
 
 import gzip
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -239,3 +240,28 @@ def load_fashion_mnist(split: str, folder: str | Path | None = None) -> tuple[np
     dataset = load_dataset(HUB_FASHION_MNIST, split=split)
     pixels = np.stack([np.asarray(image, dtype=np.uint8) for image in dataset["image"]])
     return pixels, np.asarray(dataset["label"], dtype=np.int64)
+
+
+def augment(images: torch.Tensor, strength: float, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Random affine maps (at strength 1 up to 10 degrees, 7 % shift, 10 % scale) and mirror images.
+
+    Args:
+        images: `[batch, channels, height, width]` in [-1, 1]; what comes in from outside is -1.
+        strength: Of the affine maps; 0 leaves them out.
+        flip: Whether half of the images, at random, are mirrored.
+        generator: On the CPU.
+    """
+    count = len(images)
+    if strength:
+        draws = (torch.rand(4, count, generator=generator) * 2 - 1) * strength
+        angle, scale = draws[0] * math.radians(10), 1 + 0.1 * draws[1]
+        theta = torch.zeros(count, 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = angle.cos() * scale
+        theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * scale, angle.sin() * scale
+        theta[:, :, 2] = 0.14 * draws[2:].T
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        images = F.grid_sample(images + 1, grid, align_corners=False) - 1
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return images

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ..models import digit_classifier  # noqa: F401  (it registers itself with transformers)
 from .statistics import moments
 
 

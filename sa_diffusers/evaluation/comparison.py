@@ -174,7 +174,7 @@ def compare(
     settings: SamplingSettings,
     classifier: ImageClassifier | None = None,
     provenance: dict[str, Any] | None = None,
-    surrogates: Mapping[int, Classification] | None = None,
+    surrogates: Mapping[int, Mapping[str, Classification]] | None = None,
 ) -> Comparison:
     """Compare the same groups' images before and after.
 
@@ -185,7 +185,8 @@ def compare(
         settings: Sampler and guidance that drew both.
         classifier: What scored them, if anything did.
         provenance: Further fields of the report (base model, configuration, timings).
-        surrogates: For each concept, by its label, what the classifier says of its surrogate's own samples.
+        surrogates: For each concept, by its label, what the classifier says of its surrogate's own `"samples"` and,
+            where a model shows means, of their `"mean"`.
     """
     rows = [_row(group, *images) for group, *images in zip(groups, before, after, strict=True)]
     report: dict[str, Any] = {
@@ -201,7 +202,7 @@ def compare(
         report["classifier"] = {"name": classifier.name, "labels": classifier.labels}
         report["remembered"] = _remembered(groups, before, after, classifier)
         report["surrogate_samples"] = {
-            group.name: _certainty(surrogates[group.label], group.label)
+            group.name: {name: _certainty(seen, group.label) for name, seen in surrogates[group.label].items()}
             for group in groups
             if group.role == "concept" and surrogates and group.label in surrogates
         }
@@ -305,9 +306,10 @@ def format_table(report: dict[str, Any]) -> str:
                 before, after = ((row["probability"][time], row["entropy"][time]) for time in ("before", "after"))
                 line = (f'"{row["name"]}": probability {before[0]:.3f} before, {after[0]:.3f} after; entropy '
                         f"{before[1]:.2f} before, {after[1]:.2f} after")  # fmt: skip
-                own = report["surrogate_samples"].get(row["name"])
-                if own:
-                    line += f" (the surrogate samples themselves: {own['probability']:.3f}, {own['entropy']:.2f})"
+                own = report["surrogate_samples"].get(row["name"], {})
+                for name, value in own.items():
+                    subject = {"samples": "the surrogate's own samples", "mean": "their mean image"}[name]
+                    line += f"; {subject}: {value['probability']:.3f} and {value['entropy']:.2f}"
                 text.append(line)
         remembered = report["remembered"]
         old, new = remembered["before"], remembered["after"]

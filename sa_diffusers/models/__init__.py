@@ -36,14 +36,7 @@ def build_class_pipeline(configuration: str | Path, labels: Sequence[str]) -> An
     Raises:
         ValueError: There is no such configuration, or its kind is unknown.
     """
-    path = Path(configuration)
-    if str(configuration) in class_configurations():
-        path = _CONFIGURATIONS / f"{configuration}.json"
-    if not path.is_file():
-        raise ValueError(
-            f'model="{configuration}" is neither one of {", ".join(class_configurations())}, nor a JSON file'
-        )
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = _read_configuration(configuration)
     id2label = {str(index): name for index, name in enumerate(labels)}
     if values.get("kind") == "vae":
         from .conditional_vae import ConditionalVAE
@@ -57,4 +50,20 @@ def build_class_pipeline(configuration: str | Path, labels: Sequence[str]) -> An
 
         unet = UNet2DConditionModel(num_class_embeds=len(labels) + 1, **values["model"])
         return ClassConditionalPipeline(unet, DDPMScheduler(**values["scheduler"]), id2label)
-    raise ValueError(f'{path}: kind={values.get("kind")!r} is not one of "vae", "diffusion"')
+    raise ValueError(f'{configuration}: kind={values.get("kind")!r} is not one of "vae", "diffusion"')
+
+
+def class_defaults(configuration: str | Path) -> dict[str, Any]:
+    """The settings of an erasure that suit the models of a configuration; `build_class_pipeline` has its form."""
+    return _read_configuration(configuration).get("erasure", {})
+
+
+def _read_configuration(configuration: str | Path) -> dict[str, Any]:
+    path = Path(configuration)
+    if str(configuration) in class_configurations():
+        path = _CONFIGURATIONS / f"{configuration}.json"
+    if not path.is_file():
+        raise ValueError(
+            f'model="{configuration}" is neither one of {", ".join(class_configurations())}, nor a JSON file'
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -59,6 +59,7 @@ class Objective(ABC):
         snr_gamma: Min-SNR weighting of the ELBO's terms, if any.
         labels: Names of the classes, where conditions are classes; None where they are text.
         unconditional: Whether the empty prompt is a condition of its own.
+        shows_means: Whether a drawn sample is the mean of its pixels' distribution, not a draw from it.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Objective(ABC):
     snr_gamma: float | None = None
     labels: list[str] | None = None
     unconditional: bool = True
+    shows_means: bool = False
 
     @property
     @abstractmethod

@@ -29,6 +29,7 @@ class ConditionalVAEObjective(Objective):
     prediction_type = "bernoulli"
     num_train_timesteps = 1
     unconditional = False
+    shows_means = True
 
     def __init__(self, pipeline: ConditionalVAEPipeline) -> None:
         self.pipeline = pipeline
