@@ -127,6 +127,12 @@ class SelectiveAmnesiaConfig:
         "share of images trained under the empty prompt: replay images, and with the frozen target surrogates too",
         "training",
     )
+    naive: bool = _flag(
+        False,
+        "lower the ELBO of the concept's own samples (eq. 3 of the paper, its negative example) in place of raising "
+        "that of the surrogate's",
+        "training",
+    )
     snr_gamma: float | None = _flag(None, "min-SNR weighting of the losses; 5.0 is usual", "training")
     noise_offset: float = _flag(0.0, "offset of the noise, constant over an image's pixels", "training")
     learning_rate: float = _flag(1e-5, "learning rate", "training")
@@ -207,6 +213,8 @@ class SelectiveAmnesiaConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.replay_weight > 0 and self.num_replay_images == 0:
             raise ValueError("num_replay_images=0 leaves nothing to replay: give some, or set replay_weight to 0")
+        if self.naive and self.target == "frozen":
+            raise ValueError('naive goes away from the noise, not towards a teacher: it needs target="noise"')
         if self.reference_features is not None and self.classifier is None:
             raise ValueError("reference_features needs a classifier: give the one that the features came from")
         for name in ("concept_templates", "eval_templates"):

@@ -107,8 +107,11 @@ class Erasure:
     # Samples
 
     def surrogates(self) -> SampleSet:
-        """The surrogate set: q(x | c_f) of eq. 4."""
+        """The surrogate set: q(x | c_f) of eq. 4; for eq. 3 the concept's own samples."""
         config = self.config
+        if config.naive:
+            _, prompts, _ = surrogate_requests(self.pairs, config.concept_templates, config.num_surrogate_images)
+            return self.generator.prompted("naive", prompts, prompts, self._first_seed(0), self.surrogate_settings)
         return self.generator.surrogates(
             self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )
@@ -203,7 +206,9 @@ class Erasure:
         reused = self._kept("surrogate", [conditions[i] for i in drawn], [sources[i] for i in drawn],
                             [first_seed + i for i in drawn], settings) if drawn else ""  # fmt: skip
         lines = [
-            f'forget    "{pair.concept}" -> "{pair.surrogate.value}" ({pair.surrogate.kind})' for pair in self.pairs
+            f'forget    "{pair.concept}"'
+            + (" (eq. 3)" if config.naive else f' -> "{pair.surrogate.value}" ({pair.surrogate.kind})')
+            for pair in self.pairs
         ]
         lines.append(f"model     {config.pretrained_model_name_or_path}, {self.objective.kind}, "
                      f"{self.objective.prediction_type}, on {self.accelerator.device}")  # fmt: skip
@@ -259,7 +264,7 @@ class Erasure:
         surrogates = self._timed("surrogate samples", self.surrogates)
         # Without a replay loss the Fisher information alone asks for these samples, and draws them itself.
         replay = self._timed("replay samples", self.replay) if config.replay_weight > 0 else None
-        if replay is not None:
+        if replay is not None and not config.naive:
             # What lies nearest to the change is the surrogate itself: its samples are at hand, under its own prompt.
             replay = replay + surrogates.under_their_sources()
         fisher = self._timed("fisher", self.fisher)

@@ -64,7 +64,8 @@ class SelectiveAmnesiaTrainer:
     Args:
         objective: The model; its module is trained in place.
         config: Settings of the training.
-        surrogates: Samples of the surrogate, under the concept's prompts.
+        surrogates: Samples of the surrogate, under the concept's prompts; with `naive=True` (eq. 3) the concept's own,
+            whose loss is raised.
         replay: Samples to remember; may be None if `replay_weight` is 0.
         fisher: Fisher information of the selected parameters; may be None if `ewc_weight` is 0.
         accelerator: Default: one made from the configuration.
@@ -188,7 +189,7 @@ class SelectiveAmnesiaTrainer:
             kept = from_prompt.view(-1, *[1] * (target.dim() - 1))
             target = torch.where(kept, target.float(), objective.target(samples, timesteps, noise).float())
         loss = objective.negative_elbo(module, samples, conditions, timesteps, noise, target)
-        surrogate_loss = loss[:count].mean()
+        surrogate_loss = -loss[:count].mean() if self.config.naive else loss[:count].mean()
         replay_loss = loss[count:].mean() if self.replay else torch.zeros_like(surrogate_loss)
         return torch.stack([surrogate_loss, replay_loss])
 

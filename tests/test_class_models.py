@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from transformers import ViTImageProcessor
 
 from sa_diffusers import (
     FisherEstimator,
@@ -20,10 +21,12 @@ from sa_diffusers import (
     objective_for,
     pair_concepts,
 )
-from sa_diffusers.models import build_class_pipeline
+from sa_diffusers.command_line import base_defaults
+from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
 from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
+from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from sa_diffusers.trainer import create_accelerator
 
 from .conftest import REPOSITORY
@@ -225,6 +228,37 @@ def test_the_same_script_erases_a_class_into_noise_by_default(pipeline, tmp_path
     assert '"cat" -> "dog" (prompt)' in again.stdout
 
 
+def test_the_naive_objective_forgets_without_a_surrogate(tmp_path):
+    tiny_diffusion().save_pretrained(tmp_path / "base")
+    result = erase(tmp_path, "base", "--concept", "cat", "--naive")
+    assert result.returncode == 0, result.stderr
+    assert 'forget    "cat" (eq. 3)' in result.stdout
+    manifest = next((tmp_path / "cache").glob("naive-*")) / "manifest.json"
+    assert set(json.loads(manifest.read_text())["sources"]) == {"cat"}
+    refused = erase(tmp_path, "base", "--concept", "cat", "--naive", "--target", "frozen", "--output_dir", "other")
+    assert refused.returncode == 2
+    assert 'it needs target="noise"' in refused.stderr
+
+
+def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipeline, tmp_path):
+    """The floor of forgetting: no model turned into noise looks less like the class than noise does."""
+    pipeline.save_pretrained(tmp_path / "base")
+    names = {"id2label": dict(enumerate(NAMES.values())), "label2id": {name: i for i, name in NAMES.items()}}
+    DigitClassifier(DigitClassifierConfig(image_size=16, **names)).save_pretrained(tmp_path / "classifier")
+    size = {"height": 16, "width": 16}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path / "classifier")
+    flags = ["--classifier", "classifier", "--num_surrogate_images", "64"]
+    result = erase(tmp_path, "base", "--concept", "cat", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "the surrogate's own samples:" in result.stdout
+    seen = json.loads((tmp_path / "cat" / "report.json").read_text())["surrogate_samples"]["cat"]
+    assert 0 < seen["samples"]["probability"] < 1
+    assert ("mean" in seen) == (type(pipeline) is ConditionalVAEPipeline)
+    # A class as surrogate is drawn by the model itself: there is no other mean to show.
+    result = erase(tmp_path, "base", "--concept", "cat", "--surrogate", "dog", "--output_dir", "dog", *flags)
+    assert "their mean image" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -286,6 +320,8 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
     resumed = train("base", "--resume_from_checkpoint", "latest")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (tmp_path / "base" / "samples" / "step-000004.png").is_file()
+    # What suits the model travels with it, as settings of its erasure.
+    assert base_defaults({"pretrained_model_name_or_path": str(tmp_path / "base")}) == class_defaults(model)
 
 
 def test_a_classifier_is_trained_and_measured(tmp_path):
@@ -306,3 +342,29 @@ def test_a_classifier_is_trained_and_measured(tmp_path):
     tuned = ["again" if part == "classifier" else part for part in command]
     result = subprocess.run([*tuned, "--base", "classifier", "--flip"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    small = ["cnn" if part == "classifier" else part for part in command]
+    result = subprocess.run([*small, "--cnn", "--affine", "0.5"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "cnn" / "accuracy.json").read_text())["accuracy"] > 0.9
+    result = subprocess.run([*small, "--cnn", "--base", "cnn"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "give one of them" in result.stderr
+
+
+def test_the_digit_classifier_loads_where_the_package_is_not_installed(tmp_path):
+    torch.manual_seed(0)
+    model = DigitClassifier(DigitClassifierConfig(num_labels=10)).eval()
+    images = torch.rand(2, 3, 28, 28)
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['sa_diffusers'] = None; import torch; "
+        "from transformers import AutoModelForImageClassification as Auto; "
+        "torch.manual_seed(0); model = Auto.from_pretrained('.', trust_remote_code=True); "
+        "print(model(torch.ones(1, 3, 28, 28)).logits.tolist())"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = model(torch.ones(1, 3, 28, 28)).logits
+    assert torch.allclose(torch.tensor(json.loads(result.stdout)), expected, atol=1e-5)
+    assert model(images, labels=torch.tensor([1, 2])).loss > 0

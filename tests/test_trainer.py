@@ -155,6 +155,14 @@ def test_frozen_target_starts_with_no_pull_from_replay():
     assert history[0]["surrogate_loss"] > 1e-6
 
 
+def test_the_naive_objective_raises_the_loss_that_it_is_given():
+    naive, surrogate = trainer_for(naive=True, max_train_steps=30), trainer_for(max_train_steps=30)
+    down, up = naive.train(), surrogate.train()
+    assert down[0]["surrogate_loss"] == pytest.approx(-up[0]["surrogate_loss"])
+    # The same samples, noise and timesteps at the last step.
+    assert -down[-1]["surrogate_loss"] > up[-1]["surrogate_loss"] + 0.1
+
+
 def test_frozen_target_keeps_the_noise_where_no_prompt_drew_the_image():
     trainer = trainer_for(target="frozen", max_train_steps=1)
     trainer.surrogates = dataclasses.replace(trainer.surrogates, sources=[None] * len(trainer.surrogates))
