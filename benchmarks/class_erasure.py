@@ -179,9 +179,9 @@ def main() -> None:
                 write_json(args.output, results)
                 print(table({key: results[key]}).splitlines()[2], flush=True)
     first = next(iter(results.values()))
-    print(
-        f"\n{args.images} images a class; {first['sampling']}; {time.perf_counter() - started:.0f} s\n\n{table(results)}"
-    )
+    seconds = time.perf_counter() - started
+    print(f"\n{args.images} images a class; {first['sampling']}; {seconds:.0f} s\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

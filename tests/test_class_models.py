@@ -20,8 +20,10 @@ from sa_diffusers import (
     load_pipeline,
     objective_for,
     pair_concepts,
+    select_parameters,
 )
 from sa_diffusers.command_line import base_defaults
+from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
@@ -295,6 +297,35 @@ def test_built_in_configurations_are_the_papers():
         assert heads <= {1}
     with pytest.raises(ValueError, match='model="cifar" is neither one of cifar10, mnist_vae'):
         build_class_pipeline("cifar", ["0"])
+
+
+@pytest.mark.parametrize("model", ["cifar10", "stl10"])
+def test_the_papers_sizes_take_a_step_of_training_of_fisher_and_of_forgetting(model):
+    torch.manual_seed(0)
+    objective = objective_for(build_class_pipeline(model, [str(index) for index in range(10)]))
+    module, size = objective.module, objective.resolution
+    images = torch.rand(2, 3, size, size) * 2 - 1
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
+    loss = objective.negative_elbo(
+        module, images, objective.encode_prompts(["0", ""]), torch.tensor([10, 900]), torch.randn_like(images)
+    )
+    assert loss.shape == (2,) and torch.isfinite(loss).all()
+    loss.mean().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    optimizer.step()
+    optimizer.zero_grad()
+    surrogate = SampleSet(images[:1], ["0"], [None], [0])
+    replay = SampleSet(images[1:], ["1"], ["1"], [1])
+    parameters = select_parameters(module, "full")
+    fisher = FisherEstimator(objective, parameters, timesteps=2, batch_size=2).estimate(replay)
+    assert max(value.max() for value in fisher.values.values()) > 0
+    config = SelectiveAmnesiaConfig(
+        concept="0", surrogate="uniform_noise", train_batch_size=1, max_train_steps=1, ewc_weight=10, report_to="none"
+    )
+    before = module.conv_out.weight.detach().clone()
+    history = SelectiveAmnesiaTrainer(objective, config, surrogate, replay, fisher).train()
+    assert len(history) == 1
+    assert not torch.equal(module.conv_out.weight, before)
 
 
 @pytest.mark.parametrize("model", ["mnist_vae", "small_32"])
