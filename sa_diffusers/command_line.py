@@ -2,8 +2,9 @@
 
 import argparse
 import dataclasses
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,31 @@ def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
         if str(defaults.get(name, "")).startswith("../"):
             defaults[name] = str((folder / defaults[name]).resolve())
     return defaults
+
+
+def main(arguments: Sequence[str] | None = None, build_objective: Callable | None = None) -> None:
+    """Read the command line and run the erasure; what goes wrong ends the program with one line.
+
+    Args:
+        arguments: Default: the program's own.
+        build_objective: As for `sa_diffusers.erasure.Erasure`.
+    """
+    config = parse_config(arguments)
+    # Imported late: these take seconds, and a mistake on the command line should not.
+    from .erasure import Erasure
+    from .evaluation.comparison import GRID_NAME, REPORT_NAME
+    from .hub import push_folder
+
+    try:
+        erasure = Erasure(config, build_objective)
+        say = erasure.accelerator.print
+        say(f"\nPlan\n{erasure.plan()}\n")
+        comparison = erasure.run()
+        say(f"\n{comparison.table()}\n")
+        say(f"pipeline  {erasure.output_dir}")
+        say(f"report    {erasure.output_dir / REPORT_NAME}")
+        say(f"pictures  {erasure.output_dir / GRID_NAME}")
+        if config.push_to_hub and erasure.accelerator.is_main_process:
+            say(f"hub       {push_folder(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -3,11 +3,13 @@
 import gc
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
 from .data.generation import CONCEPT_SEEDS, REPLAY_SEEDS, SampleGenerator, surrogate_requests
@@ -35,6 +37,7 @@ class Erasure:
 
     Args:
         config: All settings.
+        build_objective: The objective of a loaded pipeline, for a kind of model of your own. Default: `objective_for`.
 
     Raises:
         ValueError: The settings contradict each other, the model cannot be had or is of an unknown kind, the output
@@ -42,8 +45,13 @@ class Erasure:
         ConnectionError: The Hub cannot be reached and the model is not in its cache.
     """
 
-    def __init__(self, config: SelectiveAmnesiaConfig) -> None:
+    def __init__(
+        self,
+        config: SelectiveAmnesiaConfig,
+        build_objective: Callable[[DiffusionPipeline], Objective] | None = None,
+    ) -> None:
         self.config = config
+        self._build_objective = build_objective or self._known_objective
         if config.surrogate:
             # Before the model is loaded: a mistake here should cost no time.
             pair_concepts(config.concept, config.surrogate)
@@ -54,9 +62,7 @@ class Erasure:
             config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir
         )
         self.revision = resolved_revision(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
-        self.objective: Objective = objective_for(
-            pipeline, config.prediction_type, config.snr_gamma, config.noise_offset
-        )
+        self.objective: Objective = self._build_objective(pipeline)
         self._name_prompts()
         self.objective.to(self.accelerator.device)
         if config.enable_xformers_memory_efficient_attention:
@@ -81,6 +87,10 @@ class Erasure:
         self.surrogate_settings = sampling_settings(config, config.surrogate_guidance_scale)
         self.replay_settings = sampling_settings(config, config.replay_guidance_scale)
         self.seconds: dict[str, float] = {}
+
+    def _known_objective(self, pipeline: DiffusionPipeline) -> Objective:
+        config = self.config
+        return objective_for(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
 
     def _name_prompts(self) -> None:
         """What is forgotten and what is remembered: phrases, or classes where the model knows classes."""
@@ -274,7 +284,7 @@ class Erasure:
         # The evaluation sees what a user will load, not what is in memory.
         self.objective = self.generator = None  # type: ignore[assignment]
         gc.collect()
-        erased = objective_for(load_pipeline(str(self.output_dir)), config.prediction_type).to(self.accelerator.device)
+        erased = self._build_objective(load_pipeline(str(self.output_dir))).to(self.accelerator.device)
         after = self._timed("evaluation after", lambda: self._draw(erased, groups))
         comparison = compare(groups, before, after, self.settings, self.classifier, self._provenance(), own)
         if self.accelerator.is_main_process:

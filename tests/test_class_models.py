@@ -2,13 +2,21 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import ViTImageProcessor
 
 from sa_diffusers import (
@@ -206,9 +214,8 @@ def test_settings_without_meaning_for_a_vae_are_refused():
         objective_for(tiny_vae()).sample(["cat"], [0], SamplingSettings(resolution=16))
 
 
-def erase(folder, base, *flags):
-    script = str(REPOSITORY / "examples" / "train_sa.py")
-    command = [sys.executable, script, "--pretrained_model_name_or_path", str(base),
+def erase(folder, base, *flags, script="train_sa.py"):
+    command = [sys.executable, str(REPOSITORY / "examples" / script), "--pretrained_model_name_or_path", str(base),
                "--num_surrogate_images", "8", "--num_replay_images", "8", "--num_inference_steps", "2",
                "--num_fisher_samples", "3", "--max_train_steps", "3", "--train_batch_size",
                "4", "--num_eval_images", "4", "--report_to", "none", "--guidance_scale", "2", *flags]  # fmt: skip
@@ -286,6 +293,49 @@ def test_mistakes_about_classes_are_one_line(tmp_path, flags, message):
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def tiny_dit(folder):
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4
+    )  # fmt: skip
+    # A fresh DiT ignores its input: its last layers start at zero.
+    for parameter in transformer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, down_block_types=["DownEncoderBlock2D"] * 2,
+                        up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
+    names = {index: f"thing {index}, item {index}" for index in range(1000)}
+    names |= {0: "crane", 1: "crane", 2: "tench, Tinca tinca"}
+    pipeline = DiTPipeline(transformer, vae, DDIMScheduler(num_train_timesteps=20, clip_sample=False))
+    pipeline.register_to_config(id2label=names)
+    pipeline.save_pretrained(folder)
+    return transformer
+
+
+def test_a_users_own_model_needs_an_objective_and_nothing_else(tmp_path):
+    before = tiny_dit(tmp_path / "base").state_dict()
+    script = "train_dit.py"
+    result = erase(tmp_path, "base", "--concept", "tench", "--surrogate", "uniform_noise", script=script)
+    assert result.returncode == 0, result.stderr
+    assert '"Tinca tinca, tench" -> "uniform_noise" (noise)' in result.stdout
+    erased = DiTPipeline.from_pretrained(tmp_path / "tench")
+    assert any(not torch.equal(value, before[name]) for name, value in erased.transformer.state_dict().items())
+    assert len(erased([2], num_inference_steps=2, guidance_scale=2.0).images) == 1
+    assert erased.labels["tench"] == 2
+
+
+def test_the_dit_objective_draws_what_its_pipeline_draws(tmp_path):
+    tiny_dit(tmp_path)
+    pipeline = DiTPipeline.from_pretrained(tmp_path)
+    objective = runpy.run_path(str(REPOSITORY / "examples" / "train_dit.py"))["DiTObjective"](pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    expected = pipeline([2], guidance_scale=3.0, num_inference_steps=4, generator=generator, output_type="np").images
+    drawn = objective.sample(["Tinca tinca, tench"], [3], SamplingSettings("ddim", 4, 3.0))
+    picture = np.asarray(objective.decode(drawn)[0]) / 255
+    assert np.abs(picture - expected[0]).max() < 0.01
 
 
 def test_built_in_configurations_are_the_papers():

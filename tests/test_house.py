@@ -26,8 +26,8 @@ ORDER = [
     "trainer",
     "evaluation",
     "hub",
-    "command_line",
     "erasure",
+    "command_line",
 ]
 
 

@@ -3,7 +3,7 @@ from datasets import Dataset
 from PIL import Image
 
 from sa_diffusers import pair_concepts, replay_prompts
-from sa_diffusers.data.prompts import fill_template, generate_captions, load_vocabulary, names_concept
+from sa_diffusers.data.prompts import class_name, fill_template, generate_captions, load_vocabulary, names_concept
 
 
 def test_one_pair():
@@ -156,3 +156,13 @@ def test_the_empty_prompt_is_spread_over_the_replay_prompts(count, share, empty)
     assert [prompt for prompt in prompts if prompt] == replay_prompts("garments", count - empty, 0, ["shirt"])
     gaps = {second - first for first, second in zip(places, places[1:], strict=False)}
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_a_class_is_found_by_any_of_its_names():
+    labels = ["tench, Tinca tinca", "great white shark, white shark", "Crane, lift", "crane, bird"]
+    assert class_name("Tinca tinca", labels) == class_name("0", labels) == labels[0]
+    assert class_name("White Shark", labels) == labels[1]
+    with pytest.raises(ValueError, match=r'"crane" is the name of several classes: give one of the numbers 2 \(Crane'):
+        class_name("crane", labels)
+    with pytest.raises(ValueError, match="give one of c0, .*, c19, ..., or a number from 0 to 999"):
+        class_name("dog", [f"c{index}" for index in range(1000)])

@@ -220,19 +220,26 @@ def generate_captions(vocabulary: Vocabulary, count: int, seed: int, avoid: Sequ
 
 
 def class_name(text: str, labels: Sequence[str]) -> str:
-    """The name of a class that is given by name or by number.
+    """The name of a class that is given by name, by one of several names ("tench" of "tench, Tinca tinca"), or by
+    number.
 
     Raises:
-        ValueError: There is no such class.
+        ValueError: There is no such class, or there are several.
     """
     bare = " ".join(text.split())
     if bare in labels:
         return bare
     if bare.isdecimal() and int(bare) < len(labels):
         return labels[int(bare)]
+    named = [label for label in labels if bare.casefold() in (name.strip().casefold() for name in label.split(","))]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        numbers = ", ".join(f"{labels.index(label)} ({label})" for label in named)
+        raise ValueError(f'"{text}" is the name of several classes: give one of the numbers {numbers}')
+    shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
     raise ValueError(
-        f'"{text}" is not a class of this model: give one of {", ".join(labels)}, or a number from 0 to '
-        f"{len(labels) - 1}"
+        f'"{text}" is not a class of this model: give one of {shown}, or a number from 0 to {len(labels) - 1}'
     )
 
 
