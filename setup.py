@@ -26,6 +26,7 @@ setup(
         "pyyaml",
         "safetensors",
         "tensorboard",
+        "torch-fidelity>=0.4",
         "torch>=2.6",
         "torchvision",
         "tqdm",

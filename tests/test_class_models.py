@@ -405,6 +405,30 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
     assert base_defaults({"pretrained_model_name_or_path": str(tmp_path / "base")}) == class_defaults(model)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--without", "nobody"], "no class is named nobody; there are 0, 1"),
+        (["--labels", "a", "b", "c"], "--labels names 3 classes, the data has 2"),
+        (["--model", "small"], 'model="small" is neither one of cifar10, mnist_vae, small_32'),
+        (["--data", "nowhere.parquet"], "the parquet file nowhere.parquet does not exist"),
+        (["--max_train_steps", "0"], "--max_train_steps 0 must be at least 1"),
+    ],
+)
+def test_mistakes_in_base_training_are_one_line_and_write_nothing(tmp_path, flags, message):
+    for name in ("train", "t10k"):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte", np.zeros((4, 28, 28)))
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", np.arange(4) % 2)
+    script = str(REPOSITORY / "examples" / "train_class_model.py")
+    command = [sys.executable, script, "--model", "mnist_vae", "--data", ".", "--output_dir", "base", *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "base").exists()
+
+
 def test_a_classifier_is_trained_and_measured(tmp_path):
     generator = np.random.default_rng(0)
     for name in ("train", "t10k"):

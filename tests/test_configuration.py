@@ -6,6 +6,7 @@ import yaml
 from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.command_line import build_parser, parse_config
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, read_settings
+from sa_diffusers.models import class_defaults
 
 from .conftest import REPOSITORY
 
@@ -129,3 +130,10 @@ def test_the_papers_experiments_are_configurations_that_load():
     nudity = parse_config(["--config", str(REPOSITORY / "examples" / "configurations" / "nudity.yaml")])
     assert nudity.concept == ["nudity", "naked", "erotic", "sexual"]
     assert nudity.train_method == "noxattn"
+    assert {"mnist_vae", "cifar10", "stl10"} <= {file.stem for file in files}
+
+
+def test_the_cpu_variants_write_out_what_comes_with_the_model():
+    for file in (REPOSITORY / "examples" / "configurations").glob("*_cpu.yaml"):
+        settings = read_settings(file)
+        assert class_defaults(file.stem.removesuffix("_cpu")).items() <= settings.items()

@@ -121,6 +121,8 @@ def test_report_tells_what_happened(classifier_folder, tmp_path):
     assert trained["recognised"]["after"]["share"] == 0.0
     assert light["change"]["rmse"] == 0
     assert comparison.report["remembered"]["after"]["recognised"] == 1.0
+    assert comparison.report["remembered"]["against_base"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert comparison.report["remembered"]["against_base"]["precision"] == 1.0
     assert comparison.report["sampling"]["guidance_scale"] == 7.5
     text = format_table(comparison.report)
     assert "25.0 % [4.6, 69.9]" in text

@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_parquet_with_names_and_without(tmp_path, pixels):
     Dataset.from_dict({"label": LABELS}).to_parquet(path)
     with pytest.raises(ValueError, match="has no column of images; it has label"):
         load_labelled_images(path)
+
+
+def test_rows_without_a_picture_or_a_label_are_named(tmp_path, pixels):
+    rows = {"image": [Image.fromarray(values) for values in pixels], "label": [0, 1, -1, 0, 1, 0]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "unlabelled.parquet")
+    with pytest.raises(ValueError, match=r"has rows without a label \(number -1 in label\)"):
+        load_labelled_images(tmp_path / "unlabelled.parquet")
+    broken = datasets.Dataset.from_dict({"image": [{"bytes": b"no picture", "path": None}], "label": [0]})
+    broken.cast_column("image", datasets.Image()).to_parquet(tmp_path / "broken.parquet")
+    with pytest.raises(ValueError, match=r"broken.parquet, row 0, is not a readable image"):
+        load_labelled_images(tmp_path / "broken.parquet")
 
 
 def test_bad_sources(tmp_path, pixels):

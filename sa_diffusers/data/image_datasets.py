@@ -191,7 +191,14 @@ def _from_dataset(dataset: Any, source: str) -> LabelledImages:
         raise ValueError(f"{source} has no column of labels; it has {', '.join(features)}")
     labels = torch.tensor(dataset[chosen][:], dtype=torch.long)
     names = features[chosen].names if classes else [str(index) for index in range(int(labels.max()) + 1)]
-    pictures = [_array(picture) for picture in dataset[images[0]]]
+    if int(labels.min()) < 0:
+        raise ValueError(f"{source} has rows without a label (number {int(labels.min())} in {chosen}): leave them out")
+    pictures = []
+    for row in range(len(dataset)):
+        try:
+            pictures.append(_array(dataset[row][images[0]]))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{source}, row {row}, is not a readable image ({error}): leave it out") from error
     return LabelledImages(_stack(pictures, [f"{source}, row {row}" for row in range(len(pictures))]), labels, names)
 
 

@@ -18,6 +18,7 @@ from ..files import write_json
 from ..objectives import Objective, SamplingSettings
 from .classification import Classification, ImageClassifier
 from .pictures import before_after_grid
+from .quality import NEIGHBOURS, image_quality
 from .statistics import frechet_distance, moments, wilson_interval
 
 REPORT_NAME = "report.json"
@@ -261,20 +262,24 @@ def _change(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> dict
 def _remembered(
     groups: Sequence[PromptGroup], before: Sequence[Drawn], after: Sequence[Drawn], classifier: ImageClassifier
 ) -> dict[str, Any]:
-    """Mean recognition, and Fréchet distance to real images, of all labels but the concepts'."""
+    """Of all labels but the concepts': mean recognition, Fréchet distance to real images, and how far the images are
+    from the base model's own."""
     chosen = [number for number, group in enumerate(groups) if group.role != "concept"]
     labels = [groups[number].label for number in chosen]
     reference = classifier.reference_moments([label for label in labels if label is not None])
     result: dict[str, Any] = {"labels": [groups[number].name for number in chosen]}
+    seen = {}
     for name, images in (("before", before), ("after", after)):
         scores = [images[number].scores for number in chosen]
         hits = [_share(score, label)["share"] for score, label in zip(scores, labels, strict=True)]
-        features = torch.cat([score.features for score in scores])
+        features = seen[name] = torch.cat([score.features for score in scores])
         result[name] = {
             "recognised": sum(hits) / len(hits),
             "frechet_distance": frechet_distance(moments(features), reference) if reference else None,
             "images": len(features),
         }
+    if len(seen["after"]) > NEIGHBOURS:
+        result["against_base"] = image_quality(seen["after"], seen["before"])
     return result
 
 
@@ -321,6 +326,12 @@ def format_table(report: dict[str, Any]) -> str:
             text.append(
                 f"Fréchet distance to real images, in the classifier's features: {old['frechet_distance']:.2f} before, "
                 f"{new['frechet_distance']:.2f} after ({new['images']} images each)"
+            )
+        if "against_base" in remembered:
+            values = remembered["against_base"]
+            text.append(
+                f"Against the base model's own images, in the classifier's features: Fréchet distance "
+                f"{values['frechet_distance']:.2f}, precision {values['precision']:.2f}, recall {values['recall']:.2f}"
             )
     text.append(
         f"{report['rows'][0]['images']} images a row, the same seeds before and after; {sampling['sampler']}, "

@@ -1,0 +1,146 @@
+"""Image quality: Fréchet distance, precision and recall, in the features of a network chosen by name.
+
+The network and the distances are torch-fidelity's, the other networks those of transformers.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity.utils import create_feature_extractor
+from transformers import AutoImageProcessor, AutoModel
+
+INCEPTION = "inception"
+NEIGHBOURS = 3
+_FEATURES = "2048"
+
+FeatureNetwork = Callable[[Sequence[Image.Image]], torch.Tensor]
+
+
+class InceptionFeatures:
+    """The 2048 features of the Inception network that the Fréchet Inception Distance is defined on.
+
+    Args:
+        weights: File of its weights as torch-fidelity names them. Default: downloaded once.
+        device: Where it runs.
+
+    Raises:
+        ValueError: The weights cannot be read or downloaded.
+    """
+
+    name = "inception-v3-compat"
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"the weights of the Inception network are not at {weights}: give the file's path")
+        try:
+            self.network = create_feature_extractor(
+                self.name, [_FEATURES], cuda=False, feature_extractor_weights_path=weights and str(weights),
+                verbose=False,
+            )  # fmt: skip
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"the weights of the Inception network could not be had ({error}): give the path of a file that holds "
+                "them, or choose another network for the features"
+            ) from error
+        self.network.to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 50) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(pictures), batch_size):
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in pictures[start : start + batch_size]])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+            parts.append(self.network(images)[0].float().cpu())
+        return torch.cat(parts)
+
+
+class TransformersFeatures:
+    """The pooled output of any vision model of transformers: DINOv2, CLIP, ...
+
+    Args:
+        name_or_path: A folder or a name on the Hub.
+        device: Where it runs.
+
+    Raises:
+        ValueError: There is no such model, or it has no pooled output.
+    """
+
+    def __init__(self, name_or_path: str, device: torch.device | str = "cpu") -> None:
+        try:
+            model = AutoModel.from_pretrained(name_or_path)
+            self.processor = AutoImageProcessor.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'the model of the features "{name_or_path}" could not be loaded ({error}): give {INCEPTION}, or a '
+                "folder or Hub name of a vision model of transformers"
+            ) from error
+        # A CLIP holds its vision model beside its text model.
+        self.model = getattr(model, "vision_model", model).eval().to(device)
+        self.name = name_or_path
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 50) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(pictures), batch_size):
+            batch = [image.convert("RGB") for image in pictures[start : start + batch_size]]
+            pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
+            pooled = self.model(pixel_values=pixels).pooler_output
+            if pooled is None:
+                raise ValueError(f'the model of the features "{self.name}" has no pooled output: choose another')
+            parts.append(pooled.flatten(1).float().cpu())
+        return torch.cat(parts)
+
+
+def feature_network(
+    name: str, weights: str | Path | None = None, device: torch.device | str = "cpu"
+) -> InceptionFeatures | TransformersFeatures:
+    """The network of a name: `"inception"`, or a vision model of transformers.
+
+    Args:
+        name: `"inception"`, or a folder or a name on the Hub.
+        weights: File of the Inception network's weights; see `InceptionFeatures`.
+        device: Where it runs.
+    """
+    return InceptionFeatures(weights, device) if name == INCEPTION else TransformersFeatures(name, device)
+
+
+def image_quality(drawn: torch.Tensor, reference: torch.Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:
+    """How far drawn images are from a reference: Fréchet distance, precision and recall (Kynkäänniemi et al., 2019).
+
+    Args:
+        drawn: Features `[n, d]` of the drawn images.
+        reference: Features `[m, d]` of real images, or of another model's.
+        neighbours: Images of each set are surrounded by balls that reach to so many nearest neighbours.
+
+    Returns:
+        `frechet_distance`; `precision`, the share of drawn images in a ball of the reference; `recall`, the share of
+        the reference in a ball of the drawn.
+
+    Raises:
+        ValueError: Too few images, or features of different networks.
+    """
+    if drawn.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"features of {drawn.shape[1]} and of {reference.shape[1]} entries come from different networks"
+        )
+    if min(len(drawn), len(reference)) <= neighbours:
+        raise ValueError(
+            f"{len(drawn)} drawn and {len(reference)} reference images are too few: give more than {neighbours} of each"
+        )
+    statistics = [fid_features_to_statistics(features.double()) for features in (drawn, reference)]
+    # Precision and recall of torch-fidelity take the drawn images first.
+    ratio = prc_features_to_metric(
+        drawn.double(), reference.double(), prc_neighborhood=neighbours, verbose=False, save_cpu_ram=False
+    )
+    return {
+        "frechet_distance": fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"],
+        "precision": float(ratio["precision"]),
+        "recall": float(ratio["recall"]),
+    }
