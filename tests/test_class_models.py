@@ -223,6 +223,20 @@ def erase(folder, base, *flags, script="train_sa.py"):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def evaluate(folder, *flags):
+    command = [sys.executable, str(REPOSITORY / "examples" / "evaluate_sa.py"), *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def real_folder(folder):
+    generator = np.random.default_rng(0)
+    (folder / "real").mkdir()
+    write_idx(folder / "real" / "train-images-idx3-ubyte", generator.integers(0, 256, (9, 8, 8)))
+    write_idx(folder / "real" / "train-labels-idx1-ubyte", np.arange(9) % 3)
+    return folder / "real"
+
+
 def test_the_same_script_erases_a_class_into_noise_by_default(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     result = erase(tmp_path, "base", "--concept", "1")
@@ -263,6 +277,25 @@ def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipelin
     seen = json.loads((tmp_path / "cat" / "report.json").read_text())["surrogate_samples"]["cat"]
     assert 0 < seen["samples"]["probability"] < 1
     assert ("mean" in seen) == (type(pipeline) is ConditionalVAEPipeline)
+    evaluation = ["--base", "base", "--erased", "cat", "--protocol", "class", "--classifier", "classifier",
+                  "--images", "4", "--artifacts_dir", "drawn", "--output_dir", "evaluation"]  # fmt: skip
+    result = evaluate(tmp_path, *evaluation, "--real", str(real_folder(tmp_path)), "--real_split", "train")
+    assert result.returncode == 0, result.stderr
+    measured = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert [row["name"] for row in measured["rows"]] == list(NAMES.values())
+    against_real, against_base = measured["quality"]
+    # Three real images of each of the two remembered classes; four drawn of each.
+    assert (against_real["reference_images"], against_real["images"], against_base["reference_images"]) == (6, 8, 8)
+    assert against_real["features"] == against_base["features"] == "classifier"
+    assert 0 <= against_real["after"]["precision"] <= 1
+    assert measured["sampling"]["guidance_scale"] == 2
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.safetensors")}
+    again = evaluate(tmp_path, *evaluation)
+    assert again.returncode == 0, again.stderr
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.safetensors")}
+    unnamed = evaluate(tmp_path, *evaluation, "--erased", "base")
+    assert unnamed.returncode == 1
+    assert "says what was erased: give --concept" in unnamed.stderr
     # A class as surrogate is drawn by the model itself: there is no other mean to show.
     result = erase(tmp_path, "base", "--concept", "cat", "--surrogate", "dog", "--output_dir", "dog", *flags)
     assert "their mean image" not in result.stdout

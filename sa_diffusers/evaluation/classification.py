@@ -86,6 +86,10 @@ class ImageClassifier:
             hook.remove()
         return Classification(torch.cat(probabilities), torch.cat(seen))
 
+    def feature_network(self) -> "ClassifierFeatures":
+        """What its last linear layer sees, as a network of features."""
+        return ClassifierFeatures(self)
+
     def label_of(self, text: str) -> int | None:
         """The index of the label that a concept or surrogate is, in any case and with any article."""
         words = text.casefold().split()
@@ -119,3 +123,14 @@ class ImageClassifier:
             },
             path,
         )
+
+
+class ClassifierFeatures:
+    """A classifier's penultimate features, by themselves."""
+
+    def __init__(self, classifier: ImageClassifier) -> None:
+        self.classifier = classifier
+        self.name = classifier.name
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return self.classifier(pictures).features

@@ -3,8 +3,9 @@
 The network and the distances are torch-fidelity's, the other networks those of transformers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,13 @@ INCEPTION = "inception"
 NEIGHBOURS = 3
 _FEATURES = "2048"
 
-FeatureNetwork = Callable[[Sequence[Image.Image]], torch.Tensor]
+
+class FeatureNetwork(Protocol):
+    """Pictures in, features `[n, d]` out; its name goes into reports."""
+
+    name: str
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor: ...
 
 
 class InceptionFeatures:

@@ -1,0 +1,111 @@
+"""What is drawn and measured to show that a concept is gone: one function a protocol."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+
+from ..data.prompts import ErasurePair
+from ..objectives import Objective, SamplingSettings
+from .classification import ImageClassifier
+from .comparison import Comparison, compare, draw_groups, label_groups
+from .quality import NEIGHBOURS, FeatureNetwork, image_quality
+
+
+@dataclass
+class Subject:
+    """What is evaluated, and how its images are drawn.
+
+    Attributes:
+        base: The base model.
+        erased: The erased model.
+        pairs: What was erased, and into what.
+        settings: Sampler, steps, guidance.
+        count: Images for each prompt or class.
+        first_seed: The first image's seed, the same before and after.
+        artifacts_dir: Where drawn images are kept: what was drawn before is not drawn again.
+        accelerator: The processes that share the drawing.
+    """
+
+    base: Objective
+    erased: Objective
+    pairs: Sequence[ErasurePair]
+    settings: SamplingSettings
+    count: int
+    first_seed: int
+    artifacts_dir: Path
+    accelerator: Accelerator
+
+
+def class_protocol(
+    subject: Subject,
+    classifier: ImageClassifier,
+    networks: Sequence[FeatureNetwork] = (),
+    real: Sequence[Image.Image] = (),
+    provenance: dict[str, Any] | None = None,
+) -> Comparison:
+    """Table 1 of the paper: entropy and probability of the forgotten classes; Fréchet distance, precision and recall
+    over the remembered ones; and recognition of every class before and after.
+
+    Args:
+        subject: A model whose conditions are classes.
+        classifier: One of those classes.
+        networks: What gives the features of images.
+        real: Real images of the remembered classes. Without them the base model's own images are the only reference.
+        provenance: Further fields of the report.
+
+    Raises:
+        ValueError: The model knows no classes.
+    """
+    labels = subject.base.labels
+    if labels is None:
+        raise ValueError("the class protocol needs a model of classes; this one takes prompts")
+    groups = label_groups(
+        classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
+    )
+    before, after = (
+        draw_groups(model, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier)
+        for model in (subject.base, subject.erased)
+    )
+    comparison = compare(groups, before, after, subject.settings, classifier, provenance)
+    kept = [number for number, group in enumerate(groups) if group.role != "concept"]
+    pictures = {
+        name: [picture for number in kept for picture in drawn[number].pictures]
+        for name, drawn in (("before", before), ("after", after))
+    }
+    comparison.report["quality"] = [
+        measured for network in networks for measured in _quality(network, pictures, list(real))
+    ]
+    return comparison
+
+
+def _quality(
+    network: FeatureNetwork, pictures: dict[str, list[Image.Image]], real: list[Image.Image]
+) -> list[dict[str, Any]]:
+    """Before and after against real images, and after against before, in one network's features."""
+    features = {name: network(images) for name, images in pictures.items()}
+    entry = {"features": network.name, "neighbours": NEIGHBOURS, "images": len(pictures["after"])}
+    measured = [{**entry, "reference": "the base model's own images", "reference_images": len(pictures["before"]),
+                 "after": image_quality(features["after"], features["before"])}]  # fmt: skip
+    if real:
+        reference = network(real)
+        quality = {name: image_quality(features[name], reference) for name in ("before", "after")}
+        measured.insert(0, {**entry, "reference": "real images", "reference_images": len(real), **quality})
+    return measured
+
+
+def format_quality(entries: Sequence[dict[str, Any]]) -> str:
+    """The measured qualities as lines of text."""
+    lines = []
+    for entry in entries:
+        lines.append(f"Remembered, {entry['images']} images against {entry['reference_images']} "
+                     f"({entry['reference']}), features of {entry['features']}:")  # fmt: skip
+        for time in ("before", "after"):
+            if time in entry:
+                values = entry[time]
+                lines.append(f"  {time:6}  Fréchet distance {values['frechet_distance']:.3f}, precision "
+                             f"{values['precision']:.3f}, recall {values['recall']:.3f}")  # fmt: skip
+    return "\n".join(lines)
