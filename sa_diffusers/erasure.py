@@ -4,6 +4,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ class Erasure:
         config = self.config
         if config.naive:
             _, prompts, _ = surrogate_requests(self.pairs, config.concept_templates, config.num_surrogate_images)
-            return self.generator.prompted("naive", prompts, prompts, self._first_seed(0), self.surrogate_settings)
+            own = self.generator.prompted("naive", prompts, prompts, self._first_seed(0), self.surrogate_settings)
+            # It goes away from the noise under either target: a teacher draws no one away from what it knows.
+            return replace(own, sources=[None] * len(own))
         return self.generator.surrogates(
             self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )

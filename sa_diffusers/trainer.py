@@ -171,7 +171,7 @@ class SelectiveAmnesiaTrainer:
             sources += [self.replay.conditions[row] for row in rows]
             timesteps = torch.cat([timesteps, draw_timesteps(len(rows), objective.num_train_timesteps, generator)])
         dropped = torch.rand(len(prompts), generator=generator) < self.config.condition_dropout
-        if frozen is None:
+        if frozen is None or self.config.naive:
             # The noise's target would teach the empty prompt the surrogate.
             dropped[:count] = False
         for place in dropped.nonzero().flatten().tolist():

@@ -258,9 +258,10 @@ def test_the_naive_objective_forgets_without_a_surrogate(tmp_path):
     assert 'forget    "cat" (eq. 3)' in result.stdout
     manifest = next((tmp_path / "cache").glob("naive-*")) / "manifest.json"
     assert set(json.loads(manifest.read_text())["sources"]) == {"cat"}
-    refused = erase(tmp_path, "base", "--concept", "cat", "--naive", "--target", "frozen", "--output_dir", "other")
-    assert refused.returncode == 2
-    assert 'it needs target="noise"' in refused.stderr
+    # Settings that come with a model may ask for the frozen target: it is for replay alone.
+    teacher = ["--target", "frozen", "--condition_dropout", "0.5"]
+    result = erase(tmp_path, "base", "--concept", "cat", "--naive", *teacher, "--output_dir", "other")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipeline, tmp_path):

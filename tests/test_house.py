@@ -105,10 +105,11 @@ def test_make_targets_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-@pytest.mark.parametrize("script", ["train_sa.py", "train_embedded.py"])
+SCRIPTS = [path for folder in ("examples", "benchmarks") for path in sorted((REPOSITORY / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_is_shown(script):
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "examples" / script), "--help"], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout
