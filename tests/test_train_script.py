@@ -33,7 +33,7 @@ QUICK = {
 }
 
 
-def run(arguments, folder, environment=None, launch=False, timeout=900):
+def run(arguments, folder, environment=None, launch=False, timeout=3600):
     command = [*(LAUNCH if launch else [sys.executable]), str(REPOSITORY / "examples" / "train_sa.py"), *arguments]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2",
                 "SA_DIFFUSERS_CACHE": str(folder / "cache"), **(environment or {})}  # fmt: skip
