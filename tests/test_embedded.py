@@ -1,6 +1,7 @@
 """The pipeline and the classifier that the repository ships, and an erasure on them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -129,3 +130,9 @@ def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "forgetting" not in again.stderr
     assert [line for line in again.stdout.splitlines() if line.startswith("| bag → ")] == table[-4:]
+
+
+def test_no_path_of_a_machine_is_shipped():
+    for path in (REPOSITORY / "sa_diffusers" / "models").rglob("*.json"):
+        if path.name != "tokenizer.json" and path.name != "vocab.json":
+            assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8")), path
