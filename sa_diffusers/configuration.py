@@ -117,9 +117,9 @@ class SelectiveAmnesiaConfig:
     gradient_accumulation_steps: int = _flag(1, "batches summed before an optimiser step", "training")
     gradient_checkpointing: bool = _flag(False, "trade time for memory in the backward pass", "training")
     target: Literal["noise", "frozen"] = _flag(
-        "noise",
-        "regression target: the noise (the paper), or the frozen model's own prediction for the surrogate prompt and "
-        "for replay",
+        "frozen",
+        "regression target: the frozen model's own prediction for the surrogate prompt and for replay, or the noise "
+        "(the paper)",
         "training",
     )
     condition_dropout: float = _flag(

@@ -59,7 +59,7 @@ def forget(surrogate, **settings):
     objective = Categorical()
     values = {"train_batch_size": 200, "max_train_steps": 1200, "learning_rate": 0.02, "ewc_weight": 0,
               "replay_weight": 0, "report_to": "none", "max_grad_norm": 100.0, **settings}  # fmt: skip
-    config = SelectiveAmnesiaConfig(concept="forgotten", surrogate="s", **values)
+    config = SelectiveAmnesiaConfig(concept="forgotten", surrogate="s", target="noise", **values)
     replay = samples_of(KNOWN[1], "kept") if config.replay_weight else None
     SelectiveAmnesiaTrainer(objective, config, samples_of(surrogate, "forgotten"), replay, None).train()
     return objective.likelihood()

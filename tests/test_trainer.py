@@ -26,6 +26,7 @@ BASE = {
     "logging_steps": 1,
     "num_inference_steps": 2,
     "ewc_weight": 1e-3,
+    "target": "noise",
 }
 
 
