@@ -264,13 +264,43 @@ def test_the_naive_objective_forgets_without_a_surrogate(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def write_classifier(folder):
+    names = {"id2label": dict(enumerate(NAMES.values())), "label2id": {name: i for i, name in NAMES.items()}}
+    DigitClassifier(DigitClassifierConfig(image_size=16, **names)).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+
+
+def test_the_benchmark_measures_the_original_on_its_way(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "base")
+    write_classifier(tmp_path / "classifier")
+    settings = {"num_surrogate_images": 4, "num_replay_images": 6, "num_fisher_samples": 2, "fisher_timesteps": 2,
+                "max_train_steps": 2, "train_batch_size": 2, "num_inference_steps": 2, "ewc_weight": 0.1}  # fmt: skip
+    (tmp_path / "base" / "selective_amnesia_defaults.json").write_text(json.dumps(settings))
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "class_erasure.py"), "--base", "base", "--classifier",
+               "classifier", "--concepts", "cat", "--variants", "default", "original", "EWC x 10", "--images", "4",
+               "--every", "2", "--original_steps", "4", "--work_dir", "work", "--output", "results.json"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["cat|default", "cat|original", "cat|EWC x 10"]
+    assert results["cat|EWC x 10"]["configuration"]["ewc_weight"] == pytest.approx(1)
+    original = results["cat|original"]
+    assert original["configuration"]["learning_rate"] == 1e-4
+    assert [point["step"] for point in original["on_the_way"]] == [2]
+    # The end is measured by the erasure itself: the checkpoint before it is another state.
+    assert original["on_the_way"][0]["probability"] == pytest.approx(original["concept"]["probability"]["after"], rel=1)
+    assert result.stdout.count("| cat |") == 6
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
 def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipeline, tmp_path):
     """The floor of forgetting: no model turned into noise looks less like the class than noise does."""
     pipeline.save_pretrained(tmp_path / "base")
-    names = {"id2label": dict(enumerate(NAMES.values())), "label2id": {name: i for i, name in NAMES.items()}}
-    DigitClassifier(DigitClassifierConfig(image_size=16, **names)).save_pretrained(tmp_path / "classifier")
-    size = {"height": 16, "width": 16}
-    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path / "classifier")
+    write_classifier(tmp_path / "classifier")
     flags = ["--classifier", "classifier", "--num_surrogate_images", "64"]
     result = erase(tmp_path, "base", "--concept", "cat", *flags)
     assert result.returncode == 0, result.stderr

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from sa_diffusers.evaluation.quality import InceptionFeatures, feature_network, image_quality
@@ -68,6 +69,20 @@ def test_vision_models_of_transformers_give_features(tmp_path):
         feature_network("no/where")
 
 
-def test_inception_features_come_from_a_file_of_weights(tmp_path):
+def test_inception_features_come_from_a_file_of_weights(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="are not at missing.pth: give the file's path"):
         InceptionFeatures("missing.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="code.pth holds no weights of the Inception network"):
+        InceptionFeatures(tmp_path / "code.pth")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="Missing key"):
+        InceptionFeatures(tmp_path / "weights.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        network = InceptionFeatures(tmp_path / "weights.pth")
+    torch.save(network.network.state_dict(), tmp_path / "weights.pth")
+    seen = feature_network("inception", tmp_path / "weights.pth")(pictures(), batch_size=2)
+    assert seen.shape == (3, 2048)
+    assert torch.allclose(seen, network(pictures()), atol=1e-4)

@@ -3,6 +3,7 @@
 The network and the distances are torch-fidelity's, the other networks those of transformers.
 """
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -42,8 +43,8 @@ class InceptionFeatures:
     name = "inception-v3-compat"
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
-        if weights is not None and not Path(weights).is_file():
-            raise ValueError(f"the weights of the Inception network are not at {weights}: give the file's path")
+        if weights is not None:
+            _check_weights(Path(weights))
         try:
             self.network = create_feature_extractor(
                 self.name, [_FEATURES], cuda=False, feature_extractor_weights_path=weights and str(weights),
@@ -65,6 +66,23 @@ class InceptionFeatures:
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
             parts.append(self.network(images)[0].float().cpu())
         return torch.cat(parts)
+
+
+def _check_weights(path: Path) -> None:
+    """torch-fidelity unpickles whatever the file holds, code too: let it see nothing but tensors.
+
+    Raises:
+        ValueError: There is no such file, or it holds anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"the weights of the Inception network are not at {path}: give the file's path")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no weights of the Inception network ({str(error).splitlines()[0]}): give a file of tensors "
+            "as torch-fidelity names them"
+        ) from error
 
 
 class TransformersFeatures:
