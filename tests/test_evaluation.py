@@ -6,7 +6,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from sa_diffusers import SamplingSettings, pair_concepts
 from sa_diffusers.evaluation import ImageClassifier, compare, frechet_distance, label_groups, wilson_interval
-from sa_diffusers.evaluation.comparison import Drawn, format_table, prompt_groups
+from sa_diffusers.evaluation.comparison import format_table, look_at, prompt_groups
 from sa_diffusers.evaluation.statistics import moments
 
 
@@ -104,11 +104,10 @@ def test_report_tells_what_happened(classifier_folder, tmp_path):
         ("light", "surrogate"),
         ("dark (trained phrasings)", "concept"),
     ]
-    assert len({seed for group in groups for seed in range(group.first_seed, group.first_seed + 4)}) == 12
+    assert len({seed for group in groups for seed in group.seeds}) == 12
 
     def drawn(levels):
-        pictures = plain(levels)
-        return Drawn(pictures, 0, classifier(pictures))
+        return look_at(plain(levels), ["dark"] * len(levels), classifier)
 
     before = [drawn([20, 22, 24, 26]), drawn([230, 231, 232, 240]), drawn([20, 22, 24, 26])]
     after = [drawn([230, 230, 230, 20]), drawn([230, 231, 232, 240]), drawn([230] * 4)]
@@ -137,8 +136,8 @@ def test_without_a_classifier_change_and_black_pictures_are_told():
     pairs = pair_concepts(["cat"], ["dog"])
     groups = prompt_groups(pairs, ["a house"], ["{}"], 2, 0)
     assert [group.role for group in groups] == ["concept", "surrogate", "remembered"]
-    before = [Drawn(plain([100, 200]), 0) for _ in groups]
-    after = [Drawn(plain([200, 0]), 1), Drawn(plain([100, 200]), 0), Drawn(plain([100, 200]), 0)]
+    before = [look_at(plain([100, 200]), ["a"] * 2) for _ in groups]
+    after = [look_at(plain(levels), ["a"] * 2) for levels in ([200, 0], [100, 200], [100, 200])]
     report = compare(groups, before, after, SamplingSettings()).report
     changes = [row["change"]["relative"] for row in report["rows"]]
     assert changes[0] > 1

@@ -74,7 +74,7 @@ class SampleGenerator:
             settings: Sampler, steps, guidance.
         """
         seeds = list(range(first_seed, first_seed + len(sources)))
-        return self._kept(name, conditions, sources, seeds, settings)
+        return self.drawn(name, conditions, sources, seeds, settings)
 
     def surrogates(
         self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings
@@ -89,7 +89,7 @@ class SampleGenerator:
             index = by_kind["prompt"]
             seeds = [first_seed + i for i in index]
             parts.append(
-                self._kept("surrogate", [conditions[i] for i in index], [sources[i] for i in index], seeds, settings)
+                self.drawn("surrogate", [conditions[i] for i in index], [sources[i] for i in index], seeds, settings)
             )
         for kind in ("images", "noise"):
             if by_kind[kind]:
@@ -111,8 +111,9 @@ class SampleGenerator:
     def _origin(self, settings: SamplingSettings) -> dict:
         return {"base_model": self.base_fingerprint, "kind": self.objective.kind, **settings.to_dict()}
 
-    def _kept(self, name: str, conditions: Sequence[str], sources: Sequence[str], seeds: Sequence[int],
+    def drawn(self, name: str, conditions: Sequence[str], sources: Sequence[str], seeds: Sequence[int],
               settings: SamplingSettings) -> SampleSet:  # fmt: skip
+        """As `prompted`, with a seed given for each sample."""
         folder = self.folder(name, conditions, sources, seeds, settings)
         if (folder / MANIFEST_NAME).is_file():
             return SampleSet.load(folder)

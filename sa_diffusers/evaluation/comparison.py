@@ -1,10 +1,11 @@
 """A saved pipeline against its base: what changed, with the figures' provenance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,19 +14,32 @@ from PIL import Image
 
 from ..data.generation import SampleGenerator, count_black
 from ..data.prompts import ErasurePair, fill_template
-from ..data.sample_set import SampleSet
 from ..files import write_json
 from ..objectives import Objective, SamplingSettings
 from .classification import Classification, ImageClassifier
 from .pictures import before_after_grid
-from .quality import NEIGHBOURS, image_quality
+from .quality import NEIGHBOURS, FeatureNetwork, image_quality
 from .statistics import frechet_distance, moments, wilson_interval
 
 REPORT_NAME = "report.json"
 GRID_NAME = "before_after.png"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GRID_COLUMNS = 6
+CHANGE_PIXELS = 64
+_CHUNK = 128
 _PACKAGES = ("torch", "diffusers", "transformers")
+
+
+class Measure(Protocol):
+    """Scores pictures one by one."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What a figure depends on: the evaluator's `"name"`, its version or weights, threshold, label set."""
+        ...
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float | None]]:
+        """Columns of figures, each with one for each picture; None where a picture has none (no face, say)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,9 @@ class PromptGroup:
 
     Attributes:
         name: What the row is called.
-        role: `"concept"`, `"surrogate"` or `"remembered"`.
+        role: `"concept"`, `"surrogate"`, `"neighbour"` (what lies near the concept) or `"remembered"`.
         prompts: One for each image.
-        first_seed: The i-th image has seed `first_seed + i`, before and after.
+        seeds: One for each image, the same before and after.
         label: The classifier's label that the prompts ask for, if it has one.
         surrogate_label: For a concept, its surrogate's label.
     """
@@ -44,18 +58,30 @@ class PromptGroup:
     name: str
     role: str
     prompts: tuple[str, ...]
-    first_seed: int
+    seeds: tuple[int, ...]
     label: int | None = None
     surrogate_label: int | None = None
 
 
 @dataclass
 class Drawn:
-    """The images of one model for one group."""
+    """What is known of one model's images for one group.
 
-    pictures: list[Image.Image]
+    Attributes:
+        shown: The first pictures.
+        black: How many pictures are black all over.
+        small: `[n, h, w, 3]` in [0, 1], at most `CHANGE_PIXELS` wide, for the change between before and after.
+        scores: What the classifier says.
+        measured: Column -> a figure for each picture.
+        features: Network -> `[n, d]`.
+    """
+
+    shown: list[Image.Image]
     black: int
+    small: np.ndarray
     scores: Classification | None = None
+    measured: dict[str, list[float | None]] = field(default_factory=dict)
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,7 +135,7 @@ def label_groups(
                 name=label,
                 role=role,
                 prompts=_spread(eval_templates, label, count),
-                first_seed=first_seed + index * count,
+                seeds=_seeds(first_seed, index, count),
                 label=index,
                 surrogate_label=label_of(pair.surrogate.value) if pair else None,
             )
@@ -122,7 +148,7 @@ def label_groups(
                 name=f"{pair.concept} (trained phrasings)",
                 role="concept",
                 prompts=_spread(concept_templates, pair.concept, count),
-                first_seed=first_seed + (len(labels) + number) * count,
+                seeds=_seeds(first_seed, len(labels) + number, count),
                 label=label_of(pair.concept),
                 surrogate_label=label_of(pair.surrogate.value),
             )
@@ -141,9 +167,14 @@ def prompt_groups(
         entries.append((value, "surrogate", _spread(templates, value, count)))
     entries += [(prompt, "remembered", (prompt,) * count) for prompt in remembered]
     return [
-        PromptGroup(name, role, prompts, first_seed + number * count)
+        PromptGroup(name, role, prompts, _seeds(first_seed, number, count))
         for number, (name, role, prompts) in enumerate(entries)
     ]
+
+
+def _seeds(first_seed: int, number: int, count: int) -> tuple[int, ...]:
+    """Each group has seeds of its own."""
+    return tuple(range(first_seed + number * count, first_seed + (number + 1) * count))
 
 
 def _spread(templates: Sequence[str], concept: str, count: int) -> tuple[str, ...]:
@@ -157,15 +188,80 @@ def draw_groups(
     artifacts_dir: str | Path,
     accelerator: Accelerator,
     classifier: ImageClassifier | None = None,
+    measures: Sequence[Measure] = (),
+    networks: Sequence[FeatureNetwork] = (),
 ) -> list[Drawn]:
-    """Draw every group's images from one model (or read them, if the same were drawn before) and score them."""
+    """Draw every group's images from one model, and score them.
+
+    Samples go to disk in parts, and what was drawn before is read: a run that was killed goes on where it stopped.
+
+    Args:
+        objective: The model.
+        groups: What to draw.
+        settings: Sampler, steps, guidance.
+        artifacts_dir: Where samples are kept.
+        accelerator: The processes that share the drawing.
+        classifier: Scores the images if given.
+        measures: Score them too.
+        networks: Give their features.
+    """
     generator = SampleGenerator(objective, artifacts_dir, accelerator)
+    # Whole batches, so that an image has the same neighbours in its batch whatever was drawn before.
+    size = settings.batch_size * max(1, _CHUNK // settings.batch_size)
     drawn = []
     for group in groups:
-        kept: SampleSet = generator.prompted("evaluation", group.prompts, group.prompts, group.first_seed, settings)
-        pictures = objective.decode(kept.samples.to(objective.device))
-        drawn.append(Drawn(pictures, count_black(pictures), classifier(pictures) if classifier else None))
+        parts = []
+        for start in range(0, len(group.prompts), size):
+            prompts, seeds = group.prompts[start : start + size], group.seeds[start : start + size]
+            kept = generator.drawn("evaluation", prompts, prompts, seeds, settings)
+            pictures = objective.decode(kept.samples.to(objective.device))
+            parts.append(look_at(pictures, prompts, classifier, measures, networks))
+        drawn.append(_joined(parts))
     return drawn
+
+
+def look_at(
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    classifier: ImageClassifier | None = None,
+    measures: Sequence[Measure] = (),
+    networks: Sequence[FeatureNetwork] = (),
+) -> Drawn:
+    """Score pictures, and keep of them what a comparison needs."""
+    measured: dict[str, list[float | None]] = {}
+    for measure in measures:
+        measured |= measure(pictures, prompts)
+    return Drawn(
+        list(pictures[:GRID_COLUMNS]),
+        count_black(pictures),
+        np.stack([_small(picture) for picture in pictures]),
+        classifier(pictures) if classifier else None,
+        measured,
+        {network.name: network(pictures) for network in networks},
+    )
+
+
+def _small(picture: Image.Image) -> np.ndarray:
+    picture = picture.convert("RGB")
+    if max(picture.size) > CHANGE_PIXELS:
+        picture.thumbnail((CHANGE_PIXELS, CHANGE_PIXELS), Image.Resampling.BOX)
+    return np.asarray(picture, dtype=np.float32) / 255
+
+
+def _joined(parts: Sequence[Drawn]) -> Drawn:
+    first = parts[0]
+    scores = None
+    if first.scores is not None:
+        scores = Classification(*(torch.cat([getattr(part.scores, name) for part in parts])
+                                  for name in ("probabilities", "features")))  # fmt: skip
+    return Drawn(
+        [picture for part in parts for picture in part.shown][:GRID_COLUMNS],
+        sum(part.black for part in parts),
+        np.concatenate([part.small for part in parts]),
+        scores,
+        {name: [value for part in parts for value in part.measured[name]] for name in first.measured},
+        {name: torch.cat([part.features[name] for part in parts]) for name in first.features},
+    )
 
 
 def compare(
@@ -207,8 +303,7 @@ def compare(
             for group in groups
             if group.role == "concept" and surrogates and group.label in surrogates
         }
-    grid = [(group.name, old.pictures[:GRID_COLUMNS], new.pictures[:GRID_COLUMNS])
-            for group, old, new in zip(groups, before, after, strict=True)]  # fmt: skip
+    grid = [(group.name, old.shown, new.shown) for group, old, new in zip(groups, before, after, strict=True)]
     return Comparison(report, grid)
 
 
@@ -218,8 +313,8 @@ def _row(group: PromptGroup, before: Drawn, after: Drawn) -> dict[str, Any]:
         "role": group.role,
         "images": len(group.prompts),
         "prompts": list(dict.fromkeys(group.prompts)),
-        "seeds": [group.first_seed, group.first_seed + len(group.prompts) - 1],
-        "change": _change(before.pictures, after.pictures),
+        "seeds": _ranges(group.seeds),
+        "change": _change(before.small, after.small),
         "black": {"before": before.black, "after": after.black},
     }
     if before.scores is not None and after.scores is not None and group.label is not None:
@@ -232,7 +327,37 @@ def _row(group: PromptGroup, before: Drawn, after: Drawn) -> dict[str, Any]:
                 "before": _share(before.scores, group.surrogate_label),
                 "after": _share(after.scores, group.surrogate_label),
             }
+    if before.measured:
+        row["scores"] = {name: {"before": summary(before.measured[name]), "after": summary(after.measured[name])}
+                         for name in before.measured}  # fmt: skip
     return row
+
+
+def _ranges(seeds: Sequence[int]) -> list[list[int]]:
+    """Seeds as runs of first and last."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return runs
+
+
+def summary(values: Sequence[float | None]) -> dict[str, Any]:
+    """Figures of one column: how many pictures have one, their sum, mean and standard deviation, and each of them."""
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else None
+    spread = None
+    if mean is not None and len(known) > 1:
+        spread = math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1))
+    return {
+        "count": len(known),
+        "sum": sum(known),
+        "mean": mean,
+        "std": spread,
+        "values": [None if value is None else round(value, 6) for value in values],
+    }
 
 
 def _share(scores: Classification, label: int) -> dict[str, Any]:
@@ -250,12 +375,10 @@ def _certainty(scores: Classification, label: int) -> dict[str, float]:
     }
 
 
-def _change(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> dict[str, float | None]:
+def _change(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
     """How far pictures of the same seed are apart, and how far those of different seeds are, before."""
-    old = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in before]) / 255
-    new = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in after]) / 255
-    same = float(np.sqrt(((old - new) ** 2).mean()))
-    other = float(np.sqrt(((old - np.roll(old, 1, axis=0)) ** 2).mean())) if len(old) > 1 else None
+    same = float(np.sqrt(((before - after) ** 2).mean()))
+    other = float(np.sqrt(((before - np.roll(before, 1, axis=0)) ** 2).mean())) if len(before) > 1 else None
     return {"rmse": same, "rmse_between_seeds": other, "relative": same / other if other else None}
 
 

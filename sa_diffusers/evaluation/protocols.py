@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from ..data.prompts import ErasurePair
 from ..objectives import Objective, SamplingSettings
 from .classification import ImageClassifier
-from .comparison import Comparison, compare, draw_groups, label_groups
+from .comparison import Comparison, Drawn, PromptGroup, compare, draw_groups, label_groups
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
 
 
@@ -67,28 +68,41 @@ def class_protocol(
         classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
     )
     before, after = (
-        draw_groups(model, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier)
+        draw_groups(
+            model, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier, networks=networks
+        )
         for model in (subject.base, subject.erased)
     )
     comparison = compare(groups, before, after, subject.settings, classifier, provenance)
-    kept = [number for number, group in enumerate(groups) if group.role != "concept"]
-    pictures = {
-        name: [picture for number in kept for picture in drawn[number].pictures]
-        for name, drawn in (("before", before), ("after", after))
-    }
-    comparison.report["quality"] = [
-        measured for network in networks for measured in _quality(network, pictures, list(real))
-    ]
+    comparison.report["quality"] = quality_of(groups, before, after, networks, real)
     return comparison
 
 
+def quality_of(
+    groups: Sequence[PromptGroup],
+    before: Sequence[Drawn],
+    after: Sequence[Drawn],
+    networks: Sequence[FeatureNetwork],
+    real: Sequence[Image.Image] = (),
+) -> list[dict[str, Any]]:
+    """Fréchet distance, precision and recall over all groups but the concepts', in the features of each network."""
+    kept = [number for number, group in enumerate(groups) if group.role != "concept"]
+    measured = []
+    for network in networks:
+        features = {
+            time: torch.cat([drawn[number].features[network.name] for number in kept])
+            for time, drawn in (("before", before), ("after", after))
+        }
+        measured += _quality(network, features, real)
+    return measured
+
+
 def _quality(
-    network: FeatureNetwork, pictures: dict[str, list[Image.Image]], real: list[Image.Image]
+    network: FeatureNetwork, features: dict[str, torch.Tensor], real: Sequence[Image.Image]
 ) -> list[dict[str, Any]]:
     """Before and after against real images, and after against before, in one network's features."""
-    features = {name: network(images) for name, images in pictures.items()}
-    entry = {"features": network.name, "neighbours": NEIGHBOURS, "images": len(pictures["after"])}
-    measured = [{**entry, "reference": "the base model's own images", "reference_images": len(pictures["before"]),
+    entry = {"features": network.name, "neighbours": NEIGHBOURS, "images": len(features["after"])}
+    measured = [{**entry, "reference": "the base model's own images", "reference_images": len(features["before"]),
                  "after": image_quality(features["after"], features["before"])}]  # fmt: skip
     if real:
         reference = network(real)
