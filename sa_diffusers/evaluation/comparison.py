@@ -482,6 +482,25 @@ def format_table(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def format_scores(report: dict[str, Any]) -> str:
+    """The mean of each scored column, row by row, before and after, as aligned text. Empty where nothing was scored."""
+    rows = [row for row in report["rows"] if row.get("scores")]
+    if not rows:
+        return ""
+    columns = list(rows[0]["scores"])
+    lines = [["prompted with", *columns]]
+    for row in rows:
+        cells = []
+        for column in columns:
+            before, after = (row["scores"][column][time]["mean"] for time in ("before", "after"))
+            cells.append(" -> ".join("none" if value is None else f"{value:.3g}" for value in (before, after)))
+        lines.append([row["name"], *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)  # fmt: skip
+
+
 def _format_share(share: dict[str, Any] | None) -> str:
     if share is None:
         return ""

@@ -1,22 +1,24 @@
 """Whether a forgotten concept can be brought back: other words for it, and textual inversion."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..data.generation import SampleGenerator
 from ..data.prompts import ErasurePair, fill_template
-from ..objectives import Objective, SamplingSettings, load_pipeline, objective_for
+from ..objectives import Objective, load_pipeline, objective_for
 from ..objectives.base import draw_timesteps
 from .classification import ImageClassifier
-from .comparison import Drawn, Measure, PromptGroup, draw_groups, share_of, summary
+from .clip import Clip
+from .comparison import Comparison, Drawn, Measure, PromptGroup, compare, draw_groups, share_of, summary
+from .protocols import Subject
 
+# The attacker's images share no seed with those that are scored.
+ATTACK_SEEDS = 30_000_000
 INVERTED_TOKEN = "<inverted-concept>"
 INVERSION_TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "one {}")
 TRANSLATED_TEMPLATES = (
@@ -75,15 +77,16 @@ def misspellings(concept: str, count: int = 6, seed: int = 0) -> list[str]:
     return found
 
 
-def paraphrase_groups(
+def attack_groups(
     pair: ErasurePair,
     held_out: Sequence[str],
     translations: Sequence[str],
     count: int,
     first_seed: int,
     classifier: ImageClassifier | None = None,
+    inverted: bool = False,
 ) -> list[PromptGroup]:
-    """Rows of other words for a concept: held-out phrasings, misspellings, other languages.
+    """Rows of words for a concept: its name, held-out phrasings, misspellings, other languages, a learned token.
 
     Args:
         pair: What was erased.
@@ -92,11 +95,14 @@ def paraphrase_groups(
         count: Images for each row.
         first_seed: The first image's.
         classifier: Knows the concept's label.
+        inverted: Whether there is a token that textual inversion learns.
     """
     kinds = {
+        "its name": [pair.concept],
         "paraphrases": [fill_template(template, pair.concept) for template in held_out],
         "misspellings": [fill_template("a photo of {}", name) for name in misspellings(pair.concept)],
         "other languages": [template.replace("{}", pair.concept) for template in translations],
+        "textual inversion": [template.replace("{}", INVERTED_TOKEN) for template in INVERSION_TEMPLATES if inverted],
     }
     groups = []
     for number, (kind, prompts) in enumerate(kinds.items()):
@@ -174,92 +180,103 @@ def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> 
     return losses
 
 
-@dataclass
-class Attacked:
-    """The models of the robustness protocol, by what they are."""
-
-    models: dict[str, str]
-    pair: ErasurePair
-    settings: SamplingSettings
-    count: int
-    first_seed: int
-    artifacts_dir: Path
-    accelerator: Accelerator
-
-
 def robustness_protocol(
-    attacked: Attacked,
-    base: Objective,
+    subject: Subject,
+    models: Mapping[str, str],
     held_out: Sequence[str],
     translations: Sequence[str] = TRANSLATED_TEMPLATES,
     inversion: Inversion | None = None,
     classifier: ImageClassifier | None = None,
-    measures: Sequence[Measure] = (),
-) -> tuple[list[dict[str, Any]], list[tuple[str, list, list]]]:
+    clip: Clip | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Comparison:
     """Every attack on every model: the base, the erased one, and one that never saw the concept, if there is one.
 
     Args:
-        attacked: The models: name in the report (`"base"`, `"erased"`, `"control"`) -> folder or Hub name.
-        base: The base model, which draws the attacker's images.
+        subject: What was erased, and how images are drawn.
+        models: Name in the report -> folder or Hub name: `"base"`, `"erased"`, and `"control"` if there is one. They
+            are loaded anew, because textual inversion adds a token.
         held_out: Phrasings that no training saw.
         translations: Prompts in other languages.
         inversion: Settings of textual inversion; None leaves it out.
         classifier: Says whether an image shows the concept.
-        measures: Score the images too.
+        clip: Says so too.
+        provenance: Further fields of the report.
 
     Returns:
-        One entry for each attack and model, for the report's `robustness`; and rows of pictures: base and erased.
+        A comparison of base and erased, with an entry for each attack and model in the report's `robustness`.
+
+    Raises:
+        ValueError: The model's conditions are classes, or there is nothing to score with.
     """
-    pair, count = attacked.pair, attacked.count
-    groups = paraphrase_groups(pair, held_out, translations, count, attacked.first_seed, classifier)
-    named = _group("the concept's name", [pair.concept], count, attacked.first_seed + 8 * count, pair, classifier)
-    groups.insert(0, named)
-    shown: dict[str, dict[str, Drawn]] = {}
-    entries = []
-    images = None
-    if inversion is not None:
-        if inversion.start is None:
-            word = pair.surrogate.value.split()[-1] if pair.surrogate.kind == "prompt" else "photo"
-            inversion = replace(inversion, start=word)
-        prompt = fill_template("a photo of {}", pair.concept)
-        first = attacked.first_seed + 9 * count
-        images = SampleGenerator(base, attacked.artifacts_dir, attacked.accelerator).drawn(
-            "inversion", [prompt] * inversion.images, [prompt] * inversion.images,
-            range(first, first + inversion.images), attacked.settings,
-        )  # fmt: skip
-    for model, name in attacked.models.items():
-        objective = objective_for(load_pipeline(name)).to(attacked.accelerator.device)
-        drawn = draw_groups(
-            objective, groups, attacked.settings, attacked.artifacts_dir, attacked.accelerator, classifier, measures
-        )
-        for group, seen in zip(groups, drawn, strict=True):
-            entries.append(_entry(group.name, model, group, seen))
-            shown.setdefault(group.name, {})[model] = seen
-        if inversion is not None and images is not None:
-            losses = invert(objective, images.samples, inversion)
-            prompts = [template.replace("{}", INVERTED_TOKEN) for template in INVERSION_TEMPLATES]
-            first = attacked.first_seed + 10 * count
-            group = _group("textual inversion", prompts, count, first, pair, classifier)
-            seen = draw_groups(
-                objective, [group], attacked.settings, attacked.artifacts_dir, attacked.accelerator, classifier,
-                measures,
-            )[0]  # fmt: skip
-            tenth = max(1, len(losses) // 10)
-            entry = _entry(group.name, model, group, seen)
-            entry["inversion"] = {
-                **asdict(inversion),
-                "first_loss": sum(losses[:tenth]) / tenth,
-                "last_loss": sum(losses[-tenth:]) / tenth,
-            }
-            entries.append(entry)
-            shown.setdefault(group.name, {})[model] = seen
-    grid = [(name, seen["base"].shown, seen["erased"].shown) for name, seen in shown.items()]
-    return entries, grid
+    if subject.base.labels is not None:
+        raise ValueError("the robustness protocol needs a model that takes prompts; this one knows classes")
+    if clip is None and classifier is None:
+        raise ValueError("nothing scores the images: give a CLIP model, a classifier, or both")
+    measures: list[Measure] = []
+    if clip is not None:
+        surrogates = [pair.surrogate.value for pair in subject.pairs if pair.surrogate.kind == "prompt"]
+        clip.choose_among([pair.concept for pair in subject.pairs], surrogates, [])
+        measures.append(clip)
+    groups, plain = [], {}
+    for number, pair in enumerate(subject.pairs):
+        first = subject.first_seed + 10 * number * subject.count
+        mine = attack_groups(pair, held_out, translations, subject.count, first, classifier, inversion is not None)
+        if len(subject.pairs) > 1:
+            mine = [replace(group, name=f"{pair.concept}: {group.name}") for group in mine]
+        plain |= {group.name: pair for group in mine if INVERTED_TOKEN in group.prompts[0]}
+        groups += mine
+    seen: dict[str, list[Drawn]] = {}
+    losses: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, name in models.items():
+        seen[model] = []
+        for group in groups:
+            # An attacked model carries the new token of one concept only.
+            objective = objective_for(load_pipeline(name)).to(subject.accelerator.device)
+            if group.name in plain:
+                images, settings = _attackers_images(subject, plain[group.name], inversion)
+                losses[group.name, model] = _trend(settings, invert(objective, images, settings))
+            seen[model] += draw_groups(
+                objective, [group], subject.settings, subject.artifacts_dir, subject.accelerator, classifier, measures
+            )
+    facts = {"evaluators": [measure.provenance() for measure in measures], **(provenance or {})}
+    comparison = compare(groups, seen["base"], seen["erased"], subject.settings, classifier, facts)
+    comparison.report["models"] = dict(models)
+    comparison.report["robustness"] = [
+        {**_entry(group, model, drawn), **losses.get((group.name, model), {})}
+        for number, group in enumerate(groups)
+        for model in models
+        for drawn in [seen[model][number]]
+    ]
+    return comparison
 
 
-def _entry(attack: str, model: str, group: PromptGroup, drawn: Drawn) -> dict[str, Any]:
+def _attackers_images(subject: Subject, pair: ErasurePair, inversion: Inversion) -> tuple[torch.Tensor, Inversion]:
+    """Images of the concept that the base model draws, and the attack with its start word."""
+    prompts = [fill_template("a photo of {}", pair.concept)] * inversion.images
+    generator = SampleGenerator(subject.base, subject.artifacts_dir, subject.accelerator)
+    first = subject.first_seed + ATTACK_SEEDS
+    drawn = generator.prompted("inversion", prompts, prompts, first, subject.settings)
+    if inversion.start is None:
+        word = pair.surrogate.value.split()[-1] if pair.surrogate.kind == "prompt" else "photo"
+        inversion = replace(inversion, start=word)
+    return drawn.samples, inversion
+
+
+def _trend(inversion: Inversion, losses: Sequence[float]) -> dict[str, Any]:
+    tenth = max(1, len(losses) // 10)
+    return {
+        "inversion": {
+            **asdict(inversion),
+            "first_loss": sum(losses[:tenth]) / tenth,
+            "last_loss": sum(losses[-tenth:]) / tenth,
+        }
+    }
+
+
+def _entry(group: PromptGroup, model: str, drawn: Drawn) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "attack": attack,
+        "attack": group.name,
         "model": model,
         "images": len(group.prompts),
         "prompts": list(dict.fromkeys(group.prompts)),
@@ -276,7 +293,9 @@ def _entry(attack: str, model: str, group: PromptGroup, drawn: Drawn) -> dict[st
 
 
 def format_robustness(entries: Sequence[dict[str, Any]]) -> str:
-    """The entries as aligned text: attacks in rows, models in columns."""
+    """The entries as aligned text: attacks in rows, models in columns. Empty without entries."""
+    if not entries:
+        return ""
     models = list(dict.fromkeys(entry["model"] for entry in entries))
     attacks = list(dict.fromkeys(entry["attack"] for entry in entries))
     by_key = {(entry["attack"], entry["model"]): entry for entry in entries}
