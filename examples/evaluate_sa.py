@@ -32,8 +32,10 @@ from sa_diffusers.evaluation.concept_protocol import (
     ConceptPrompts,
     concept_protocol,
     near_and_far,
+    picture_embeddings,
     read_prompts,
     read_templates,
+    text_embeddings,
 )
 from sa_diffusers.evaluation.memory import batch_size_for
 from sa_diffusers.evaluation.protocols import Subject, class_protocol, format_quality
@@ -87,8 +89,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     words("--held_out_prompts", metavar="FILE", help="phrasings that no training saw, {} for the concept [built in]")
     words("--evoking_prompts", metavar="FILE", help="prompts that evoke the concept without naming it [built in for "
                                                     "the paper's concepts]")  # fmt: skip
-    words("--neighbours", nargs="+", help="what lies near the concept [nearest of a built-in list, or of the "
-                                          "classifier's labels, in the base's text embeddings]")  # fmt: skip
+    words("--neighbours", nargs="+", help="what lies near the concept [nearest of the classifier's labels by "
+                                          "what the base draws, or of a built-in list by its text]")  # fmt: skip
     words("--unrelated", nargs="+", help="what lies far from it [chosen likewise]")
     words("--translations", metavar="FILE", help="prompts in other languages, {} for the concept [built in]")
 
@@ -166,12 +168,15 @@ class Evaluation:
             return read_templates(self.args.held_out_prompts)
         return self.config.eval_templates or [*NAMING_TEMPLATES[1:], *HELD_OUT_TEMPLATES]
 
-    def prompts(self) -> ConceptPrompts:
+    def prompts(self, clip: Clip | None) -> ConceptPrompts:
         args, config = self.args, self.config
         concepts = [pair.concept for pair in self.pairs]
         surrogates = [pair.surrogate.value for pair in self.pairs if pair.surrogate.kind == "prompt"]
-        candidates = self.classifier.labels if self.classifier else []
-        near, far = near_and_far(self.subject.base, concepts, surrogates, candidates)
+        if self.classifier:
+            embed, candidates = picture_embeddings(self.subject, self.classifier), self.classifier.labels
+        else:
+            embed, candidates = clip.embed_texts if clip else text_embeddings(self.subject.base), []
+        near, far = near_and_far(concepts, surrogates, embed, candidates)
         evoking = read_prompts(args.evoking_prompts, concepts) if args.evoking_prompts else []
         return ConceptPrompts(
             trained=read_templates(args.concept_prompts) if args.concept_prompts else config.concept_templates,
@@ -206,8 +211,9 @@ def real_images(args: argparse.Namespace, objective: Objective, forgotten: list[
 
 
 def run_concept(evaluation: Evaluation) -> Comparison:
+    clip = evaluation.clip()
     return concept_protocol(
-        evaluation.subject, evaluation.prompts(), evaluation.clip(), evaluation.classifier,
+        evaluation.subject, evaluation.prompts(clip), clip, evaluation.classifier,
         networks=evaluation.networks, provenance=evaluation.provenance,
     )  # fmt: skip
 

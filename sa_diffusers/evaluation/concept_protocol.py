@@ -1,7 +1,8 @@
 """What a text-to-image model still draws of a concept, and what else the erasure has changed."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ HELD_OUT_TEMPLATES = (
 )
 _DATA = Path(__file__).parent.parent / "data"
 NEIGHBOURS, UNRELATED = 5, 5
+_PICTURES = 16
 
 
 @dataclass
@@ -92,42 +94,56 @@ def read_templates(path: str | Path) -> list[str]:
 
 
 def near_and_far(
-    objective: Objective,
     concepts: Sequence[str],
     surrogates: Sequence[str],
+    embed: Callable[[Sequence[str]], torch.Tensor],
     candidates: Sequence[str] = (),
-    near: int = NEIGHBOURS,
-    far: int = UNRELATED,
 ) -> tuple[list[str], list[str]]:
-    """The candidates whose text embeddings lie nearest to the concepts, and others spread over the rest.
-
-    The embeddings are the base model's own, averaged over the tokens: erasing moves what is shared there.
+    """The candidates that lie nearest to the concepts (a third of them, at most 5), and others spread over the rest.
 
     Args:
-        objective: The base model.
         concepts: What was erased.
         surrogates: What it turned into.
+        embed: Names -> `[n, d]`; near is what has a high cosine. See `text_embeddings` and `picture_embeddings`.
         candidates: Names to choose from. Default: a built-in list of people, styles, bodies and things.
-        near: Number of neighbours.
-        far: Number of unrelated names.
     """
     if not candidates:
         known = json.loads((_DATA / "neighbours.json").read_text(encoding="utf-8"))
         candidates = [name for names in known.values() for name in names]
     taken = [*concepts, *surrogates]
     candidates = [
-        name for name in candidates if not any(names_concept(name, other) or names_concept(other, name)
-                                               for other in taken)
-    ]  # fmt: skip
+        name
+        for name in candidates
+        if not any(names_concept(name, other) or names_concept(other, name) for other in taken)
+    ]
     if not candidates:
         return [], []
-    hidden = objective.encode_prompts([*concepts, *candidates])["encoder_hidden_states"]
-    embedded = normalize(hidden.mean(1), dim=-1).cpu()
+    embedded = normalize(embed([*concepts, *candidates]).double(), dim=-1)
     closeness = (embedded[len(concepts) :] @ embedded[: len(concepts)].T).max(-1).values
     order = [candidates[index] for index in torch.argsort(closeness, descending=True, stable=True).tolist()]
+    near = min(NEIGHBOURS, math.ceil(len(order) / 3))
     rest = order[near:]
-    step = max(1, len(rest) // far) if far else 1
-    return order[:near], rest[::-step][:far]
+    return order[:near], rest[:: -max(1, len(rest) // UNRELATED)][:UNRELATED]
+
+
+def text_embeddings(objective: Objective) -> Callable[[Sequence[str]], torch.Tensor]:
+    """The base model's own embeddings of names, averaged over their tokens."""
+    return lambda names: objective.encode_prompts(names)["encoder_hidden_states"].mean(1).cpu()
+
+
+def picture_embeddings(subject: Subject, classifier: ImageClassifier) -> Callable[[Sequence[str]], torch.Tensor]:
+    """What the classifier sees in the base model's images of names: mean features, less their mean over all names."""
+
+    def embed(names: Sequence[str]) -> torch.Tensor:
+        seeds = tuple(range(subject.first_seed, subject.first_seed + _PICTURES))
+        groups = [PromptGroup(name, "remembered", (name,) * _PICTURES, seeds) for name in names]
+        drawn = draw_groups(
+            subject.base, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier
+        )
+        means = torch.stack([seen.features[classifier.name].double().mean(0) for seen in drawn])
+        return means - means.mean(0)
+
+    return embed
 
 
 def concept_groups(
