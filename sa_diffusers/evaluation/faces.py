@@ -273,8 +273,9 @@ def read_network(path: str | Path, names: int) -> CelebrityNetwork:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} could not be read as weights ({str(error).splitlines()[0]}). Only tensors and plain values are "
+            f"{path} could not be read as weights ({reason}). Only tensors and plain values are "
             'read, no code: if you trust the file, save it anew with nothing but its entry "model_state"'
         ) from error
     published = checkpoint.get("model_state") if isinstance(checkpoint, dict) else None
