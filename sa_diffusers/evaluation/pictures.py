@@ -5,8 +5,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+GRID_NAME = "before_after.png"
 _GAP = 4
 _TEXT = 14
+_BLURRED_PIXELS = 8
 
 
 def before_after_grid(
@@ -39,3 +41,9 @@ def before_after_grid(
                 resized = picture.convert("RGB").resize((tile, tile), smoothing)
                 sheet.paste(resized, (left + column * (tile + _GAP), top))
     sheet.save(path)
+
+
+def blurred(picture: Image.Image) -> Image.Image:
+    """A picture of the same size of which nothing is left but the mean colours of 8 by 8 fields."""
+    small = picture.convert("RGB").resize((_BLURRED_PIXELS, _BLURRED_PIXELS), Image.Resampling.BOX)
+    return small.resize(picture.size, Image.Resampling.BICUBIC)
