@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 WIDTH, HEIGHT = 360, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 12, 40
 MOST_BINS = 20
 _TICKS = 4
 
@@ -116,8 +116,8 @@ class _Canvas:
         self._add("line", {"x1": _LEFT, "x2": right, "y1": bottom, "y2": bottom, "class": "axis"})
         self._write((_LEFT + right) / 2, HEIGHT - 6, horizontal, "middle")
         middle = (_TOP + bottom) / 2
-        text = self._write(13, middle, vertical, "middle")
-        text.set("transform", f"rotate(-90 13 {_number(middle)})")
+        text = self._write(12, middle, vertical, "middle")
+        text.set("transform", f"rotate(-90 12 {_number(middle)})")
 
     def line(self, points: Sequence[tuple[float, float]], kind: str, closed: bool = False) -> None:
         placed = " ".join(",".join(_number(value) for value in self.place(point)) for point in points)

@@ -31,12 +31,14 @@ from .statistics import wilson_interval
 REPORT_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PAGE_NAME = "report.html"
+INTERVAL = "Wilson, 95 %"
 MISSING = "–"
 TIMES = ("before", "after")
 Grid = Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]
 
 # More columns of scores than these make a table of their own, one line each.
 _WIDEST = 3
+_ROLES = ("concept", "surrogate", "neighbour", "remembered")
 _LISTED = 12
 _SUMMARISED = 8
 _SHOWN_CHARTS = 8
@@ -131,11 +133,17 @@ def share_text(value: dict[str, Any] | None) -> str:
     return f"{percent(value['share'])} [{percent(low)}, {percent(high)}]"
 
 
+def percent_text(figures: str) -> str:
+    """Figures in per cent, for the middle of a sentence: the sign stands after the first."""
+    first, *rest = figures.split(" ", 1)
+    return " ".join([f"{first} %", *rest])
+
+
 def decimal(value: float | None) -> str:
     """Three decimals; what is positive is never shown as zero."""
     if value is None:
         return MISSING
-    return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
+    return "<0.001" if 0 < value < 0.0005 else f"{round(value, 3) + 0.0:.3f}"
 
 
 def significant(value: float | None) -> str:
@@ -197,7 +205,7 @@ def plain(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, dict):
         if {"share", "interval"} <= value.keys():
-            return f"{share_text(value)} %"
+            return percent_text(share_text(value))
         if {"count", "mean", "std"} <= value.keys():
             return score_text(value, "mean", value["count"])
         return "; ".join(f"{name}: {plain(part)}" for name, part in value.items())
@@ -265,27 +273,33 @@ def _summary(report: dict[str, Any], kinds: dict[str, str], configuration: dict[
     if neighbours:
         means = [percent(sum(row["recognised"][time]["share"] for row in neighbours) / len(neighbours))
                  for time in TIMES]  # fmt: skip
-        worst = min(
-            neighbours, key=lambda row: row["recognised"]["after"]["share"] - row["recognised"]["before"]["share"]
+        loss, worst = max(
+            (row["recognised"]["before"]["share"] - row["recognised"]["after"]["share"], number)
+            for number, row in enumerate(neighbours)
         )
+        lost = "None is recognised less often than before."
+        if loss > 0:
+            row = neighbours[worst]
+            lost = f"The largest loss is that of “{row['name']}”: {_from_to(row['recognised'])}."
         told.append(
             f"Neighbours of the concept ({len(neighbours)}): recognised in {means[0]} % before and {means[1]} % after, "
-            f"on average. The largest loss is that of “{worst['name']}”: {_from_to(worst['recognised'])}."
+            f"on average. {lost}"
         )
     remembered = report.get("remembered")
     if remembered:
         before, after = (percent(remembered[time]["recognised"]) for time in TIMES)
         told.append(
-            f"All others ({len(remembered['labels'])}): recognised as what was asked for in {before} % of images before "
-            f"and {after} % after, on average."
+            f"Everything but the concept ({len(remembered['labels'])}): recognised as what was asked for in {before} % of images "
+            f"before and {after} % after, on average."
         )
     else:
         changes = [row["change"]["relative"] for row in report["rows"]
                    if row["role"] != "concept" and row["change"]["relative"] is not None]  # fmt: skip
         if changes:
+            mean = percent(sum(changes) / len(changes))
             told.append(
-                f"The images of the {len(changes)} other rows changed by {percent(sum(changes) / len(changes))} % of the "
-                "distance between two seeds, on average."
+                f"The images of the {len(changes)} other rows changed by {mean} % of the distance between two seeds, "
+                "on average."
             )
     black = report.get("black_images")
     if black and (black["before"] or black["after"]):
@@ -295,24 +309,33 @@ def _summary(report: dict[str, Any], kinds: dict[str, str], configuration: dict[
 
 def _told(row: dict[str, Any], kinds: dict[str, str]) -> str:
     """One concept's row in words."""
-    name = f"Asked for “{row['name']}” ({row['images']} images)"
     told = []
     if "recognised" in row:
-        told.append(f"the classifier recognises it in {_from_to(row['recognised'])}")
+        told.append(f"recognised in {_from_to(row['recognised'])}")
         if "as_surrogate" in row:
-            told.append(f"and recognises its surrogate in {_from_to(row['as_surrogate'])}")
+            told.append(f"recognised as the surrogate in {_from_to(row['as_surrogate'])}")
     for column in list(row.get("scores", {}))[:_WIDEST]:
-        before, after = (score_text(row["scores"][column][time], kinds[column], row["images"]) for time in TIMES)
-        unit = {"share": " %", "count": " in total (and on average)", "mean": ""}[kinds[column]]
-        told.append(f"{column} is {before}{unit} before and {after}{unit} after")
+        kind = kinds[column]
+        figures = [score_text(row["scores"][column][time], kind, row["images"]) for time in TIMES]
+        if kind == "share":
+            figures = [percent_text(text) for text in figures]
+        before, after = (_kept_together(text) for text in figures)
+        unit = ", in total (and on average)" if kind == "count" else ""
+        told.append(f"{column}{unit} {before} before and {after} after")
     relative = row["change"]["relative"]
     if not told and relative is not None:
         told.append(f"the images changed by {percent(relative)} % of the distance between two seeds")
-    return f"{name}: {'; '.join(told) or 'nothing was measured'}."
+    return f"“{row['name']}”, {row['images']:,} images: {'; '.join(told) or 'nothing was measured'}."
 
 
 def _from_to(shares: dict[str, dict[str, Any]]) -> str:
-    return f"{share_text(shares['before'])} % before and {share_text(shares['after'])} % after"
+    before, after = (_kept_together(percent_text(share_text(shares[time]))) for time in TIMES)
+    return f"{before} before and {after} after"
+
+
+def _kept_together(text: str) -> str:
+    """A figure and its interval on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 # Pictures
@@ -322,8 +345,9 @@ def _pictures(report: dict[str, Any], grid: Grid) -> list[Block]:
     if not grid:
         return []
     seeds = {row["name"]: row["seeds"] for row in report["rows"]}
+    order = {row["name"]: _ROLES.index(row["role"]) for row in report["rows"] if row["role"] in _ROLES}
     strips = []
-    for name, before, after in grid:
+    for name, before, after in sorted(grid, key=lambda entry: order.get(entry[0], len(_ROLES))):
         first = _first_seeds(seeds.get(name, []), max(len(before), len(after)))
         strips.append(Strip(name, [str(seed) for seed in first], before, after))
     caption = "Each column is one seed: above what the base model draws, below what the erased model draws."
@@ -369,7 +393,7 @@ def _score_columns(names: Iterable[str], kinds: dict[str, str]) -> list[_Column]
 
 def _relative(row: dict[str, Any]) -> str:
     relative = row["change"]["relative"]
-    return MISSING if relative is None else percent(relative) if relative < 0.9995 else f"{100 * relative:.1f}"
+    return MISSING if relative is None else percent(relative)
 
 
 def _row_tables(
@@ -435,8 +459,8 @@ def _note(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """What the columns mean, of those that are there."""
     notes = []
     if any("recognised" in row for row in rows):
-        notes.append("Recognised: share of images that the classifier calls what was asked for; brackets: "
-                     f"{report.get('interval', 'Wilson, 95 %')} interval. Probability: the classifier's mean for it. "
+        notes.append("Recognised: share of images that the classifier calls what was asked for; brackets: its "
+                     f"interval ({report.get('interval', INTERVAL)}). Probability: the classifier's mean for it. "
                      "Entropy: the mean of its answer, in nats.")  # fmt: skip
     if any(row.get("scores") for row in rows):
         notes.append(_score_note(()))
@@ -499,8 +523,10 @@ def _histograms(report: dict[str, Any], kinds: dict[str, str]) -> list[Block]:
                 charts.append(_histogram(row, name, before, after))
     if not charts:
         return []
-    text = ("How the scores of single images are spread, before and after, over the same bins; scores that are yes or no "
-            "are in the tables alone.")  # fmt: skip
+    text = (
+        "How the scores of single images are spread, before and after, over the same bins. Scores that are yes or no "
+        "are in the tables alone."
+    )
     return [Paragraph(text), Charts(charts)]
 
 
@@ -538,8 +564,9 @@ def _quality(report: dict[str, Any]) -> list[Block]:
         return []
     caption = (
         "Images of everything but the erased concepts, in the features of a network. Fréchet distance: 0 is the same "
-        "distribution. Precision: share of the drawn images that lie among the reference; recall: share of the reference "
-        "that lies among the drawn. The Fréchet distance depends on the number of images: compare equal numbers only."
+        "distribution. Precision: share of the drawn images that lie among the reference. Recall: share of the "
+        "reference that lies among the drawn. The Fréchet distance depends on the number of images: compare equal "
+        "numbers only."
     )
     header = ["features", "reference (images)", "model", "images", "Fréchet distance", "precision", "recall"]
     return [Table(caption, header, lines, frozenset({0, 1, 2}))]
@@ -609,8 +636,10 @@ def _training(history: Sequence[dict[str, float]]) -> list[Block]:
             frozenset(),
         )
         charts.append(Chart(caption, curve_svg(points, f"Curve. {caption}", title), data))
-    text = ("Values of single steps, as they were logged: losses are means over the step's batch, the EWC penalty includes "
-            "its weight.")  # fmt: skip
+    text = (
+        "Values of single steps, as they were logged. Losses are means over the step's batch; the EWC penalty includes "
+        "its weight."
+    )
     return [Paragraph(text), Charts(charts)]
 
 
@@ -661,12 +690,10 @@ def _reproduce(report: dict[str, Any], configuration: dict[str, Any], trained: b
     rows = []
     for number, row in enumerate(report["rows"]):
         place = f"rows[{number}] of {REPORT_NAME}"
-        rows.append([row["name"], row["role"], f"{row['images']:,}", _listed([f"“{text}”" for text in row["prompts"]], place),
-                     seeds_text(row["seeds"], place)])  # fmt: skip
-    blocks.append(
-        Table("Prompts and seeds of every row, the same before and after", ["row", "role", "images", "prompts", "seeds"],
-              rows, frozenset({0, 1, 3, 4}))
-    )  # fmt: skip
+        prompts = _listed([f"“{text}”" for text in row["prompts"]], place)
+        rows.append([row["name"], row["role"], f"{row['images']:,}", prompts, seeds_text(row["seeds"], place)])
+    caption = "Prompts and seeds of every row, the same before and after"
+    blocks.append(Table(caption, ["row", "role", "images", "prompts", "seeds"], rows, frozenset({0, 1, 3, 4})))
     sampling = [
         [name.replace("_", " "), plain(value)] for name, value in report["sampling"].items() if value is not None
     ]
@@ -690,21 +717,23 @@ def _origins(report: dict[str, Any], trained: bool) -> list[list[str]]:
     rows, classifier = report["rows"], report.get("classifier")
     origins = []
     if classifier and any("recognised" in row for row in rows):
-        interval = report.get("interval", "Wilson, 95 %")
-        origins.append(["recognised, as its surrogate", classifier["name"],
-                        f"share of images whose most probable label it is, no threshold; {interval} interval"])  # fmt: skip
-        origins.append(["probability, entropy", classifier["name"],
-                        "means over the images of the softmax's entry for the label, and of the softmax's entropy"])  # fmt: skip
+        name, interval = classifier["name"], report.get("interval", INTERVAL)
+        origins += [
+            ["recognised, as its surrogate", name,
+             f"share of images whose most probable label it is, no threshold; interval: {interval}"],
+            ["probability, entropy", name, "means over the images, of the softmax at the label and of its entropy"],
+        ]  # fmt: skip
     evaluators = report.get("evaluators") or []
     for name in _score_kinds(rows):
         owners = [entry for entry in evaluators if name in entry.get("columns", [])]
         owners = owners or [entry for entry in evaluators if "columns" not in entry]
         told = ", ".join(str(entry.get("name", MISSING)) for entry in owners) or MISSING
         origins.append([name, told, "one figure an image, in rows[...].scores of " + REPORT_NAME])
-    for features in dict.fromkeys(entry["features"] for entry in report.get("quality") or []):
-        neighbours = {plain(entry.get("neighbours")) for entry in report["quality"] if entry["features"] == features}
-        origins.append(["Fréchet distance, precision, recall", features,
-                        f"torch-fidelity on its features, precision and recall with k = {', '.join(sorted(neighbours))}"])  # fmt: skip
+    for features, neighbours in dict.fromkeys(
+        (entry["features"], entry.get("neighbours")) for entry in report.get("quality") or []
+    ):
+        how = f"torch-fidelity on its features; precision and recall with k = {plain(neighbours)}"
+        origins.append(["Fréchet distance, precision, recall", features, how])
     if report.get("remembered") and classifier:
         origins.append(["Fréchet distance in the classifier's features", classifier["name"],
                         "means and covariances of the input of its last linear layer"])  # fmt: skip
