@@ -16,7 +16,7 @@ from sa_diffusers.evaluation import Comparison
 from sa_diffusers.evaluation.charts import histogram
 from sa_diffusers.evaluation.comparison import summary
 from sa_diffusers.evaluation.pictures import blurred
-from sa_diffusers.evaluation.report import decimal, percent, share_text, significant
+from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text
 from sa_diffusers.evaluation.statistics import wilson_interval
 
 FILES = ["before_after.png", "report.html", "report.json", "report.md"]
@@ -218,6 +218,13 @@ def table_rows(markdown):
     ]
 
 
+def rounded(text, mean, deviation):
+    """Whether a text is this mean and standard deviation, rounded, with two digits of the deviation at least."""
+    digits = [len(part.partition(".")[2]) for part in text.split(" ± ")]
+    assert len(text.split(" ± ")[1].replace(".", "").lstrip("0")) >= 2
+    return text == f"{mean:.{digits[0]}f} ± {deviation:.{digits[0]}f}" and digits[0] == digits[1]
+
+
 def test_all_files_are_written_and_the_page_is_whole(tmp_path):
     report = full_report()
     _, text = save(tmp_path, report)
@@ -259,9 +266,10 @@ def test_figures_are_those_of_the_report(tmp_path):
             (line,) = [line for line in rows if line[:2] == [name, entry["name"]]]
             after = times["after"]
             if name == "clip_score":
-                assert line[3] == f"{after['mean']:.3g} ± {after['std']:.3g}"
+                assert rounded(line[3], after["mean"], after["std"])
             elif name == "giphy_probability":
-                assert line[3] == f"{after['mean']:.3g} ± {after['std']:.3g} (n = 16)"
+                assert line[3].endswith(" (n = 16)")
+                assert rounded(line[3].removesuffix(" (n = 16)"), after["mean"], after["std"])
             elif name == "breasts_exposed":
                 assert line[3] == f"{after['sum']:.0f} ({after['mean']:.3g})"
             else:
@@ -291,7 +299,10 @@ def test_the_summary_says_in_words_what_the_tables_say(tmp_path):
     assert "“Emma Stone”, 20 images: recognised in 95.0 % [76.4, 99.1] before and 0.0 % [0.0, 16.1] after" in told
     assert "recognised as the surrogate in 0.0 % [0.0, 16.1] before and 90.0 % [69.9, 97.2] after" in told
     clip = report["rows"][0]["scores"]["clip_score"]
-    figures = [f"{clip[time]['mean']:.3g} ± {clip[time]['std']:.3g}" for time in ("before", "after")]
+    figures = [
+        f"{clip[time]['mean']:.{digits}f} ± {clip[time]['std']:.{digits}f}"
+        for time, digits in (("before", 1), ("after", 2))
+    ]
     assert f"clip_score {figures[0]} before and {figures[1]} after" in told
     assert "None is recognised less often than before." in told
     assert "95.1 % of images before and 94.2 % after" in told
@@ -325,7 +336,7 @@ def test_few_scores_stand_beside_the_other_figures(tmp_path):
     scored = report["rows"][0]["scores"]["clip_score"]["after"]
     line = rows[rows.index(header) + 1]
     assert line[header.index("clip_score after, mean ± standard deviation")] == (
-        f"{scored['mean']:.3g} ± {scored['std']:.3g}"
+        f"{scored['mean']:.2f} ± {scored['std']:.2f}"
     )
 
 
@@ -377,7 +388,7 @@ def test_robustness_is_shown_whatever_was_measured(tmp_path):
         "0.0 % [0.0, 16.1]",
         "–",
         "–",
-        "18 ± 1.41",
+        "18.0 ± 1.4",
         "Ema Stone; Emma Ston",
     ]
     assert "textual inversion" in Page(text).text
@@ -414,7 +425,8 @@ def test_a_histogram_has_a_bin_for_each_whole_number_and_few_for_many_values():
     assert (counted.before, counted.after) == ((1, 0, 2), (0, 3, 0))
     values = np.random.default_rng(0).normal(size=10_000).tolist()
     counted = histogram(values, [0.0])
-    assert len(counted.before) == 20
+    assert 8 <= len(counted.before) <= 20
+    assert all(edge == round(edge, 1) for edge in counted.edges)
     assert (sum(counted.before), sum(counted.after)) == (10_000, 1)
     assert sum(histogram([0.25, 0.25], []).before) == 2
     with pytest.raises(ValueError, match="give at least one"):
@@ -579,6 +591,10 @@ def test_nothing_is_rounded_to_all_or_to_none():
     ]  # fmt: skip
     assert share_text({"share": 1.0, "interval": [0.862, 0.9999999999999999]}) == "100.0 [86.2, 100.0]"
     assert [decimal(value) for value in (None, 0.0, 3e-6, -1e-9, 4.8473)] == ["–", "0.000", "<0.001", "0.000", "4.847"]
+    pairs = [(27.04, 1.43), (0.041, 0.00289), (9300.2, 812.0), (0.5, None), (2, 0)]
+    assert [spread_text(*pair) for pair in pairs] == [
+        "27.0 ± 1.4", "0.0410 ± 0.0029", "9,300 ± 812", "0.5", "2 ± 0"
+    ]  # fmt: skip
     assert [significant(value) for value in (None, 12, 0.000512, 1234.5, -2.5)] == [
         "–", "12", "0.000512", "1,234", "-2.5"
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Histograms and curves as SVG that sits inside a page.
 
 Drawn here and not by a plotting library, whose SVG has its colours and its lettering fixed inside: these take both from
-the style sheet of the page around them, and so follow its light and dark theme. Bins come from NumPy.
+the style sheet of the page around them, and so follow its light and dark theme.
 """
 
 import math
@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 WIDTH, HEIGHT = 360, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 20, 12, 40
 MOST_BINS = 20
 _TICKS = 4
+_TICKS_ACROSS = 6
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Histogram:
 
 
 def histogram(before: Sequence[float], after: Sequence[float]) -> Histogram:
-    """Count two sets of values over bins that both share: one for each whole number, or NumPy's automatic ones.
+    """Count two sets of values over bins that both share: one for each whole number, or at most 20 with round edges.
 
     Raises:
         ValueError: There is no value at all.
@@ -45,8 +46,7 @@ def histogram(before: Sequence[float], after: Sequence[float]) -> Histogram:
     if (values == np.round(values)).all() and high - low < MOST_BINS:
         edges = np.arange(low - 0.5, high + 1)
     else:
-        bins = len(np.histogram_bin_edges(values, bins="auto")) - 1
-        edges = np.histogram_bin_edges(values, bins=min(bins, MOST_BINS))
+        edges = np.asarray(_ticks(low, high, MOST_BINS - 1))
     counts = (tuple(int(count) for count in np.histogram(part, edges)[0]) for part in (before, after))
     return Histogram(tuple(float(edge) for edge in edges), *counts)
 
@@ -92,7 +92,7 @@ class _Canvas:
 
     def __init__(self, across: tuple[float, float], upwards: tuple[float, float], whole: bool = False) -> None:
         self.across = across if across[1] > across[0] else (across[0], across[0] + 1)
-        self.ticks = _ticks(*upwards, whole)
+        self.ticks = _ticks(*upwards, _TICKS, whole)
         self.upwards = (self.ticks[0], self.ticks[-1])
         self.root = ElementTree.Element(
             "svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "class": "chart"}
@@ -109,7 +109,7 @@ class _Canvas:
             _, y = self.place((self.across[0], value))
             self._add("line", {"x1": _LEFT, "x2": right, "y1": y, "y2": y, "class": "rule"})
             self._write(_LEFT - 6, y + 4, tick_text(value), "end")
-        for value in (tick for tick in _ticks(*self.across) if self.across[0] <= tick <= self.across[1]):
+        for value in (tick for tick in _ticks(*self.across, _TICKS_ACROSS) if self.across[0] <= tick <= self.across[1]):
             x, _ = self.place((value, self.upwards[0]))
             self._add("line", {"x1": x, "x2": x, "y1": bottom, "y2": bottom + 4, "class": "axis"})
             self._write(x, bottom + 17, tick_text(value), "middle")
@@ -141,15 +141,22 @@ class _Canvas:
         return element
 
 
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Round figures, 1, 2 or 5 times a power of ten apart, from at most `low` to at least `high`."""
+def _ticks(low: float, high: float, parts: int, whole: bool = False) -> list[float]:
+    """Round figures, 1, 2 or 5 times a power of ten apart, from at most `low` to at least `high`.
+
+    Args:
+        low: What is to be reached at the lower end.
+        high: What is to be reached at the upper end.
+        parts: Steps that reach from one to the other, at most; rounding outwards may add one.
+        whole: Whether a step is a whole number.
+    """
     span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / _TICKS))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * _TICKS >= span * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10(span / parts))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * parts >= span * (1 - 1e-9))
     if whole:
         step = max(1.0, step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, max(last, first + 1) + 1)]
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
 def tick_text(value: float) -> str:

@@ -41,7 +41,7 @@ _WIDEST = 3
 _ROLES = ("concept", "surrogate", "neighbour", "remembered")
 _LISTED = 12
 _SUMMARISED = 8
-_SHOWN_CHARTS = 8
+_NAMED = 3
 _CURVE_LINES = 20
 _TITLES = {
     "surrogate_loss": "surrogate loss",
@@ -106,7 +106,9 @@ def describe(
         Section("Configuration", "configuration", _configuration(configuration)),
         Section("How to reproduce each figure", "reproduce", _reproduce(report, configuration, bool(history))),
     ]
-    title = "Erasure report: " + "; ".join(concept for concept, _ in _pairs(report, configuration))
+    erased = [concept for concept, _ in _pairs(report, configuration)]
+    more = f"; and {len(erased) - _NAMED} more" if len(erased) > _NAMED else ""
+    title = f"Erasure report: {'; '.join(erased[:_NAMED])}{more}"
     return Document(title, _facts(report), [section for section in sections if section.blocks])
 
 
@@ -155,6 +157,14 @@ def significant(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def spread_text(mean: float, deviation: float | None) -> str:
+    """A mean and its standard deviation, both to the second digit of the deviation."""
+    if not deviation:
+        return significant(mean) + ("" if deviation is None else " ± 0")
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}"
+
+
 def score_text(scores: dict[str, Any] | None, kind: str, images: int) -> str:
     """The figures of one column, as its kind asks for; how many pictures have one, where not all have."""
     if scores is None:
@@ -168,8 +178,7 @@ def score_text(scores: dict[str, Any] | None, kind: str, images: int) -> str:
         return share_text({"share": hits / scores["count"], "interval": interval}) + missing
     if kind == "count":
         return f"{significant(scores['sum'])} ({significant(scores['mean'])}){missing}"
-    spread = "" if scores["std"] is None else f" ± {significant(scores['std'])}"
-    return f"{significant(scores['mean'])}{spread}{missing}"
+    return spread_text(scores["mean"], scores["std"]) + missing
 
 
 _UNITS = {"share": "%", "count": "total (mean of an image)", "mean": "mean ± standard deviation"}
@@ -271,8 +280,9 @@ def _summary(report: dict[str, Any], kinds: dict[str, str], configuration: dict[
         told.append(f"{len(rows) - _SUMMARISED} further rows of erased concepts are in the table below.")
     neighbours = [row for row in report["rows"] if row["role"] == "neighbour" and "recognised" in row]
     if neighbours:
-        means = [percent(sum(row["recognised"][time]["share"] for row in neighbours) / len(neighbours))
-                 for time in TIMES]  # fmt: skip
+        means = [
+            percent(sum(row["recognised"][time]["share"] for row in neighbours) / len(neighbours)) for time in TIMES
+        ]
         loss, worst = max(
             (row["recognised"]["before"]["share"] - row["recognised"]["after"]["share"], number)
             for number, row in enumerate(neighbours)
@@ -289,8 +299,8 @@ def _summary(report: dict[str, Any], kinds: dict[str, str], configuration: dict[
     if remembered:
         before, after = (percent(remembered[time]["recognised"]) for time in TIMES)
         told.append(
-            f"Everything but the concept ({len(remembered['labels'])}): recognised as what was asked for in {before} % of images "
-            f"before and {after} % after, on average."
+            f"Everything but the concept ({len(remembered['labels'])}): recognised as what was asked for in {before} % "
+            f"of images before and {after} % after, on average."
         )
     else:
         changes = [row["change"]["relative"] for row in report["rows"]
