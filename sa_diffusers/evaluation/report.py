@@ -559,17 +559,7 @@ def _quality(report: dict[str, Any]) -> list[Block]:
         for time in TIMES:
             if time in entry:
                 lines.append([entry["features"], reference, time, f"{entry['images']:,}", *_quality_cells(entry[time])])
-    remembered = report.get("remembered")
-    if remembered:
-        features = f"classifier: {report['classifier']['name']}"
-        for time in TIMES:
-            if remembered[time]["frechet_distance"] is not None:
-                lines.append([features, "real images (their saved moments)", time, f"{remembered[time]['images']:,}",
-                              *_quality_cells(remembered[time])])  # fmt: skip
-        if "against_base" in remembered and not report.get("quality"):
-            count = f"{remembered['after']['images']:,}"
-            lines.append([features, f"the base model's own images ({remembered['before']['images']:,})", "after", count,
-                          *_quality_cells(remembered["against_base"])])  # fmt: skip
+    lines += _frechet_of_classifier(report)
     if not lines:
         return []
     caption = (
@@ -580,6 +570,23 @@ def _quality(report: dict[str, Any]) -> list[Block]:
     )
     header = ["features", "reference (images)", "model", "images", "Fréchet distance", "precision", "recall"]
     return [Table(caption, header, lines, frozenset({0, 1, 2}))]
+
+
+def _frechet_of_classifier(report: dict[str, Any]) -> list[list[str]]:
+    """The lines of what was measured in the classifier's features without being asked for."""
+    remembered = report.get("remembered")
+    if not remembered:
+        return []
+    before, after = (remembered[time] for time in TIMES)
+    features = f"classifier: {report['classifier']['name']}"
+    measured = [("real images (their saved moments)", time, remembered[time]) for time in TIMES
+                if remembered[time]["frechet_distance"] is not None]  # fmt: skip
+    if "against_base" in remembered and not report.get("quality"):
+        measured.append((f"the base model's own images ({before['images']:,})", "after", remembered["against_base"]))
+    return [
+        [features, reference, time, f"{after['images']:,}", *_quality_cells(values)]
+        for reference, time, values in measured
+    ]
 
 
 def _quality_cells(values: dict[str, Any]) -> list[str]:
@@ -638,7 +645,9 @@ def _training(history: Sequence[dict[str, float]]) -> list[Block]:
         title = _TITLES.get(name, name.replace("_", " "))
         points = [(entry["step"], entry[name]) for entry in history]
         first, last = significant(points[0][1]), significant(points[-1][1])
-        caption = f"{title}: {first} at step {points[0][0]}, {last} at step {points[-1][0]}"
+        caption = f"{title}: {first} at step {points[0][0]}"
+        if len(points) > 1:
+            caption += f", {last} at step {points[-1][0]}"
         data = Table(
             f"Values of {title}" + (f", every {stride} entries" if stride > 1 else ""),
             ["step", title],
@@ -692,6 +701,8 @@ def _reproduce(report: dict[str, Any], configuration: dict[str, Any], trained: b
                 f"accelerate launch examples/train_sa.py --config {CONFIG_NAME} --output_dir reproduced"
             ),
         ]  # fmt: skip
+    else:
+        blocks.append(Paragraph(f"The command is not recorded in {REPORT_NAME}; what it depends on is below."))
     blocks.append(
         Table("What measured each figure", ["figure", "measured by", "how"], _origins(report, trained),
               frozenset({0, 1, 2}))
@@ -744,7 +755,7 @@ def _origins(report: dict[str, Any], trained: bool) -> list[list[str]]:
     ):
         how = f"torch-fidelity on its features; precision and recall with k = {plain(neighbours)}"
         origins.append(["Fréchet distance, precision, recall", features, how])
-    if report.get("remembered") and classifier:
+    if classifier and _frechet_of_classifier(report):
         origins.append(["Fréchet distance in the classifier's features", classifier["name"],
                         "means and covariances of the input of its last linear layer"])  # fmt: skip
     if report.get("robustness"):
