@@ -13,7 +13,7 @@ from PIL import Image
 from sa_diffusers.command_line import parse_config
 from sa_diffusers.configuration import CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
 from sa_diffusers.evaluation import Comparison
-from sa_diffusers.evaluation.charts import histogram
+from sa_diffusers.evaluation.charts import HEIGHT, WIDTH, curve_svg, histogram
 from sa_diffusers.evaluation.comparison import summary
 from sa_diffusers.evaluation.pictures import blurred
 from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text
@@ -583,6 +583,28 @@ def test_thousands_of_prompts_and_seeds_do_not_fill_the_page(tmp_path):
     assert "prompt number 11”; and 4,691 more, in rows\\[0\\] of report.json" in markdown
     assert "77; and 4,691 more" in markdown
     assert "prompt number 12" not in markdown
+
+
+def test_long_label_sets_are_cut_and_say_where_the_rest_is(tmp_path):
+    report = full_report()
+    report["evaluators"][2]["labels"] = [f"celebrity {number}" for number in range(2306)]
+    markdown, _ = save(tmp_path, report)
+    assert "celebrity 59; and 2,246 more, in evaluators of report.json" in markdown
+    assert "celebrity 60" not in markdown
+
+
+@pytest.mark.parametrize("value", [0.0, 4e-15, 0.7, 123456.0])
+def test_a_curve_of_any_size_stays_in_its_frame(value):
+    points = [(1, value), (2, value / 2)]
+    drawn = curve_svg(points, "losses", "loss")
+    (places,) = re.findall(r'points="([^"]+)"', drawn)
+    for place in places.split():
+        x, y = map(float, place.split(","))
+        assert 0 < x < WIDTH
+        assert 0 < y < HEIGHT
+    assert curve_svg(points[:1], "losses", "loss").count("<circle") == 1
+    # There is no half step.
+    assert re.findall(r'y="187" text-anchor="middle">([^<]+)<', drawn) == ["0", "1", "2"]
 
 
 def test_nothing_is_rounded_to_all_or_to_none():

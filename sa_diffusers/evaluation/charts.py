@@ -60,7 +60,7 @@ def histogram_svg(counted: Histogram, description: str, label: str) -> str:
         label: Of the horizontal axis.
     """
     edges = counted.edges
-    canvas = _Canvas((edges[0], edges[-1]), (0, max(*counted.before, *counted.after, 1)), whole=True)
+    canvas = _Canvas((edges[0], edges[-1]), (0, max(*counted.before, *counted.after, 1)), whole_upwards=True)
     canvas.axes(label, "images")
     for name, counts in (("before", counted.before), ("after", counted.after)):
         points = [(edges[0], 0.0)]
@@ -79,7 +79,7 @@ def curve_svg(points: Sequence[tuple[float, float]], description: str, label: st
         label: Of the vertical axis.
     """
     across, values = zip(*points, strict=True)
-    canvas = _Canvas((min(0, *across), max(across)), (min(0, *values), max(values)))
+    canvas = _Canvas((min(0, *across), max(across)), (min(0, *values), max(values)), whole_across=True)
     canvas.axes("step", label)
     canvas.line(points, "curve")
     for point in points if len(points) <= 60 else ():
@@ -88,11 +88,18 @@ def curve_svg(points: Sequence[tuple[float, float]], description: str, label: st
 
 
 class _Canvas:
-    """A plot area with its scales."""
+    """A plot area with its scales; either may be marked at whole numbers only."""
 
-    def __init__(self, across: tuple[float, float], upwards: tuple[float, float], whole: bool = False) -> None:
+    def __init__(
+        self,
+        across: tuple[float, float],
+        upwards: tuple[float, float],
+        whole_across: bool = False,
+        whole_upwards: bool = False,
+    ) -> None:
+        self.whole_across = whole_across
         self.across = across if across[1] > across[0] else (across[0], across[0] + 1)
-        self.ticks = _ticks(*upwards, _TICKS, whole)
+        self.ticks = _ticks(*upwards, _TICKS, whole_upwards)
         self.upwards = (self.ticks[0], self.ticks[-1])
         self.root = ElementTree.Element(
             "svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "class": "chart"}
@@ -109,7 +116,9 @@ class _Canvas:
             _, y = self.place((self.across[0], value))
             self._add("line", {"x1": _LEFT, "x2": right, "y1": y, "y2": y, "class": "rule"})
             self._write(_LEFT - 6, y + 4, tick_text(value), "end")
-        for value in (tick for tick in _ticks(*self.across, _TICKS_ACROSS) if self.across[0] <= tick <= self.across[1]):
+        for value in _ticks(*self.across, _TICKS_ACROSS, self.whole_across):
+            if not self.across[0] <= value <= self.across[1]:
+                continue
             x, _ = self.place((value, self.upwards[0]))
             self._add("line", {"x1": x, "x2": x, "y1": bottom, "y2": bottom + 4, "class": "axis"})
             self._write(x, bottom + 17, tick_text(value), "middle")
@@ -156,7 +165,7 @@ def _ticks(low: float, high: float, parts: int, whole: bool = False) -> list[flo
     if whole:
         step = max(1.0, step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, max(last, first + 1) + 1)]
 
 
 def tick_text(value: float) -> str:

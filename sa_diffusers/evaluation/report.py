@@ -40,6 +40,7 @@ Grid = Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]
 _WIDEST = 3
 _ROLES = ("concept", "surrogate", "neighbour", "remembered")
 _LISTED = 12
+_LABELS = 60
 _SUMMARISED = 8
 _NAMED = 3
 _CURVE_LINES = 20
@@ -223,10 +224,10 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def _listed(values: Sequence[str], place: str) -> str:
+def _listed(values: Sequence[str], place: str, most: int = _LISTED) -> str:
     """Values in a row, the first of many."""
-    more = len(values) - _LISTED
-    text = "; ".join(values[:_LISTED])
+    more = len(values) - most
+    text = "; ".join(values[:most])
     return text if more <= 0 else f"{text}; and {more:,} more, in {place}"
 
 
@@ -250,7 +251,7 @@ def _pairs(report: dict[str, Any], configuration: dict[str, Any]) -> list[tuple[
         if configuration.get("naive"):
             told.append((concept, f"{concept} was erased by lowering the ELBO of its own samples (eq. 3)."))
             continue
-        into = {"noise": "uniform noise", "images": f"the images in {surrogate}"}.get(pair["kind"], surrogate)
+        into = {"noise": "uniform noise", "images": f"the images in {surrogate}"}.get(pair.get("kind"), surrogate)
         told.append((f"{concept} into {into}", f"{concept} was erased into {into}."))
     return told
 
@@ -770,17 +771,24 @@ def _origins(report: dict[str, Any], trained: bool) -> list[list[str]]:
 
 
 def _evaluators(report: dict[str, Any]) -> list[Block]:
+    named = [("classifier", report["classifier"])] if report.get("classifier") else []
+    named += [("evaluators", entry) for entry in report.get("evaluators") or []]
     lines = []
-    if report.get("classifier"):
-        lines += [[str(report["classifier"]["name"]), name, plain(value)] for name, value in
-                  report["classifier"].items() if name != "name"]  # fmt: skip
-    for entry in report.get("evaluators") or []:
+    for place, entry in named:
         name = str(entry.get("name", MISSING))
-        details = [
-            (key.replace("_", " "), value) for key, value in entry.items() if key != "name" and value is not None
-        ]
-        lines += [[name, key, plain(value)] for key, value in details] or [[name, MISSING, MISSING]]
+        lines += [
+            [name, key.replace("_", " "), _label_set(value, f"{place} of {REPORT_NAME}")]
+            for key, value in entry.items()
+            if key != "name" and value is not None
+        ] or [[name, MISSING, MISSING]]
     if not lines:
         return []
     return [Table("The evaluators: version, weights, threshold, label set, as they name them",
                   ["evaluator", "field", "value"], lines, frozenset({0, 1, 2}))]  # fmt: skip
+
+
+def _label_set(value: Any, place: str) -> str:
+    """A value in words; of thousands of labels the first."""
+    if isinstance(value, (list, tuple)) and len(value) > _LABELS:
+        return _listed([plain(part) for part in value], place, _LABELS)
+    return plain(value)
