@@ -55,6 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=3600)
     parser.add_argument("--diffusion_steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=64)
+    names = load_vocabulary("garments").subjects
+    parser.add_argument("--without", choices=names, help="garment that the stage diffusion never sees (a control)")
     parser.add_argument("--samples_per_garment", type=int, default=500, help="drawn by the stage measure")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="of the stage measure")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the stage measure")
@@ -276,6 +278,9 @@ def train_diffusion(args: argparse.Namespace) -> None:
     folder = args.output_dir / "pipeline"
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     images, labels = load_pixels("train", args.data_dir)
+    if args.without:
+        kept = labels != vocabulary.subjects.index(args.without)
+        images, labels = images[kept], labels[kept]
     latents = encode(vae, images) * vae.config.scaling_factor
     captions = [fill_template(template, name) for template in vocabulary.templates + vocabulary.held_out_templates
                 for name in vocabulary.subjects]  # fmt: skip

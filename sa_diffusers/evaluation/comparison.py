@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch.nn.functional import cosine_similarity
 
 from ..data.generation import SampleGenerator, count_black
 from ..data.prompts import ErasurePair, fill_template
@@ -238,14 +239,13 @@ def look_at(
     measured: dict[str, list[float | None]] = {}
     for measure in measures:
         measured |= measure(pictures, prompts)
-    return Drawn(
-        list(pictures[:GRID_COLUMNS]),
-        count_black(pictures),
-        np.stack([_small(picture) for picture in pictures]),
-        classifier(pictures) if classifier else None,
-        measured,
-        {network.name: network(pictures) for network in networks},
-    )
+    scores = classifier(pictures) if classifier else None
+    features = {classifier.name: scores.features} if classifier and scores else {}
+    for network in networks:
+        if network.name not in features:
+            features[network.name] = network(pictures)
+    small = np.stack([_small(picture) for picture in pictures])
+    return Drawn(list(pictures[:GRID_COLUMNS]), count_black(pictures), small, scores, measured, features)
 
 
 def _small(picture: Image.Image) -> np.ndarray:
@@ -325,19 +325,32 @@ def _row(group: PromptGroup, before: Drawn, after: Drawn) -> dict[str, Any]:
         "black": {"before": before.black, "after": after.black},
     }
     if before.scores is not None and after.scores is not None and group.label is not None:
-        row["recognised"] = {"before": _share(before.scores, group.label), "after": _share(after.scores, group.label)}
+        row["recognised"] = {
+            "before": share_of(before.scores, group.label),
+            "after": share_of(after.scores, group.label),
+        }
         certainty = {"before": _certainty(before.scores, group.label), "after": _certainty(after.scores, group.label)}
         for name in ("probability", "entropy"):
             row[name] = {time: values[name] for time, values in certainty.items()}
         if group.surrogate_label is not None:
             row["as_surrogate"] = {
-                "before": _share(before.scores, group.surrogate_label),
-                "after": _share(after.scores, group.surrogate_label),
+                "before": share_of(before.scores, group.surrogate_label),
+                "after": share_of(after.scores, group.surrogate_label),
             }
+    if before.features:
+        row["distance"] = {name: _distance(before.features[name], after.features[name]) for name in before.features}
     if before.measured:
         row["scores"] = {name: {"before": summary(before.measured[name]), "after": summary(after.measured[name])}
                          for name in before.measured}  # fmt: skip
     return row
+
+
+def _distance(before: torch.Tensor, after: torch.Tensor) -> dict[str, float | None]:
+    """Mean cosine distance of features at the same seed, and of different seeds before."""
+    return {
+        "same_seed": float(1 - cosine_similarity(before, after).mean()),
+        "between_seeds": float(1 - cosine_similarity(before, before.roll(1, 0)).mean()) if len(before) > 1 else None,
+    }
 
 
 def _ranges(seeds: Sequence[int]) -> list[list[int]]:
@@ -367,7 +380,8 @@ def summary(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _share(scores: Classification, label: int) -> dict[str, Any]:
+def share_of(scores: Classification, label: int) -> dict[str, Any]:
+    """The share of pictures that a classifier gives a label, with its 95 % interval."""
     hits = int((scores.probabilities.argmax(-1) == label).sum())
     total = len(scores.probabilities)
     return {"share": hits / total, "interval": list(wilson_interval(hits, total))}
@@ -393,15 +407,17 @@ def _remembered(
     groups: Sequence[PromptGroup], before: Sequence[Drawn], after: Sequence[Drawn], classifier: ImageClassifier
 ) -> dict[str, Any]:
     """Of all labels but the concepts': mean recognition, Fréchet distance to real images, and how far the images are
-    from the base model's own."""
-    chosen = [number for number, group in enumerate(groups) if group.role != "concept"]
+    from the base model's own. Empty where the classifier knows none of them."""
+    chosen = [number for number, group in enumerate(groups) if group.role != "concept" and group.label is not None]
+    if not chosen:
+        return {}
     labels = [groups[number].label for number in chosen]
     reference = classifier.reference_moments([label for label in labels if label is not None])
     result: dict[str, Any] = {"labels": [groups[number].name for number in chosen]}
     seen = {}
     for name, images in (("before", before), ("after", after)):
         scores = [images[number].scores for number in chosen]
-        hits = [_share(score, label)["share"] for score, label in zip(scores, labels, strict=True)]
+        hits = [share_of(score, label)["share"] for score, label in zip(scores, labels, strict=True)]
         features = seen[name] = torch.cat([score.features for score in scores])
         result[name] = {
             "recognised": sum(hits) / len(hits),
@@ -446,7 +462,8 @@ def format_table(report: dict[str, Any]) -> str:
                     subject = {"samples": "the surrogate's own samples", "mean": "their mean image"}[name]
                     line += f"; {subject}: {value['probability']:.3f} and {value['entropy']:.2f}"
                 text.append(line)
-        remembered = report["remembered"]
+    remembered = report.get("remembered")
+    if remembered:
         old, new = remembered["before"], remembered["after"]
         text.append(
             f"All but the concept: recognised {100 * old['recognised']:.1f} % before, "
@@ -470,6 +487,25 @@ def format_table(report: dict[str, Any]) -> str:
     )
     text.append("change: distance between before and after at the same seed; 100 % is that of two different seeds")
     return "\n".join(text)
+
+
+def format_scores(report: dict[str, Any]) -> str:
+    """The mean of each scored column, row by row, before and after, as aligned text. Empty where nothing was scored."""
+    rows = [row for row in report["rows"] if row.get("scores")]
+    if not rows:
+        return ""
+    columns = list(rows[0]["scores"])
+    lines = [["prompted with", *columns]]
+    for row in rows:
+        cells = []
+        for column in columns:
+            before, after = (row["scores"][column][time]["mean"] for time in ("before", "after"))
+            cells.append(" -> ".join("none" if value is None else f"{value:.3g}" for value in (before, after)))
+        lines.append([row["name"], *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)  # fmt: skip
 
 
 def _format_share(share: dict[str, Any] | None) -> str:

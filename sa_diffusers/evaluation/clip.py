@@ -1,0 +1,122 @@
+"""Scoring pictures with a CLIP model: how well they match their prompts, and which of several names fits them best."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from transformers import AutoProcessor, CLIPModel
+
+CONCEPT_SHARE = "clip_called_concept"
+SURROGATE_SHARE = "clip_called_surrogate"
+ZERO_SHOT_TEMPLATE = "a photo of {}"
+
+
+class Clip:
+    """A CLIP model of transformers. It is a `Measure` and, by its image embeddings, a `FeatureNetwork`.
+
+    Columns: `clip_score`, 100 times the cosine between picture and prompt (Hessel et al., 2021, without its factor of
+    2.5 and not cut at zero); and, once `names` are given, `clip_called_concept` and `clip_called_surrogate`: 1 where a
+    concept's name (a surrogate's) is the nearest of all names to the picture, else 0.
+
+    Args:
+        name_or_path: A folder or a name on the Hub.
+        device: Where it runs.
+        revision: Of the model on the Hub.
+
+    Raises:
+        ValueError: The model cannot be loaded.
+    """
+
+    def __init__(self, name_or_path: str, device: torch.device | str = "cpu", revision: str | None = None) -> None:
+        try:
+            self.model = CLIPModel.from_pretrained(name_or_path, revision=revision).eval().to(device)
+            self.processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'clip="{name_or_path}" could not be loaded ({error}): give a folder or a Hub name of a CLIP model'
+            ) from error
+        self.name = str(name_or_path)
+        self.device = device
+        self.names: list[str] = []
+        self._concepts: set[int] = set()
+        self._surrogates: set[int] = set()
+        self._name_embeds: torch.Tensor | None = None
+
+    def choose_among(self, concepts: Sequence[str], surrogates: Sequence[str], others: Sequence[str]) -> None:
+        """The names of the zero-shot classification.
+
+        Args:
+            concepts: What was forgotten.
+            surrogates: What it turned into.
+            others: Further names.
+        """
+        self.names = list(dict.fromkeys([*concepts, *surrogates, *others]))
+        self._concepts = {self.names.index(name) for name in concepts}
+        self._surrogates = {self.names.index(name) for name in surrogates} - self._concepts
+        self._name_embeds = self.embed_texts([ZERO_SHOT_TEMPLATE.format(name) for name in self.names])
+
+    def provenance(self) -> dict[str, Any]:
+        commit = getattr(self.model.config, "_commit_hash", None)
+        return {
+            "name": self.name,
+            "kind": "CLIP",
+            "revision": commit,
+            "columns": ["clip_score", *([CONCEPT_SHARE, SURROGATE_SHARE] if self.names else [])],
+            "labels": self.names,
+            "template": ZERO_SHOT_TEMPLATE,
+        }
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+        """`[len(texts), d]` of length 1; what is longer than the model's context is cut."""
+        parts = []
+        limit = self.model.config.text_config.max_position_embeddings
+        for start in range(0, len(texts), batch_size):
+            inputs = self.processor.tokenizer(
+                list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=limit,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            pooled = self.model.text_model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).pooler_output
+            parts.append(normalize(self.model.text_projection(pooled).float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed_pictures(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
+        """`[len(pictures), d]` of length 1."""
+        parts = []
+        for start in range(0, len(pictures), batch_size):
+            batch = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
+            pixels = self.processor.image_processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            parts.append(normalize(self.model.visual_projection(pooled).float(), dim=-1).cpu())
+        return torch.cat(parts)
+
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float | None]]:
+        seen = self.embed_pictures(pictures)
+        unique = list(dict.fromkeys(prompts))
+        texts = self.embed_texts(unique)[[unique.index(prompt) for prompt in prompts]]
+        columns: dict[str, list[float | None]] = {"clip_score": (100 * (seen * texts).sum(-1)).tolist()}
+        if self._name_embeds is not None:
+            nearest = (seen @ self._name_embeds.T).argmax(-1).tolist()
+            columns[CONCEPT_SHARE] = [float(index in self._concepts) for index in nearest]
+            columns[SURROGATE_SHARE] = [float(index in self._surrogates) for index in nearest]
+        return columns
+
+    def feature_network(self) -> "ClipFeatures":
+        """Its image embeddings, as a network of features."""
+        return ClipFeatures(self)
+
+
+class ClipFeatures:
+    """A CLIP's image embeddings, by themselves."""
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+        self.name = clip.name
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return self.clip.embed_pictures(pictures)

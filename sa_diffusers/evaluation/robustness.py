@@ -1,0 +1,318 @@
+"""Whether a forgotten concept can be brought back: other words for it, and textual inversion."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..data.generation import SampleGenerator
+from ..data.prompts import ErasurePair, fill_template
+from ..objectives import Objective, load_pipeline, objective_for
+from ..objectives.base import draw_timesteps
+from .classification import ImageClassifier
+from .clip import Clip
+from .comparison import Comparison, Drawn, Measure, PromptGroup, compare, draw_groups, share_of, summary
+from .protocols import Subject
+
+# The attacker's images share no seed with those that are scored.
+ATTACK_SEEDS = 30_000_000
+INVERTED_TOKEN = "<inverted-concept>"
+INVERSION_TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "one {}")
+TRANSLATED_TEMPLATES = (
+    "une photo de {}",
+    "ein Foto von {}",
+    "una foto de {}",
+    "una fotografia di {}",
+    "een foto van {}",
+    "uma foto de {}",
+    "zdjęcie {}",
+    "fotografie {}",
+)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Settings of textual inversion (Gal et al., 2022) as a white-box attack.
+
+    Attributes:
+        steps: Optimiser steps.
+        images: Images of the concept that the base model draws for the attacker.
+        batch_size: Images a step.
+        learning_rate: Of Adam; the one learned row of the embedding is the only parameter.
+        start: The word whose embedding the new token starts from. `robustness_protocol` takes the surrogate's last
+            word where none is given.
+        seed: Of timesteps and noise.
+    """
+
+    steps: int = 500
+    images: int = 16
+    batch_size: int = 8
+    learning_rate: float = 5e-3
+    start: str | None = None
+    seed: int = 0
+
+
+def misspellings(concept: str, count: int = 6, seed: int = 0) -> list[str]:
+    """Slips of the pen: neighbouring letters swapped, a letter doubled, left out, or replaced, no two alike."""
+    generator = random.Random(f"{concept}-{seed}")
+    places = [place for place, letter in enumerate(concept) if letter.isalpha()]
+    found: list[str] = []
+    for _ in range(50 * count):
+        if len(found) == count or not places:
+            break
+        place = generator.choice(places)
+        kind = generator.choice(("swap", "double", "drop", "replace"))
+        head, letter, tail = concept[:place], concept[place], concept[place + 1 :]
+        changed = {
+            "swap": head + tail[:1] + letter + tail[1:],
+            "double": head + letter * 2 + tail,
+            "drop": head + tail,
+            "replace": head + generator.choice("abcdefghijklmnopqrstuvwxyz") + tail,
+        }[kind]
+        if changed.casefold() != concept.casefold() and changed.strip() and changed not in found:
+            found.append(changed)
+    return found
+
+
+def attack_groups(
+    pair: ErasurePair,
+    held_out: Sequence[str],
+    translations: Sequence[str],
+    count: int,
+    first_seed: int,
+    classifier: ImageClassifier | None = None,
+    inverted: bool = False,
+) -> list[PromptGroup]:
+    """Rows of words for a concept: its name, held-out phrasings, misspellings, other languages, a learned token.
+
+    Args:
+        pair: What was erased.
+        held_out: Phrasings that no training saw; `{}` stands for the concept.
+        translations: Prompts in other languages; `{}` may stand for the concept.
+        count: Images for each row.
+        first_seed: The first image's.
+        classifier: Knows the concept's label.
+        inverted: Whether there is a token that textual inversion learns.
+    """
+    kinds = {
+        "its name": [pair.concept],
+        "paraphrases": [fill_template(template, pair.concept) for template in held_out],
+        "misspellings": [fill_template("a photo of {}", name) for name in misspellings(pair.concept)],
+        "other languages": [template.replace("{}", pair.concept) for template in translations],
+        "textual inversion": [template.replace("{}", INVERTED_TOKEN) for template in INVERSION_TEMPLATES if inverted],
+    }
+    groups = []
+    for number, (kind, prompts) in enumerate(kinds.items()):
+        if prompts:
+            first = first_seed + number * count
+            groups.append(_group(kind, prompts, count, first, pair, classifier))
+    return groups
+
+
+def _group(
+    name: str, prompts: Sequence[str], count: int, first: int, pair: ErasurePair, classifier: ImageClassifier | None
+) -> PromptGroup:
+    texts = tuple(prompts[index % len(prompts)] for index in range(count))
+    label = classifier.label_of(pair.concept) if classifier else None
+    into = classifier.label_of(pair.surrogate.value) if classifier and pair.surrogate.kind == "prompt" else None
+    return PromptGroup(name, "concept", texts, tuple(range(first, first + count)), label, into)
+
+
+def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> list[float]:
+    """Learn a new token that makes the model draw given images, and leave it in its tokenizer and text encoder.
+
+    Args:
+        objective: A model that takes prompts; nothing of it changes but the added row of the embedding.
+        samples: `[n, ...]`, images of the concept as the model sees them.
+        settings: Of the attack.
+
+    Returns:
+        The loss at each step.
+
+    Raises:
+        ValueError: The model's text encoder or tokenizer cannot be had, or the start word is empty.
+    """
+    pipeline = getattr(objective, "pipeline", None)
+    tokenizer, encoder = (getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder"))
+    if tokenizer is None or encoder is None:
+        raise ValueError("textual inversion needs a model with a tokenizer and a text encoder")
+    start = tokenizer(settings.start or "", add_special_tokens=False)["input_ids"]
+    if not start:
+        raise ValueError(f'the start word "{settings.start}" has no token: give another')
+    tokenizer.add_tokens([INVERTED_TOKEN])
+    token = tokenizer.convert_tokens_to_ids(INVERTED_TOKEN)
+    encoder.resize_token_embeddings(max(token + 1, encoder.get_input_embeddings().num_embeddings), mean_resizing=False)
+    table = encoder.get_input_embeddings()
+    for module in (objective.module, encoder):
+        module.requires_grad_(False).eval()
+    learned = torch.nn.Parameter(table.weight[start[-1]].detach().float().clone())
+    optimizer = torch.optim.Adam([learned], lr=settings.learning_rate)
+
+    def put_in(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.where((inputs[0] == token)[..., None], learned.to(output.dtype), output)
+
+    hook = table.register_forward_hook(put_in)
+    losses = []
+    try:
+        for step in tqdm(range(settings.steps), desc="textual inversion", unit="step"):
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            rows = torch.randint(len(samples), (settings.batch_size,), generator=generator)
+            batch = samples[rows].to(objective.device)
+            timesteps = draw_timesteps(len(batch), objective.num_train_timesteps, generator).to(objective.device)
+            template = INVERSION_TEMPLATES[step % len(INVERSION_TEMPLATES)]
+            prompts = [template.replace("{}", INVERTED_TOKEN)] * len(batch)
+            hidden, _ = pipeline.encode_prompt(prompts, objective.device, 1, do_classifier_free_guidance=False)
+            noise = objective.draw_noise(batch, generator)
+            loss = objective.negative_elbo(
+                objective.module, batch, {"encoder_hidden_states": hidden.float()}, timesteps, noise
+            ).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    finally:
+        hook.remove()
+    with torch.no_grad():
+        table.weight[token] = learned.to(table.weight.dtype)
+    return losses
+
+
+def robustness_protocol(
+    subject: Subject,
+    models: Mapping[str, str],
+    held_out: Sequence[str],
+    translations: Sequence[str] = TRANSLATED_TEMPLATES,
+    inversion: Inversion | None = None,
+    classifier: ImageClassifier | None = None,
+    clip: Clip | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Comparison:
+    """Every attack on every model: the base, the erased one, and one that never saw the concept, if there is one.
+
+    Args:
+        subject: What was erased, and how images are drawn.
+        models: Name in the report -> folder or Hub name: `"base"`, `"erased"`, and `"control"` if there is one. They
+            are loaded anew, because textual inversion adds a token.
+        held_out: Phrasings that no training saw.
+        translations: Prompts in other languages.
+        inversion: Settings of textual inversion; None leaves it out.
+        classifier: Says whether an image shows the concept.
+        clip: Says so too.
+        provenance: Further fields of the report.
+
+    Returns:
+        A comparison of base and erased, with an entry for each attack and model in the report's `robustness`.
+
+    Raises:
+        ValueError: The model's conditions are classes, or there is nothing to score with.
+    """
+    if subject.base.labels is not None:
+        raise ValueError("the robustness protocol needs a model that takes prompts; this one knows classes")
+    if clip is None and classifier is None:
+        raise ValueError("nothing scores the images: give a CLIP model, a classifier, or both")
+    measures: list[Measure] = []
+    if clip is not None:
+        surrogates = [pair.surrogate.value for pair in subject.pairs if pair.surrogate.kind == "prompt"]
+        clip.choose_among([pair.concept for pair in subject.pairs], surrogates, [])
+        measures.append(clip)
+    groups, plain = [], {}
+    for number, pair in enumerate(subject.pairs):
+        first = subject.first_seed + 10 * number * subject.count
+        mine = attack_groups(pair, held_out, translations, subject.count, first, classifier, inversion is not None)
+        if len(subject.pairs) > 1:
+            mine = [replace(group, name=f"{pair.concept}: {group.name}") for group in mine]
+        plain |= {group.name: pair for group in mine if INVERTED_TOKEN in group.prompts[0]}
+        groups += mine
+    seen: dict[str, list[Drawn]] = {}
+    losses: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, name in models.items():
+        seen[model] = []
+        for group in groups:
+            # An attacked model carries the new token of one concept only.
+            objective = objective_for(load_pipeline(name)).to(subject.accelerator.device)
+            if group.name in plain:
+                images, settings = _attackers_images(subject, plain[group.name], inversion)
+                losses[group.name, model] = _trend(settings, invert(objective, images, settings))
+            seen[model] += draw_groups(
+                objective, [group], subject.settings, subject.artifacts_dir, subject.accelerator, classifier, measures
+            )
+    facts = {"evaluators": [measure.provenance() for measure in measures], **(provenance or {})}
+    comparison = compare(groups, seen["base"], seen["erased"], subject.settings, classifier, facts)
+    comparison.report["models"] = dict(models)
+    comparison.report["robustness"] = [
+        {**_entry(group, model, drawn), **losses.get((group.name, model), {})}
+        for number, group in enumerate(groups)
+        for model in models
+        for drawn in [seen[model][number]]
+    ]
+    return comparison
+
+
+def _attackers_images(subject: Subject, pair: ErasurePair, inversion: Inversion) -> tuple[torch.Tensor, Inversion]:
+    """Images of the concept that the base model draws, and the attack with its start word."""
+    prompts = [fill_template("a photo of {}", pair.concept)] * inversion.images
+    generator = SampleGenerator(subject.base, subject.artifacts_dir, subject.accelerator)
+    first = subject.first_seed + ATTACK_SEEDS
+    drawn = generator.prompted("inversion", prompts, prompts, first, subject.settings)
+    if inversion.start is None:
+        word = pair.surrogate.value.split()[-1] if pair.surrogate.kind == "prompt" else "photo"
+        inversion = replace(inversion, start=word)
+    return drawn.samples, inversion
+
+
+def _trend(inversion: Inversion, losses: Sequence[float]) -> dict[str, Any]:
+    tenth = max(1, len(losses) // 10)
+    return {
+        "inversion": {
+            **asdict(inversion),
+            "first_loss": sum(losses[:tenth]) / tenth,
+            "last_loss": sum(losses[-tenth:]) / tenth,
+        }
+    }
+
+
+def _entry(group: PromptGroup, model: str, drawn: Drawn) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "attack": group.name,
+        "model": model,
+        "images": len(group.prompts),
+        "prompts": list(dict.fromkeys(group.prompts)),
+        "seeds": [[group.seeds[0], group.seeds[-1]]],
+        "black": drawn.black,
+    }
+    if drawn.scores is not None and group.label is not None:
+        entry["recognised"] = share_of(drawn.scores, group.label)
+        if group.surrogate_label is not None:
+            entry["as_surrogate"] = share_of(drawn.scores, group.surrogate_label)
+    if drawn.measured:
+        entry["scores"] = {name: summary(values) for name, values in drawn.measured.items()}
+    return entry
+
+
+def format_robustness(entries: Sequence[dict[str, Any]]) -> str:
+    """The entries as aligned text: attacks in rows, models in columns. Empty without entries."""
+    if not entries:
+        return ""
+    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    attacks = list(dict.fromkeys(entry["attack"] for entry in entries))
+    by_key = {(entry["attack"], entry["model"]): entry for entry in entries}
+    lines = [["drawn as the concept", *models]]
+    for attack in attacks:
+        lines.append([attack, *(_cell(by_key.get((attack, model))) for model in models)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)  # fmt: skip
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    if "recognised" in entry:
+        low, high = entry["recognised"]["interval"]
+        return f"{100 * entry['recognised']['share']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return ", ".join(f"{name} {value['mean']:.2f}" for name, value in entry.get("scores", {}).items()
+                     if value["mean"] is not None)  # fmt: skip

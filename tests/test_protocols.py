@@ -1,0 +1,218 @@
+"""Concept and robustness protocols on tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from sa_diffusers import load_pipeline, objective_for
+from sa_diffusers.data.prompts import names_concept
+from sa_diffusers.evaluation.clip import Clip
+from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, read_prompts, text_embeddings
+from sa_diffusers.evaluation.memory import batch_size_for
+from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
+from sa_diffusers.objectives import SamplingSettings
+from sa_diffusers.objectives.base import draw_timesteps
+
+from .conftest import REPOSITORY, build_tiny_pipeline
+
+EMBEDDED = REPOSITORY / "sa_diffusers" / "models" / "embedded"
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP with random weights that knows the embedded pipeline's words."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "pipeline" / "tokenizer")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id":
+            tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id":
+            tokenizer.eos_token_id}  # fmt: skip
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)).save_pretrained(folder)
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**crop), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def evaluate(folder, *flags):
+    command = [sys.executable, str(REPOSITORY / "examples" / "evaluate_sa.py"), *flags]
+    return subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True)
+
+
+def test_clip_scores_are_cosines_and_the_nearest_name_counts(clip_folder):
+    clip = Clip(str(clip_folder))
+    pictures = [Image.effect_noise((32, 32), 60 + 40 * number).convert("RGB") for number in range(3)]
+    prompts = ["a sneaker", "a bag", "a sneaker"]
+    seen = CLIPProcessor.from_pretrained(clip_folder)(text=prompts, images=pictures, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        scale = clip.model.logit_scale.exp()
+        expected = (clip.model(**seen).logits_per_image / scale * 100).diagonal()
+    assert clip(pictures, prompts).keys() == {"clip_score"}
+    assert clip(pictures, prompts)["clip_score"] == pytest.approx(expected.tolist(), abs=1e-3)
+    clip.choose_among(["sneaker"], ["bag"], ["coat", "sneaker"])
+    assert clip.names == ["sneaker", "bag", "coat"]
+    columns = clip(pictures, prompts)
+    texts = clip.embed_texts([f"a photo of {name}" for name in clip.names])
+    nearest = (clip.embed_pictures(pictures) @ texts.T).argmax(-1)
+    assert columns["clip_called_concept"] == [float(index == 0) for index in nearest]
+    assert columns["clip_called_surrogate"] == [float(index == 1) for index in nearest]
+    # Longer than the model's context.
+    assert clip(pictures[:1], ["a bag " * 60])["clip_score"]
+    with pytest.raises(ValueError, match='clip="no/where" could not be loaded'):
+        Clip("no/where")
+
+
+def test_neighbours_are_near_and_never_what_was_erased():
+    objective = objective_for(load_pipeline(str(EMBEDDED / "pipeline")))
+    embed = text_embeddings(objective)
+    near, far = near_and_far(["sneaker"], ["dress"], embed, ["a sneaker", "dress", "coat", "bag", "shirt", "sandal"])
+    assert len(near) == 2
+    assert {*near, *far} == {"coat", "bag", "shirt", "sandal"}
+    vectors = torch.nn.functional.normalize(embed(["sneaker", *near, *far]), dim=-1)
+    closeness = vectors[1:] @ vectors[0]
+    assert closeness[:2].min() >= closeness[2:].max()
+    near, far = near_and_far(["Brad Pitt"], ["a middle aged man"], embed)
+    assert (len(near), len(far)) == (5, 5)
+    assert "Brad Pitt" not in near + far
+    assert not set(near) & set(far)
+
+
+def test_evoking_prompts_do_not_name_the_concept(tmp_path):
+    for concept in ("Angelina Jolie", "Brad Pitt", "van Gogh style", "nudity"):
+        assert evoking_prompts(concept)
+        assert not any(names_concept(prompt, concept) for prompt in evoking_prompts(concept))
+    assert evoking_prompts("sneaker") == []
+    (tmp_path / "prompts.txt").write_text("what runners wear\n\nmy new sneakers\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["what runners wear", "my new sneakers"]
+    with pytest.raises(ValueError, match='"my new sneakers" names "sneaker"'):
+        read_prompts(tmp_path / "prompts.txt", ["sneaker"])
+
+
+def test_misspellings_differ_and_repeat():
+    found = misspellings("Brad Pitt")
+    assert found == misspellings("Brad Pitt")
+    assert len(set(found)) == 6
+    assert "Brad Pitt" not in found
+
+
+def test_textual_inversion_learns_one_row_and_lowers_the_loss():
+    pipeline = build_tiny_pipeline()
+    objective = objective_for(pipeline)
+    before = {name: value.clone() for name, value in pipeline.text_encoder.state_dict().items()}
+    unet = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    samples = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1 + 1
+    settings = Inversion(steps=60, batch_size=4, learning_rate=0.05, start="man")
+
+    def loss(prompt):
+        generator = torch.Generator().manual_seed(9)
+        batch = samples.repeat(16, 1, 1, 1)
+        timesteps = draw_timesteps(64, 1000, generator)
+        noise = objective.draw_noise(batch, generator)
+        conditions = {name: value.expand(64, -1, -1) for name, value in objective.encode_prompts([prompt]).items()}
+        with torch.no_grad():
+            return objective.negative_elbo(objective.module, batch, conditions, timesteps, noise).mean().item()
+
+    losses = invert(objective, samples, settings)
+    assert len(losses) == 60
+    assert loss(INVERTED_TOKEN) < loss("man")
+    table = "embeddings.token_embedding.weight"
+    for name, value in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(value[: len(before[name])] if name.endswith(table) else value, before[name]), name
+    assert all(torch.equal(value, unet[name]) for name, value in pipeline.unet.state_dict().items())
+    assert pipeline.tokenizer(INVERTED_TOKEN, add_special_tokens=False)["input_ids"] == [len(pipeline.tokenizer) - 1]
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        invert(object(), samples, settings)
+
+
+def test_a_batch_fits_into_free_memory(tiny_objective):
+    settings = batch_size_for(tiny_objective, SamplingSettings(batch_size=1), "cat")
+    assert settings.batch_size in (1, 2, 4, 8, 16, 32, 64)
+    # A picture of 20,000 pixels' side fits into no machine twice.
+    large = batch_size_for(tiny_objective, SamplingSettings(batch_size=64, resolution=20_000), "cat")
+    assert large.batch_size == 1
+
+
+def test_the_concept_protocol_tells_the_concept_from_its_neighbours_and_repeats(tmp_path, clip_folder):
+    pipeline = str(EMBEDDED / "pipeline")
+    (tmp_path / "evoking.txt").write_text("what a runner wears\n")
+    flags = ["--base", pipeline, "--erased", pipeline, "--protocol", "concept", "--concept", "sneaker", "--surrogate",
+             "dress", "--classifier", str(EMBEDDED / "classifier"), "--clip", str(clip_folder), "--images", "3",
+             "--sampler", "dpmsolver++", "--num_inference_steps", "4", "--guidance_scale", "3", "--evoking_prompts",
+             "evoking.txt", "--artifacts_dir", "drawn"]  # fmt: skip
+    result = evaluate(tmp_path, *flags, "--output_dir", "first")
+    assert result.returncode == 0, result.stderr
+    assert "clip_called_concept" in result.stdout
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert [name for name, row in rows.items() if row["role"] == "concept"] == [
+        "sneaker",
+        "sneaker (held-out phrasings)",
+        "sneaker (evoked)",
+    ]
+    # Footwear lies nearer to footwear than anything else that the base draws.
+    assert {"sandal", "ankle boot"} <= {name for name, row in rows.items() if row["role"] == "neighbour"}
+    assert len(rows) == 3 + 9
+    assert report["evaluators"][0]["name"] == str(clip_folder)
+    # The same model twice: nothing has changed.
+    assert all(row["change"]["rmse"] == 0 for row in rows.values())
+    assert rows["coat"]["distance"][str(clip_folder)]["same_seed"] == pytest.approx(0, abs=1e-5)
+    assert rows["coat"]["scores"]["clip_score"]["before"] == rows["coat"]["scores"]["clip_score"]["after"]
+    networks = [entry["features"] for entry in report["quality"]]
+    assert networks == [str(clip_folder), str(EMBEDDED / "classifier")]
+    again = evaluate(tmp_path, *flags, "--output_dir", "second", "--artifacts_dir", "anew")
+    assert again.returncode == 0, again.stderr
+    second = json.loads((tmp_path / "second" / "report.json").read_text())
+    assert report.pop("command") != second.pop("command")
+    assert report == second
+
+
+def test_the_robustness_protocol_attacks_base_erased_and_control(tmp_path, clip_folder, tiny_folder):
+    pipeline = str(tiny_folder)
+    (tmp_path / "templates.txt").write_text("a drawing of {}\n")
+    flags = ["--base", pipeline, "--erased", pipeline, "--protocol", "robustness", "--control", pipeline, "--concept",
+             "brad pitt", "--surrogate", "a man", "--clip", str(clip_folder), "--images", "2", "--num_inference_steps",
+             "2", "--inversion_steps", "3", "--inversion_images", "2", "--inversion_batch_size", "2",
+             "--inversion_learning_rate", "0.01", "--held_out_prompts", "templates.txt", "--translations",
+             "templates.txt", "--artifacts_dir", "drawn", "--output_dir", "robustness"]  # fmt: skip
+    result = evaluate(tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "robustness" / "report.json").read_text())
+    attacks = ["its name", "paraphrases", "misspellings", "other languages", "textual inversion"]
+    models = ["base", "erased", "control"]
+    assert [(entry["attack"], entry["model"]) for entry in report["robustness"]] == [
+        (attack, model) for attack in attacks for model in models
+    ]
+    inverted = [entry for entry in report["robustness"] if entry["attack"] == "textual inversion"]
+    assert all(entry["inversion"]["start"] == "man" for entry in inverted)
+    # One model under three names: the attack learns the same.
+    assert len({json.dumps(entry["scores"]) for entry in inverted}) == 1
+    assert "control" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--held_out_prompts", "templates.txt"], '"a drawing" has no {} where the concept goes'),
+        (["--held_out_prompts", "none.txt"], "the file of prompts none.txt does not exist"),
+        (["--clip", "none"], "nothing scores the images: give a CLIP model, a classifier, or both"),
+        (["--clip", "none", "--protocol", "concept"], "nothing scores the images"),
+        (["--protocol", "class"], "the class protocol needs --classifier"),
+        (["--inversion_steps", "-1"], "--inversion_steps -1 must be at least 0"),
+    ],
+)
+def test_mistakes_of_an_evaluation_are_one_line(tmp_path, tiny_folder, flags, message):
+    (tmp_path / "templates.txt").write_text("a drawing\n")
+    base = ["--base", str(tiny_folder), "--erased", str(tiny_folder), "--protocol", "robustness", "--concept", "brad",
+            "--surrogate", "a man", "--artifacts_dir", "drawn", "--output_dir", "robustness"]  # fmt: skip
+    result = evaluate(tmp_path, *base, *flags)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "robustness").exists()
