@@ -22,12 +22,20 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["sa_diffusers", "sa_diffusers.*"]),
-    package_data={"sa_diffusers": ["data/vocabularies/*.json", "models/embedded/**/*", "models/configurations/*.json"]},
+    package_data={
+        "sa_diffusers": [
+            "data/vocabularies/*.json",
+            "evaluation/templates/*",
+            "models/embedded/**/*",
+            "models/configurations/*.json",
+        ]
+    },
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",
         "diffusers>=0.36",
         "huggingface_hub>=1.0",
+        "jinja2",
         "numpy",
         "peft>=0.17",
         "pillow",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from .files import read_json, write_json
 
 CONFIG_NAME = "selective_amnesia.json"
+HISTORY_NAME = "training_history.json"
 BASE_DEFAULTS_NAME = "selective_amnesia_defaults.json"
 SAMPLERS = ("ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc")
 TARGETS = ("noise", "frozen")

@@ -14,7 +14,7 @@ from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm import tqdm
 
-from .configuration import SelectiveAmnesiaConfig
+from .configuration import HISTORY_NAME, SelectiveAmnesiaConfig
 from .data.sample_set import SampleSet
 from .ewc import ElasticWeightConsolidation
 from .files import read_json, replacing_folder, write_json
@@ -29,7 +29,6 @@ from .objectives.base import (
 from .parameter_selection import only_trainable, select_parameters
 
 CHECKPOINT_PREFIX = "checkpoint-"
-HISTORY_NAME = "training_history.json"
 VALIDATION_NAME = "validation"
 VALIDATION_SEED = 500_000
 _STREAMS = {"surrogate": 1, "replay": 2, "noise": 3}

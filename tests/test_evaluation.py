@@ -127,7 +127,9 @@ def test_report_tells_what_happened(classifier_folder, tmp_path):
     assert "25.0 % [4.6, 69.9]" in text
     assert "guidance 7.5" in text
     comparison.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["before_after.png", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "before_after.png", "report.html", "report.json", "report.md"
+    ]  # fmt: skip
     with Image.open(tmp_path / "before_after.png") as picture:
         assert picture.width > picture.height > 3 * 64
 

@@ -18,12 +18,11 @@ from ..data.prompts import ErasurePair, fill_template
 from ..files import write_json
 from ..objectives import Objective, SamplingSettings
 from .classification import Classification, ImageClassifier
-from .pictures import before_after_grid
+from .pictures import GRID_NAME, before_after_grid, blurred
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
+from .report import REPORT_NAME, write_report
 from .statistics import frechet_distance, moments, wilson_interval
 
-REPORT_NAME = "report.json"
-GRID_NAME = "before_after.png"
 SCHEMA_VERSION = 2
 GRID_COLUMNS = 6
 CHANGE_PIXELS = 64
@@ -93,12 +92,20 @@ class Comparison:
     grid: list[tuple[str, list[Image.Image], list[Image.Image]]] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json` and `before_after.png` into a folder that is there."""
+        """Write `report.json`, `report.md`, `report.html` and `before_after.png` into a folder that is there.
+
+        Where the report's `blur` is true, every picture in them is blurred.
+        """
         folder = Path(folder)
-        temporary = folder / f".{GRID_NAME}"
-        before_after_grid(self.grid, temporary.with_suffix(".tmp.png"))
-        temporary.with_suffix(".tmp.png").replace(folder / GRID_NAME)
+        # The figures first: the rest can be made from them again.
         write_json(folder / REPORT_NAME, self.report)
+        grid = self.grid
+        if self.report.get("blur"):
+            grid = [(name, *([blurred(picture) for picture in side] for side in sides)) for name, *sides in grid]
+        temporary = folder / f".{GRID_NAME}"
+        before_after_grid(grid, temporary.with_suffix(".tmp.png"))
+        temporary.with_suffix(".tmp.png").replace(folder / GRID_NAME)
+        write_report(self.report, grid, folder)
 
     def table(self) -> str:
         """The rows as aligned text."""

@@ -11,7 +11,6 @@ from ..data.prompts import ErasurePair, fill_template, names_concept
 from .comparison import Comparison, Drawn, PromptGroup, compare, draw_groups
 from .faces import CelebrityDetector
 from .nudity import TABLE_LABELS, NudityDetector, PromptSet, column
-from .pictures import blurred
 from .protocols import Subject
 from .statistics import wilson_interval
 
@@ -199,7 +198,7 @@ def nudity_protocol(
         detector: Counts.
         i2p: Prompts with seeds of their own, one image each; None leaves Table 3 out.
         provenance: Further fields of the report.
-        blur: Whether the pictures of the grid are blurred.
+        blur: Whether every picture that the comparison saves is blurred.
 
     Returns:
         A comparison whose report has `totals`: for each set of prompts and threshold the counts before and after, one
@@ -229,9 +228,6 @@ def nudity_protocol(
         for threshold in detector.thresholds
     ]
     report["blur"] = blur
-    if blur:
-        comparison.grid = [(name, [blurred(picture) for picture in old], [blurred(picture) for picture in new])
-                           for name, old, new in comparison.grid]  # fmt: skip
     return comparison
 
 

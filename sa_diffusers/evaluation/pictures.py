@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
+GRID_NAME = "before_after.png"
 _GAP = 4
 _TEXT = 14
+_BLURRED_PIXELS = 8
 
 
 def before_after_grid(
@@ -42,5 +44,6 @@ def before_after_grid(
 
 
 def blurred(picture: Image.Image) -> Image.Image:
-    """A picture of the same size in which nothing but broad patches of colour is left."""
-    return picture.convert("RGB").filter(ImageFilter.GaussianBlur(max(picture.size) / 8))
+    """A picture of the same size of which nothing is left but the mean colours of 8 by 8 fields."""
+    small = picture.convert("RGB").resize((_BLURRED_PIXELS, _BLURRED_PIXELS), Image.Resampling.BOX)
+    return small.resize(picture.size, Image.Resampling.BICUBIC)

@@ -3,9 +3,9 @@
 The network and the distances are torch-fidelity's, the other networks those of transformers.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import numpy as np
@@ -78,9 +78,9 @@ def _check_weights(path: Path) -> None:
         raise ValueError(f"the weights of the Inception network are not at {path}: give the file's path")
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except (UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no weights of the Inception network ({str(error).splitlines()[0]}): give a file of tensors "
+            f"{path} holds no weights of the Inception network ({type(error).__name__}): give a file of tensors "
             "as torch-fidelity names them"
         ) from error
 

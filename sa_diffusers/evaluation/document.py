@@ -1,0 +1,216 @@
+"""A report as a list of blocks, written as Markdown and as one self-contained HTML page.
+
+Every figure is a string by the time it stands in a block: the two files cannot disagree.
+"""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SHOWN_PIXELS = 192
+# What Markdown gives a meaning to inside a line; angle brackets, ampersands and bars become entities.
+_MEANINGFUL = re.compile(r"([\\`*_\[\]~#])")
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph of plain text."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of plain texts."""
+
+    kind: ClassVar[str] = "items"
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed into a shell."""
+
+    kind: ClassVar[str] = "command"
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column names the row.
+
+    Attributes:
+        caption: What it shows, in which units.
+        header: A title for each column.
+        rows: Cells of text, as many as there are titles.
+        words: The columns that hold words, aligned left; the others hold figures, aligned right.
+        folded: Shown on request only, where a page can do that.
+    """
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: frozenset[int] = frozenset({0})
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and the figures in it.
+
+    Attributes:
+        caption: What it shows.
+        svg: The drawing; it carries its own description.
+        data: The figures.
+        paired: Whether it shows before and after, and needs their legend.
+    """
+
+    caption: str
+    svg: str
+    data: Table
+    paired: bool = False
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Drawings side by side."""
+
+    kind: ClassVar[str] = "charts"
+    charts: Sequence[Chart]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Pictures of one row of the report.
+
+    Attributes:
+        name: What was asked for.
+        seeds: One for each pair.
+        before: The base model's pictures.
+        after: The erased model's, from the same seeds.
+    """
+
+    name: str
+    seeds: Sequence[str]
+    before: Sequence[Image.Image]
+    after: Sequence[Image.Image]
+
+    @property
+    def columns(self) -> int:
+        return max(len(self.before), len(self.after))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Strips of pictures, and the file beside the report that holds them all."""
+
+    kind: ClassVar[str] = "pictures"
+    caption: str
+    strips: Sequence[Strip]
+    file: str
+    blurred: bool = False
+
+
+Block = Paragraph | Items | Command | Table | Charts | Pictures
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a title.
+
+    Attributes:
+        title: The title.
+        anchor: What links to the section end with.
+        blocks: What it holds.
+    """
+
+    title: str
+    anchor: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report.
+
+    Attributes:
+        title: Its title.
+        facts: Names and values that stand under the title.
+        sections: What it holds, in order.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]] = ()
+    sections: Sequence[Section] = field(default_factory=list)
+
+    def to_html(self) -> str:
+        """One page that loads nothing: style, drawings and pictures are inside, and its own policy forbids the rest."""
+        environment = Environment(
+            loader=FileSystemLoader(_TEMPLATES),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            undefined=StrictUndefined,
+        )
+        environment.filters["data_uri"] = data_uri
+        return environment.get_template("report.html").render(document=self)
+
+    def to_markdown(self) -> str:
+        """GitHub's Markdown; a chart is its table, and pictures are the file beside it."""
+        parts = [f"# {_escaped(self.title)}"]
+        if self.facts:
+            parts.append("\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in self.facts))
+        for section in self.sections:
+            parts.append(f"## {_escaped(section.title)}")
+            parts += [_markdown(block) for block in section.blocks]
+        return "\n\n".join(parts) + "\n"
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as the address of itself: PNG, reduced to 192 pixels where it is larger."""
+    picture = picture.convert("RGB")
+    if max(picture.size) > _SHOWN_PIXELS:
+        picture.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS), Image.Resampling.LANCZOS)
+    written = io.BytesIO()
+    picture.save(written, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode('ascii')}"
+
+
+def _escaped(text: str) -> str:
+    """Text in which nothing is markup, on one line."""
+    text = _MEANINGFUL.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return text.replace("|", "&#124;")
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, Paragraph):
+        return _escaped(block.text)
+    if isinstance(block, Items):
+        return "\n".join(f"- {_escaped(text)}" for text in block.texts)
+    if isinstance(block, Command):
+        return "\n".join(f"    {line}" for line in block.text.splitlines())
+    if isinstance(block, Table):
+        return f"{_escaped(block.caption)}\n\n{_markdown_table(block)}"
+    if isinstance(block, Charts):
+        return "\n\n".join(f"{_escaped(chart.caption)}\n\n{_markdown_table(chart.data)}" for chart in block.charts)
+    names = ", ".join(strip.name for strip in block.strips)
+    return f"{_escaped(block.caption)}\n\n![Before and after: {_escaped(names)}]({block.file})"
+
+
+def _markdown_table(table: Table) -> str:
+    marks = [":---" if column in table.words else "---:" for column in range(len(table.header))]
+    lines = [[_escaped(title) for title in table.header], marks]
+    lines += [[_escaped(cell) for cell in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,622 @@
+"""What a reader finds in report.md and report.html."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sa_diffusers.command_line import parse_config
+from sa_diffusers.configuration import CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
+from sa_diffusers.evaluation import Comparison
+from sa_diffusers.evaluation.charts import HEIGHT, WIDTH, curve_svg, histogram
+from sa_diffusers.evaluation.comparison import summary
+from sa_diffusers.evaluation.pictures import blurred
+from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text
+from sa_diffusers.evaluation.statistics import wilson_interval
+
+FILES = ["before_after.png", "report.html", "report.json", "report.md"]
+HOSTILE = '<script>alert("1")</script> & *bold* | [link](http://example.com) `code`'
+COLUMNS = {"clip_score": (27.3, 18.4), "giphy_probability": (0.93, 0.04), "breasts_exposed": (3, 0), "no_face": (0, 1)}
+VOID = {"meta", "link", "img", "br", "line", "polyline", "polygon", "circle"}
+
+
+def noisy(count, seed, size=24):
+    generator = np.random.default_rng(seed)
+    return [Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def share(hits, images):
+    return {"share": hits / images, "interval": list(wilson_interval(hits, images))}
+
+
+def row(name, role, images, seed=0):
+    return {
+        "name": name,
+        "role": role,
+        "images": images,
+        "prompts": [f"a photo of {name}", f"{name} at night"],
+        "seeds": [[100 + seed, 100 + seed + images - 1]],
+        "change": {"rmse": 0.2, "rmse_between_seeds": 0.25, "relative": 0.8},
+        "black": {"before": 0, "after": 0},
+    }
+
+
+def scores(images, seed):
+    """Columns of every kind; some pictures have no probability."""
+    generator = np.random.default_rng(seed)
+    measured = {}
+    for name, centres in COLUMNS.items():
+        times = {}
+        for time, centre in zip(("before", "after"), centres, strict=True):
+            if name == "no_face":
+                values = [float(value) for value in generator.random(images) < 0.2 + 0.6 * centre]
+            elif name == "breasts_exposed":
+                values = [float(value) for value in generator.poisson(centre, images)]
+            else:
+                values = (centre * (1 + 0.06 * generator.standard_normal(images))).tolist()
+            if name == "giphy_probability":
+                values[::5] = [None] * len(values[::5])
+            times[time] = summary(values)
+        measured[name] = times
+    return measured
+
+
+def full_report(concept="Emma Stone", images=20):
+    """A report with everything that one can have."""
+    rows = []
+    roles = ["concept", "concept", "surrogate", "neighbour", "neighbour", "remembered", "remembered"]
+    names = [concept, f"{concept} (paraphrases)", "a young woman", "Emma Watson", "Ryan Gosling", "a dog", "a teapot"]
+    for number, (name, role) in enumerate(zip(names, roles, strict=True)):
+        entry = row(name, role, images, number * images)
+        after = 0 if role == "concept" else images - number % 3
+        entry["recognised"] = {"before": share(images - 1, images), "after": share(after, images)}
+        entry["probability"] = {"before": 0.9131, "after": 0.00002 if role == "concept" else 0.9017}
+        entry["entropy"] = {"before": 0.2113, "after": 1.7345}
+        entry["scores"] = scores(images, number)
+        if role == "concept":
+            entry["as_surrogate"] = {"before": share(0, images), "after": share(images - 2, images)}
+        rows.append(entry)
+    rows[1]["black"]["after"] = 2
+    quality = {"frechet_distance": 17.8214, "precision": 0.7113, "recall": 0.5127}
+    return {
+        "schema_version": 2,
+        "sa_diffusers_version": "0.1.0",
+        "protocol": "concept",
+        "base_model": "CompVis/stable-diffusion-v1-4",
+        "base_revision": "0123abcd",
+        "erased_model": "emma-stone",
+        "real_images": "coco, split val",
+        "pairs": [{"concept": concept, "surrogate": "a young woman", "kind": "prompt"}],
+        "configuration": SelectiveAmnesiaConfig(concept=concept, surrogate="a young woman", ewc_weight=12.5).to_dict(),
+        "device": "cpu",
+        "seconds": {"training": 61.25},
+        "sampling": {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5, "batch_size": 8,
+                     "resolution": 512},
+        "versions": {"torch": "2.9.0", "diffusers": "0.36.0"},
+        "interval": "Wilson, 95 %",
+        "rows": rows,
+        "black_images": {"before": 0, "after": 2},
+        "classifier": {"name": "faces", "labels": names},
+        "remembered": {
+            "labels": names[2:],
+            "before": {"recognised": 0.9512, "frechet_distance": 4.8431, "images": 100},
+            "after": {"recognised": 0.9417, "frechet_distance": 5.1079, "images": 100},
+            "against_base": {"frechet_distance": 0.2713, "precision": 0.9871, "recall": 0.9912},
+        },
+        "surrogate_samples": {concept: {"samples": {"probability": 0.0123, "entropy": 0.3781}}},
+        "quality": [
+            {"features": "inception-v3-compat", "neighbours": 3, "images": 100, "reference": "real images",
+             "reference_images": 5000, "before": quality, "after": {**quality, "frechet_distance": 18.0391}},
+            {"features": "inception-v3-compat", "neighbours": 3, "images": 100, "reference_images": 100,
+             "reference": "the base model's own images", "after": {**quality, "frechet_distance": 2.1937}},
+        ],
+        "evaluators": [
+            {"name": "clip-vit-base-patch32", "kind": "CLIP", "revision": "f00d", "columns": ["clip_score"],
+             "labels": ["Emma Stone", "a young woman"]},
+            {"name": "NudeNet", "version": "3.4.2", "threshold": 0.6, "columns": ["breasts_exposed"],
+             "labels": ["FEMALE_BREAST_EXPOSED"]},
+            {"name": "GIPHY celebrity detector", "weights": "best_model_states.pkl, sha256 12ab", "faces": "MTCNN"},
+        ],
+        "robustness": [
+            {"attack": "textual inversion", "model": "base", "steps": 500, "recognised": share(19, 20)},
+            {"attack": "textual inversion", "model": "erased", "steps": 500, "recognised": share(3, 20),
+             "loss": {"first": 0.5127, "last": 0.0417}},
+            {"attack": "misspellings", "model": "control", "recognised": share(0, 20),
+             "clip_score": summary([17.0, 19.0]), "prompts": ["Ema Stone", "Emma Ston"]},
+        ],
+    }  # fmt: skip
+
+
+def bare_report():
+    """A report with nothing that may be missing."""
+    rows = [row("cat", "concept", 2), row("dog", "remembered", 1, 2)]
+    rows[1]["change"] = {"rmse": 0.1, "rmse_between_seeds": None, "relative": None}
+    sampling = {"sampler": "ddpm", "num_inference_steps": 4, "guidance_scale": 1.0}
+    return {"schema_version": 2, "rows": rows, "sampling": sampling}
+
+
+HISTORY = [
+    {"step": 10 * (number + 1), "surrogate_loss": 0.5 / (number + 1), "replay_loss": 0.2, "ewc_penalty": 0.01 * number,
+     "learning_rate": 1e-4}
+    for number in range(40)
+]  # fmt: skip
+
+
+def grid_of(report, size=24):
+    return [(entry["name"], noisy(6, 2 * number, size), noisy(6, 2 * number + 1, size))
+            for number, entry in enumerate(report["rows"])]  # fmt: skip
+
+
+def save(folder, report, size=24, history=None):
+    folder.mkdir(exist_ok=True)
+    if history is not None:
+        (folder / HISTORY_NAME).write_text(json.dumps(history))
+    Comparison(report, grid_of(report, size)).save(folder)
+    return (folder / "report.md").read_text(encoding="utf-8"), (folder / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The page as a browser takes it apart: every element with its attributes, all text, and what is left open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.words, self.open, self.tables = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.tables.append([])
+        if tag in ("td", "th"):
+            self.tables[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def pictures(self):
+        for attributes in self.of("img"):
+            head, body = attributes["src"].split(",", 1)
+            assert head == "data:image/png;base64"
+            yield attributes["alt"], Image.open(io.BytesIO(base64.b64decode(body)))
+
+
+def unescaped(markdown):
+    """Markdown's text as its reader sees it."""
+    text = re.sub(r"\\([\\`*_\[\]~#])", r"\1", markdown)
+    for entity, character in (("&lt;", "<"), ("&gt;", ">"), ("&#124;", "|"), ("&amp;", "&")):
+        text = text.replace(entity, character)
+    return text
+
+
+def table_rows(markdown):
+    lines = [line.strip("|").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    return [
+        [unescaped(cell.strip()) for cell in line] for line in lines if not line[0].strip().startswith((":--", "--"))
+    ]
+
+
+def rounded(text, mean, deviation):
+    """Whether a text is this mean and standard deviation, rounded, with two digits of the deviation at least."""
+    digits = [len(part.partition(".")[2]) for part in text.split(" ± ")]
+    assert len(text.split(" ± ")[1].replace(".", "").lstrip("0")) >= 2
+    return text == f"{mean:.{digits[0]}f} ± {deviation:.{digits[0]}f}" and digits[0] == digits[1]
+
+
+def test_all_files_are_written_and_the_page_is_whole(tmp_path):
+    report = full_report()
+    _, text = save(tmp_path, report)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    page = Page(text)
+    assert page.open == []
+    assert text.startswith("<!doctype html>")
+    assert page.of("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
+    assert all(attributes["alt"] for attributes in page.of("img"))
+    assert all(attributes["aria-label"] for attributes in page.of("svg"))
+    anchors = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert {attributes["href"] for attributes in page.of("a")} <= {f"#{anchor}" for anchor in anchors}
+
+
+def test_every_table_is_the_same_in_both_files(tmp_path):
+    markdown, text = save(tmp_path, full_report(), history=HISTORY)
+    assert table_rows(markdown) == Page(text).tables
+    assert len(table_rows(markdown)) > 100
+
+
+def test_figures_are_those_of_the_report(tmp_path):
+    report = full_report()
+    markdown, _ = save(tmp_path, report, history=HISTORY)
+    rows = table_rows(markdown)
+    for entry in report["rows"]:
+        (line,) = [
+            line for line in rows if line[0] == entry["name"] and line[-1] not in ("", "0.378") and "80.0" in line
+        ]
+        recognised = entry["recognised"]["after"]
+        low, high = recognised["interval"]
+        figures = f"{100 * recognised['share']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        assert figures in line
+        assert ("<0.001" if entry["role"] == "concept" else "0.902") in line
+        assert f"{entry['entropy']['before']:.3f}" in line
+        # Four columns of scores have a table of their own, a line for each.
+        for name, times in entry["scores"].items():
+            (line,) = [line for line in rows if line[:2] == [name, entry["name"]]]
+            after = times["after"]
+            if name == "clip_score":
+                assert rounded(line[3], after["mean"], after["std"])
+            elif name == "giphy_probability":
+                assert line[3].endswith(" (n = 16)")
+                assert rounded(line[3].removesuffix(" (n = 16)"), after["mean"], after["std"])
+            elif name == "breasts_exposed":
+                assert line[3] == f"{after['sum']:.0f} ({after['mean']:.3g})"
+            else:
+                low, high = wilson_interval(int(after["sum"]), after["count"])
+                assert line[3] == f"{percent(after['mean'])} [{percent(low)}, {percent(high)}]"
+        seeds = f"{entry['seeds'][0][0]} to {entry['seeds'][0][1]}"
+        prompts = f"“a photo of {entry['name']}”; “{entry['name']} at night”"
+        assert [entry["name"], entry["role"], "20", prompts, seeds] in rows
+    inception = [line for line in rows if line[0] == "inception-v3-compat"]
+    assert [line[2:] for line in inception] == [
+        ["before", "100", "17.821", "0.711", "0.513"],
+        ["after", "100", "18.039", "0.711", "0.513"],
+        ["after", "100", "2.194", "0.711", "0.513"],
+    ]
+    assert "real images (5,000)" in inception[0]
+    assert ["400", significant(HISTORY[-1]["surrogate_loss"])] in rows
+    assert ["ewc_weight", "12.5", "50"] in rows
+    assert ["training", "61.2"] in rows
+
+
+def test_the_summary_says_in_words_what_the_tables_say(tmp_path):
+    report = full_report()
+    markdown, text = save(tmp_path, report)
+    told = markdown.split("## Summary")[1].split("##")[0]
+    told = unescaped(" ".join(told.split()))
+    assert "“Emma Stone” was erased into “a young woman”." in told
+    assert "“Emma Stone”, 20 images: recognised in 95.0 % [76.4, 99.1] before and 0.0 % [0.0, 16.1] after" in told
+    assert "recognised as the surrogate in 0.0 % [0.0, 16.1] before and 90.0 % [69.9, 97.2] after" in told
+    clip = report["rows"][0]["scores"]["clip_score"]
+    figures = [
+        f"{clip[time]['mean']:.{digits}f} ± {clip[time]['std']:.{digits}f}"
+        for time, digits in (("before", 1), ("after", 2))
+    ]
+    assert f"clip_score {figures[0]} before and {figures[1]} after" in told
+    assert "None is recognised less often than before." in told
+    assert "95.1 % of images before and 94.2 % after" in told
+    assert "black all over: 0 before, 2 after" in told
+    for line in told.split(" - "):
+        assert line.strip("- ") in Page(text).text
+    report["rows"][4]["recognised"]["after"] = share(11, 20)
+    told = unescaped(save(tmp_path, report)[0])
+    assert (
+        "The largest loss is that of “Ryan Gosling”: 95.0 % [76.4, 99.1] before and 55.0 % [34.2, 74.2] after." in told
+    )
+
+
+def test_neighbours_have_a_table_of_their_own(tmp_path):
+    markdown, _ = save(tmp_path, full_report())
+    parts = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", markdown, flags=re.DOTALL | re.MULTILINE))
+    damage = {line[0] for line in table_rows(parts["Collateral damage: neighbours of the concept"])}
+    assert damage == {"prompted with", "Emma Watson", "Ryan Gosling", "score", *COLUMNS}
+    remembered = {tuple(line[:2]) for line in table_rows(parts["Remembered concepts"]) if line[0] not in COLUMNS}
+    assert remembered >= {("a young woman", "surrogate"), ("a dog", "remembered"), ("a teapot", "remembered")}
+    assert "Emma W" not in parts["Remembered concepts"]
+
+
+def test_few_scores_stand_beside_the_other_figures(tmp_path):
+    report = full_report()
+    for entry in report["rows"]:
+        entry["scores"] = {"clip_score": entry["scores"]["clip_score"]}
+    rows = table_rows(save(tmp_path, report)[0])
+    header = next(line for line in rows if line[0] == "prompted with")
+    assert "clip_score after, mean ± standard deviation" in header
+    scored = report["rows"][0]["scores"]["clip_score"]["after"]
+    line = rows[rows.index(header) + 1]
+    assert line[header.index("clip_score after, mean ± standard deviation")] == (
+        f"{scored['mean']:.2f} ± {scored['std']:.2f}"
+    )
+
+
+def test_every_figure_says_what_measured_it_and_how_to_have_it_again(tmp_path):
+    markdown, _ = save(tmp_path, full_report())
+    rows = table_rows(markdown.split("## How to reproduce each figure")[1])
+    for expected in (
+        ["NudeNet", "version", "3.4.2"],
+        ["NudeNet", "threshold", "0.6"],
+        ["NudeNet", "labels", "FEMALE_BREAST_EXPOSED"],
+        ["GIPHY celebrity detector", "weights", "best_model_states.pkl, sha256 12ab"],
+        ["sampler", "ddim"],
+        ["guidance scale", "7.5"],
+        ["torch", "2.9.0"],
+        ["real images", "coco, split val"],
+        ["base revision", "0123abcd"],
+    ):
+        assert expected in rows, expected
+    measured_by = {line[0]: line[1] for line in rows}
+    assert measured_by["clip_score"] == "clip-vit-base-patch32"
+    assert measured_by["breasts_exposed"] == "NudeNet"
+    # An evaluator that does not name its columns may have measured any that nobody else names.
+    assert measured_by["giphy_probability"] == "GIPHY celebrity detector"
+    assert measured_by["recognised, as its surrogate"] == "faces"
+
+
+def test_the_command_of_the_report_gives_the_same_settings_again(tmp_path, monkeypatch):
+    report = full_report()
+    markdown, _ = save(tmp_path, report)
+    SelectiveAmnesiaConfig(**report["configuration"]).save(tmp_path / CONFIG_NAME)
+    (command,) = re.findall(r"^    accelerate launch examples/train_sa.py (.*)$", markdown, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    again = parse_config(command.split()).to_dict()
+    assert again == {**report["configuration"], "output_dir": "reproduced"}
+    given = {**report, "command": ["python", "examples/evaluate_sa.py", "--concept", "Emma Stone"]}
+    assert "    python examples/evaluate_sa.py --concept 'Emma Stone'" in save(tmp_path, given)[0]
+
+
+def test_robustness_is_shown_whatever_was_measured(tmp_path):
+    markdown, text = save(tmp_path, full_report())
+    part = markdown.split("## Robustness")[1].split("\n## ")[0]
+    header, *rows = table_rows(part)
+    assert header == ["attack", "model", "steps", "recognised", "loss first", "loss last", "clip score", "prompts"]
+    assert rows[1] == ["textual inversion", "erased", "500", "15.0 % [5.2, 36.0]", "0.513", "0.0417", "–", "–"]
+    assert rows[2] == [
+        "misspellings",
+        "control",
+        "–",
+        "0.0 % [0.0, 16.1]",
+        "–",
+        "–",
+        "18.0 ± 1.4",
+        "Ema Stone; Emma Ston",
+    ]
+    assert "textual inversion" in Page(text).text
+
+
+def test_histograms_count_every_figure_there_is(tmp_path):
+    report = full_report()
+    markdown, text = save(tmp_path, report)
+    # Two rows of the concept, three columns that are not yes or no.
+    drawings = [attributes["aria-label"] for attributes in Page(text).of("svg")]
+    assert [drawing for drawing in drawings if "giphy_probability" in drawing] == [
+        "Histogram. giphy_probability, “Emma Stone”: 16 of 20 images before, 16 after",
+        "Histogram. giphy_probability, “Emma Stone (paraphrases)”: 16 of 20 images before, 16 after",
+    ]
+    assert len(drawings) == 6
+    assert not any("no_face" in drawing for drawing in drawings)
+    part = unescaped(markdown).split("Images in each bin of breasts_exposed, “Emma Stone”\n")[0]
+    assert part.count("| :--- | ---: | ---: |") >= 1
+    first = report["rows"][0]["scores"]["clip_score"]
+    lines = table_rows(markdown.split("## Score histograms")[1].split("\n## ")[0])
+    header = lines.index(["clip_score", "before", "after"])
+    counted = []
+    for line in lines[header + 1 :]:
+        if line[1:] == ["before", "after"]:
+            break
+        counted.append(line)
+    assert sum(int(line[1]) for line in counted) == len(first["before"]["values"])
+    assert sum(int(line[2]) for line in counted) == len(first["after"]["values"])
+
+
+def test_a_histogram_has_a_bin_for_each_whole_number_and_few_for_many_values():
+    counted = histogram([0, 2, 2], [1, 1, 1])
+    assert counted.edges == (-0.5, 0.5, 1.5, 2.5)
+    assert (counted.before, counted.after) == ((1, 0, 2), (0, 3, 0))
+    values = np.random.default_rng(0).normal(size=10_000).tolist()
+    counted = histogram(values, [0.0])
+    assert 8 <= len(counted.before) <= 20
+    assert all(edge == round(edge, 1) for edge in counted.edges)
+    assert (sum(counted.before), sum(counted.after)) == (10_000, 1)
+    assert sum(histogram([0.25, 0.25], []).before) == 2
+    with pytest.raises(ValueError, match="give at least one"):
+        histogram([], [])
+
+
+def test_no_name_can_become_markup(tmp_path):
+    report = full_report(HOSTILE)
+    report["base_model"] = report["classifier"]["name"] = report["evaluators"][0]["name"] = HOSTILE
+    report["robustness"][0]["attack"] = HOSTILE
+    report["rows"][3]["scores"] = {HOSTILE: report["rows"][3]["scores"]["clip_score"]}
+    report["rows"][0]["scores"] = {HOSTILE: report["rows"][0]["scores"]["clip_score"]}
+    markdown, text = save(tmp_path, report, history=HISTORY)
+    page = Page(text)
+    assert page.open == []
+    assert not page.of("script")
+    assert {name for name, _ in page.elements} <= {
+        "html", "head", "meta", "title", "link", "style", "body", "header", "h1", "h2", "h3", "dl", "div", "dt", "dd",
+        "nav", "ul", "li", "a", "main", "section", "p", "figure", "figcaption", "img", "span", "table", "thead",
+        "tbody", "tr", "th", "td", "details", "summary", "pre", "code", "svg", "line", "text", "polygon", "polyline",
+        "circle",
+    }  # fmt: skip
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert HOSTILE in page.text
+    prose = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
+    assert "<" not in prose
+    assert not re.search(r"(?<!\\)[\]\[`*]", prose.replace("![Before", "").replace("](before_after.png)", ""))
+    assert HOSTILE in unescaped(prose)
+    # A bar in a name is not a cell.
+    assert table_rows(markdown) == page.tables
+
+
+def test_the_page_loads_nothing(tmp_path):
+    _, text = save(tmp_path, full_report(), history=HISTORY)
+    page = Page(text)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "srcset", "data", "action", "poster", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, name)
+    assert not re.search(r"url\(|@import|https?:", text)
+    (policy,) = [item["content"] for item in page.of("meta") if item.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "img-src data:;" in policy
+
+
+def detail(picture):
+    """How much neighbouring pixels differ, on a scale to 255."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=float)
+    return np.abs(np.diff(pixels, axis=1)).mean()
+
+
+def test_what_is_to_be_blurred_is_blurred_in_every_file(tmp_path):
+    report = {**full_report(), "blur": True}
+    markdown, text = save(tmp_path, report, size=256)
+    pictures = list(Page(text).pictures())
+    assert len(pictures) == 7 * 12
+    shown = noisy(1, 0, 256)[0]
+    for alt, picture in pictures:
+        assert alt.endswith("blurred")
+        assert picture.size == (192, 192)
+        # Nothing is left but the mean colours of 8 by 8 fields: smaller, the picture holds all that it held.
+        small = picture.resize((8, 8), Image.Resampling.BOX)
+        again = np.asarray(small.resize((192, 192), Image.Resampling.BICUBIC), dtype=float)
+        assert np.abs(again - np.asarray(picture, dtype=float)).max() < 12
+        assert detail(picture) < 1 < detail(shown) / 50
+    for said in (unescaped(markdown), Page(text).text):
+        assert "blurred on purpose" in said
+    with Image.open(tmp_path / "before_after.png") as sheet:
+        tile = sheet.crop((sheet.width - 64 - 8, sheet.height - 64 - 8, sheet.width - 12, sheet.height - 12))
+        assert detail(tile) < 2
+    clear = Page(save(tmp_path, {**full_report(), "blur": False}, size=256)[1])
+    assert min(detail(picture) for _, picture in clear.pictures()) > 20
+    assert "blurred" not in clear.text
+
+
+def test_blurring_keeps_size_and_mean_colour_only():
+    picture = Image.new("RGB", (40, 30), (200, 10, 90))
+    assert blurred(picture).size == (40, 30)
+    assert blurred(picture).getpixel((3, 3)) == (200, 10, 90)
+    sharp = noisy(1, 3, 64)[0]
+    mirrored = np.asarray(sharp).copy()
+    for top in range(0, 64, 8):
+        for left in range(0, 64, 8):
+            mirrored[top : top + 8, left : left + 8] = mirrored[top : top + 8, left : left + 8][:, ::-1]
+    # Two pictures with the same means cannot be told apart.
+    assert np.array_equal(np.asarray(blurred(sharp)), np.asarray(blurred(Image.fromarray(mirrored))))
+
+
+def test_pictures_are_the_grids_own_at_their_seeds_the_concept_first(tmp_path):
+    report = full_report()
+    report["rows"] = report["rows"][::-1]
+    page = Page(save(tmp_path, report)[1])
+    pictures = list(page.pictures())
+    assert [alt for alt, _ in pictures[:2]] == [
+        "Emma Stone (paraphrases), before, seed 120",
+        "Emma Stone (paraphrases), before, seed 121",
+    ]
+    (name, before, after) = grid_of(report)[-1]
+    assert name == "Emma Stone"
+    shown = [picture for alt, picture in pictures if alt.startswith("Emma Stone,")]
+    for picture, drawn in zip(shown, [*before, *after], strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(drawn))
+
+
+def test_a_report_without_anything_optional(tmp_path):
+    markdown, text = save(tmp_path, bare_report())
+    page = Page(text)
+    titles = re.findall(r"^## (.*)$", markdown, flags=re.MULTILINE)
+    assert titles == [
+        "Summary",
+        "Before and after",
+        "The erased concept",
+        "Remembered concepts",
+        "How to reproduce each figure",
+    ]
+    for name in ("cat", "dog"):
+        assert name in page.text
+        assert name in markdown
+    assert "“cat” was erased." in markdown
+    assert "changed by 80.0 % of the distance between two seeds" in markdown
+    assert "None" not in markdown
+    assert "None" not in page.text
+    assert not page.of("svg")
+    assert table_rows(markdown) == page.tables
+
+
+def test_an_evaluation_elsewhere_shows_the_erased_folders_training(tmp_path):
+    erased = tmp_path / "erased"
+    erased.mkdir()
+    (erased / HISTORY_NAME).write_text(json.dumps(HISTORY))
+    SelectiveAmnesiaConfig(concept="cat", surrogate="dog", ewc_weight=7.25).save(erased / CONFIG_NAME)
+    markdown, text = save(tmp_path / "evaluation", {**bare_report(), "erased_model": str(erased)})
+    assert "EWC penalty: 0 at step 10, 0.39 at step 400" in markdown
+    assert len(Page(text).of("svg")) == 3
+    assert "| ewc\\_weight | 7.25 | 50 |" in markdown
+    # It is not this folder's configuration: no command is made of it.
+    assert "accelerate launch" not in markdown
+
+
+def test_two_reports_of_one_comparison_are_the_same_bytes(tmp_path):
+    for name in ("first", "second"):
+        save(tmp_path / name, full_report(), history=HISTORY)
+    for name in FILES:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_thousands_of_prompts_and_seeds_do_not_fill_the_page(tmp_path):
+    report = bare_report()
+    report["rows"][0] |= {
+        "images": 4703,
+        "prompts": [f"prompt number {number}" for number in range(4703)],
+        "seeds": [[7 * number, 7 * number] for number in range(4703)],
+    }
+    markdown, _ = save(tmp_path, report)
+    assert "prompt number 11”; and 4,691 more, in rows\\[0\\] of report.json" in markdown
+    assert "77; and 4,691 more" in markdown
+    assert "prompt number 12" not in markdown
+
+
+def test_long_label_sets_are_cut_and_say_where_the_rest_is(tmp_path):
+    report = full_report()
+    report["evaluators"][2]["labels"] = [f"celebrity {number}" for number in range(2306)]
+    markdown, _ = save(tmp_path, report)
+    assert "celebrity 59; and 2,246 more, in evaluators of report.json" in markdown
+    assert "celebrity 60" not in markdown
+
+
+@pytest.mark.parametrize("value", [0.0, 4e-15, 0.7, 123456.0])
+def test_a_curve_of_any_size_stays_in_its_frame(value):
+    points = [(1, value), (2, value / 2)]
+    drawn = curve_svg(points, "losses", "loss")
+    (places,) = re.findall(r'points="([^"]+)"', drawn)
+    for place in places.split():
+        x, y = map(float, place.split(","))
+        assert 0 < x < WIDTH
+        assert 0 < y < HEIGHT
+    assert curve_svg(points[:1], "losses", "loss").count("<circle") == 1
+    # There is no half step.
+    assert re.findall(r'y="187" text-anchor="middle">([^<]+)<', drawn) == ["0", "1", "2"]
+
+
+def test_nothing_is_rounded_to_all_or_to_none():
+    assert [percent(value) for value in (0, 1 / 4703, 0.5, 4702 / 4703, 1, 2.023)] == [
+        "0.0", "<0.1", "50.0", ">99.9", "100.0", "202.3"
+    ]  # fmt: skip
+    assert share_text({"share": 1.0, "interval": [0.862, 0.9999999999999999]}) == "100.0 [86.2, 100.0]"
+    assert [decimal(value) for value in (None, 0.0, 3e-6, -1e-9, 4.8473)] == ["–", "0.000", "<0.001", "0.000", "4.847"]
+    pairs = [(27.04, 1.43), (0.041, 0.00289), (9300.2, 812.0), (0.5, None), (2, 0)]
+    assert [spread_text(*pair) for pair in pairs] == [
+        "27.0 ± 1.4", "0.0410 ± 0.0029", "9,300 ± 812", "0.5", "2 ± 0"
+    ]  # fmt: skip
+    assert [significant(value) for value in (None, 12, 0.000512, 1234.5, -2.5)] == [
+        "–", "12", "0.000512", "1,234", "-2.5"
+    ]  # fmt: skip
