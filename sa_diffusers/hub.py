@@ -98,16 +98,13 @@ def push_folder(
 
 @contextlib.contextmanager
 def _one_line_errors(name: str, repeat: str) -> Iterator[None]:
-    failure = None
     try:
         yield
     except Exception as error:  # the kinds of network errors depend on huggingface_hub's HTTP library
-        failure = one_line(error)
-    if failure is not None:
-        # Raised out here, without the first error as its context: that one may quote the token in a header.
+        # Without the first error in the traceback: that one may quote the token in a header.
         raise ConnectionError(
-            f'the upload to "{name}" failed ({failure}). Log in with `hf auth login` if you are not; {repeat}'
-        )
+            f'the upload to "{name}" failed ({one_line(error)}). Log in with `hf auth login` if you are not; {repeat}'
+        ) from None
 
 
 def one_line(error: Exception) -> str:

@@ -80,6 +80,13 @@ class HubServer:
         """How many requests of a kind came in."""
         return sum(kind == method and bool(re.search(path, place)) for kind, place in self.requests)
 
+    def start_repository(self, name: str, private: bool) -> None:
+        """An empty repository."""
+        self.files[name] = {}
+        self.private[name] = private
+        self._large_paths[name] = {}
+        self._commits[name] = {self._sha(name): {}}
+
     # Requests
 
     def _handle(self, request: BaseHTTPRequestHandler) -> None:
@@ -163,10 +170,7 @@ class HubServer:
         if name in self.files:
             self._answer(request, {"error": "You already created this model repo", **answer}, 409)
             return
-        self.files[name] = {}
-        self._large_paths[name] = {}
-        self.private[name] = bool(wanted.get("private") or wanted.get("visibility") == "private")
-        self._commits[name] = {self._sha(name): {}}
+        self.start_repository(name, bool(wanted.get("private") or wanted.get("visibility") == "private"))
         self._answer(request, answer)
 
     def _validate(self, request, body):
@@ -250,7 +254,7 @@ class HubServer:
     def _readable(self, request, name, revision):
         """The files of a revision, or None after an answer that refuses them."""
         if name not in self.files or (self.private[name] and not request.headers.get("Authorization")):
-            self._missing(request, "RepoNotFound", 401 if name not in self.files else 404)
+            self._missing(request, "RepoNotFound")
             return None
         sha = self._sha(name) if revision in (None, "main") else revision
         if sha not in self._commits[name]:
@@ -286,7 +290,9 @@ class HubServer:
             self._missing(request, "EntryNotFound", headers=commit)
         elif path in self._large_paths[name]:
             oid = self._large_paths[name][path]
-            linked = {"Location": f"{self.address}/large/{oid}", "X-Linked-Etag": f'"{oid}"',
+            # Large files lie on another host, as the Hub's do.
+            place = self.address.replace("127.0.0.1", "localhost")
+            linked = {"Location": f"{place}/large/{oid}", "X-Linked-Etag": f'"{oid}"',
                       "X-Linked-Size": str(len(files[path]))}  # fmt: skip
             self._answer(request, b"", 302, commit | linked)
         else:
