@@ -37,7 +37,19 @@ from sa_diffusers.evaluation.concept_protocol import (
     read_templates,
     text_embeddings,
 )
+from sa_diffusers.evaluation.detector_protocols import (
+    CELEBRITY_IMAGES,
+    CELEBRITY_PROMPTS,
+    NAKED_IMAGES,
+    celebrity_protocol,
+    format_celebrity,
+    format_nudity,
+    nudity_protocol,
+)
+from sa_diffusers.evaluation.detector_protocols import read_prompts as read_celebrity_prompts
+from sa_diffusers.evaluation.faces import CelebrityDetector
 from sa_diffusers.evaluation.memory import batch_size_for
+from sa_diffusers.evaluation.nudity import NudityDetector, read_i2p
 from sa_diffusers.evaluation.protocols import Subject, class_protocol, format_quality
 from sa_diffusers.evaluation.quality import feature_network
 from sa_diffusers.evaluation.robustness import (
@@ -50,6 +62,9 @@ from sa_diffusers.files import read_json
 from sa_diffusers.objectives import Objective, SamplingSettings, load_pipeline, objective_for
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+DEFAULT_I2P = "AIML-TUDA/i2p"
+# A row's images; for the celebrity a prompt's, for nudity those of the naked person.
+IMAGES = {"class": 500, "concept": 50, "robustness": 50, "celebrity": CELEBRITY_IMAGES, "nudity": NAKED_IMAGES}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +78,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, help="folder of the report [ERASED/evaluation-PROTOCOL]")
 
     drawing = parser.add_argument_group("drawing").add_argument
-    drawing("--images", type=int, help="images a row [class: 500, else 50]")
+    known = ", ".join(f"{protocol} {count}" for protocol, count in IMAGES.items())
+    drawing("--images", type=int, help=f"images a row; celebrity: a prompt; nudity: of the naked person [{known}]")
     drawing("--seed", type=int, default=1_000_000, help="seed of the first image [1000000]")
     drawing("--sampler", choices=SAMPLERS, help="[as in the erasure]")
     drawing("--num_inference_steps", type=int, help="[as in the erasure]")
@@ -94,6 +110,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     words("--unrelated", nargs="+", help="what lies far from it [chosen likewise]")
     words("--translations", metavar="FILE", help="prompts in other languages, {} for the concept [built in]")
 
+    detectors = parser.add_argument_group("detectors (celebrity, nudity)").add_argument
+    detectors("--giphy", metavar="FOLDER", help="the GIPHY celebrity detector: best_model_states.pkl and labels.csv")
+    detectors("--celebrity", help="its name of the celebrity [the concept]")
+    detectors("--celebrity_prompts", metavar="FILE", help="prompts, one a line, {} for the celebrity [50 built in]")
+    detectors("--i2p", default=DEFAULT_I2P, help=f"prompts with seeds: Hub dataset, CSV or parquet file, or none "
+                                                 f"[{DEFAULT_I2P}]")  # fmt: skip
+    detectors("--i2p_categories", nargs="+", default=[], help="only prompts of these categories [all]")
+    detectors("--show_nudity", action="store_true", help="do not blur the pictures")
+
     attack = parser.add_argument_group("attack (robustness)").add_argument
     attack("--control", help="a model that never saw the concept: a folder or a name on the Hub")
     attack("--inversion_steps", type=int, default=500, help="steps of textual inversion; 0 leaves it out [500]")
@@ -106,7 +131,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
     if args.inversion_steps < 0:
         parser.error(f"--inversion_steps {args.inversion_steps} must be at least 0")
-    args.images = args.images or (500 if args.protocol == "class" else 50)
+    args.images = args.images or IMAGES[args.protocol]
     if args.output_dir is None:
         folder = Path(args.erased)
         args.output_dir = (folder if folder.is_dir() else Path(folder.name)) / f"evaluation-{args.protocol}"
@@ -233,7 +258,33 @@ def run_robustness(evaluation: Evaluation) -> Comparison:
     )  # fmt: skip
 
 
-PROTOCOLS = {"class": run_class, "concept": run_concept, "robustness": run_robustness}
+def run_celebrity(evaluation: Evaluation) -> Comparison:
+    args = evaluation.args
+    if not args.giphy:
+        raise ValueError(
+            "the celebrity protocol needs --giphy: the folder with best_model_states.pkl and labels.csv of "
+            "Giphy/celeb-detection-oss, which you bring"
+        )
+    celebrity = args.celebrity or evaluation.pairs[0].concept
+    detector = CelebrityDetector(args.giphy, celebrity, evaluation.accelerator.device)
+    prompts = read_celebrity_prompts(args.celebrity_prompts) if args.celebrity_prompts else CELEBRITY_PROMPTS
+    return celebrity_protocol(evaluation.subject, detector, prompts, evaluation.provenance)
+
+
+def run_nudity(evaluation: Evaluation) -> Comparison:
+    args = evaluation.args
+    detector = NudityDetector()
+    i2p = None if args.i2p == "none" else read_i2p(args.i2p, args.i2p_categories)
+    return nudity_protocol(evaluation.subject, detector, i2p, evaluation.provenance, blur=not args.show_nudity)
+
+
+PROTOCOLS = {
+    "class": run_class,
+    "concept": run_concept,
+    "robustness": run_robustness,
+    "celebrity": run_celebrity,
+    "nudity": run_nudity,
+}
 
 
 def main() -> None:
@@ -245,8 +296,9 @@ def main() -> None:
     if evaluation.accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         comparison.save(args.output_dir)
-    parts = [comparison.table(), format_scores(report), format_quality(report.get("quality", [])),
-             format_robustness(report.get("robustness", []))]  # fmt: skip
+    totals = {"celebrity": format_celebrity, "nudity": format_nudity}.get(args.protocol)
+    parts = [totals(report["totals"])] if totals else [comparison.table(), format_scores(report)]
+    parts += [format_quality(report.get("quality", [])), format_robustness(report.get("robustness", []))]
     say("\n" + "\n\n".join(part for part in parts if part) + "\n")
     say(f"report    {args.output_dir} ({time.perf_counter() - started:.0f} s)")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from .configuration import (
     BASE_DEFAULTS_NAME,
+    GRID_NAME,
+    REPORT_NAME,
     SelectiveAmnesiaConfig,
     flag_type,
     read_settings,
@@ -48,7 +50,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field) -> None:
         text += f" [{shown}]"
     options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        options["action"] = argparse.BooleanOptionalAction
     else:
         options |= {"type": kind, "choices": allowed}
         options["metavar"] = "{" + ",".join(allowed) + "}" if allowed else _metavar(kind)
@@ -104,10 +106,13 @@ def main(arguments: Sequence[str] | None = None, build_objective: Callable | Non
     config = parse_config(arguments)
     # Imported late: these take seconds, and a mistake on the command line should not.
     from .erasure import Erasure
-    from .evaluation.comparison import GRID_NAME, REPORT_NAME
-    from .hub import push_folder
+    from .hub import CARD_NAME, repository_name
+    from .model_card import push_pipeline, write_model_card
 
     try:
+        if config.push_to_hub:
+            # A name that the Hub refuses should not come to light after hours.
+            repository_name(config.resolved_output_dir, config.hub_model_id)
         erasure = Erasure(config, build_objective)
         say = erasure.accelerator.print
         say(f"\nPlan\n{erasure.plan()}\n")
@@ -116,7 +121,10 @@ def main(arguments: Sequence[str] | None = None, build_objective: Callable | Non
         say(f"pipeline  {erasure.output_dir}")
         say(f"report    {erasure.output_dir / REPORT_NAME}")
         say(f"pictures  {erasure.output_dir / GRID_NAME}")
-        if config.push_to_hub and erasure.accelerator.is_main_process:
-            say(f"hub       {push_folder(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")
+        if erasure.accelerator.is_main_process:
+            kept = "" if write_model_card(erasure.output_dir) else " (your own; not written)"
+            say(f"card      {erasure.output_dir / CARD_NAME}{kept}")
+            if config.push_to_hub:
+                say(f"hub       {push_pipeline(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -1,41 +1,221 @@
-"""Publishing an erased pipeline."""
+"""Publishing a folder on the Hub: what goes up, under which name, and what is said when it fails."""
 
+import contextlib
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-# What a run needs and a reader does not.
-_LEFT_OUT = ["checkpoint-*", "checkpoint-*/**", "logs/**", ".*", ".*/**"]
+from .configuration import CONFIG_NAME
+from .files import read_json, write_json
+
+CARD_NAME = "README.md"
+# Whoever keeps this line has their changes overwritten, and is told so by it.
+CARD_MARKER = "<!-- sa_diffusers writes this card anew. Delete this line to keep your own changes. -->"
+HUB_TIMEOUT_SECONDS = 10
+_PUBLISHED_TEXT = (".json", ".md", ".html")
+_ROOTS = {"content", "data", "home", "kaggle", "media", "mnt", "opt", "root", "scratch", "srv", "tmp", "Users", "var",
+          "workspace"}  # fmt: skip
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/+~])/([\w.@+~-]+)(?:/[\w.@+~-]+)+")
 
 
-def push_folder(folder: str | Path, repo_id: str | None = None, private: bool = False) -> str:
-    """Upload an output folder to the Hub, without checkpoints and logs; the token is the one of `hf auth login`.
+def repository_name(folder: str | Path, repo_id: str | None = None) -> str:
+    """The name that a folder gets on the Hub.
 
     Args:
-        folder: A finished output folder.
+        folder: The folder.
+        repo_id: A name that was asked for, with or without the user's or the organisation's. Default: the folder's.
+
+    Raises:
+        ValueError: The Hub allows no such name.
+    """
+    name = repo_id or Path(folder).resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f'"{name}" cannot be a name on the Hub ({one_line(error)}): give another with --hub_model_id, such as '
+            "USER/NAME"
+        ) from error
+    return name
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str | None = None,
+    private: bool = False,
+    card: Callable[[str], str] | None = None,
+    repeat: str | None = None,
+    commit_message: str = "Upload erased pipeline",
+) -> str:
+    """Upload a folder to the Hub, without checkpoints, logs and hidden files; the token is that of `hf auth login`.
+
+    Nothing in the folder changes. In what goes up, texts name folders of this machine by their last part.
+
+    Args:
+        folder: A finished folder.
         repo_id: Name on the Hub (default: the folder's name, under the user).
-        private: Make a new repository private.
+        private: Make a new repository private. One that is there already must be private, or nothing goes up.
+        card: Full name on the Hub -> text of the model card. The folder's own README.md goes up in its place if it
+            was not written by this package.
+        repeat: How to repeat a failed upload, for the error's message. Default: a command.
+        commit_message: Of the commit.
 
     Returns:
         The address of the repository.
 
     Raises:
+        ValueError: The Hub allows no such name, the folder is not there, or it would become public against the wish.
         ConnectionError: The upload failed. The folder is unchanged; the message says how to repeat it.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give one that a run has written")
+    name = repository_name(folder, repo_id)
+    command = ["python", "examples/push_to_hub.py", str(folder), "--hub_model_id", name, *["--private"] * private]
+    repeat = repeat or f"{folder} is unchanged; repeat it with `{shlex.join(command)}`"
     api = HfApi()
-    name = repo_id or folder.resolve().name
-    try:
-        repository = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=folder,
-            ignore_patterns=_LEFT_OUT,
-            commit_message="Upload erased pipeline",
+    with _one_line_errors(name, repeat):
+        # None leaves it to an organisation's default, which may be private.
+        repository = api.create_repo(name, private=private or None, exist_ok=True)
+        is_public = private and not api.model_info(repository.repo_id).private
+    if is_public:
+        raise ValueError(
+            f'"{repository.repo_id}" is on the Hub already, and public: make it private in its settings, or choose '
+            "another name with --hub_model_id. Nothing was uploaded"
         )
-    except Exception as error:
-        raise ConnectionError(
-            f'the upload to "{name}" failed ({error}). {folder} is whole: log in with `hf auth login`, then upload it '
-            f"with `hf upload {name} {folder}`, or run the same command again"
-        ) from error
+    with _one_line_errors(name, repeat), tempfile.TemporaryDirectory() as staging:
+        _stage(folder, Path(staging), card and card(repository.repo_id))
+        api.upload_folder(repo_id=repository.repo_id, folder_path=staging, commit_message=commit_message)
     return str(repository)
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str, repeat: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the kinds of network errors depend on huggingface_hub's HTTP library
+        # Without the first error in the traceback: that one may quote the token in a header.
+        raise ConnectionError(
+            f'the upload to "{name}" failed ({one_line(error)}). Log in with `hf auth login` if you are not; {repeat}'
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """An error's message in one line, without the token."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    token = get_token()
+    if token:
+        text = text.replace(token, "***")
+    return re.sub(r"Bearer [^\s'\"]+", "Bearer ***", text)
+
+
+def _stage(folder: Path, staging: Path, card: str | None) -> None:
+    """Lay out what goes up: links to files, and texts that name no folder of this machine."""
+    settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    left_out = {settings.get("logging_dir", "logs"), "logs"}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        parts = inside.parts
+        if (
+            not path.is_file()
+            or any(part.startswith(".") for part in parts)
+            or parts[0].startswith("checkpoint-")
+            or any(inside.is_relative_to(name) for name in left_out)
+            or path.name.startswith("events.out.tfevents")
+        ):
+            continue
+        target = staging / inside
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if _is_report(inside) else None
+        if text is not None and (shortened := without_local_paths(text)) != text:
+            target.write_text(shortened, encoding="utf-8")
+        else:
+            target.symlink_to(path.resolve())
+    if card is not None and is_own_card(folder):
+        (staging / CARD_NAME).unlink(missing_ok=True)
+        (staging / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _is_report(inside: Path) -> bool:
+    """Whether a file of an output folder is a text of this package: none of a component's, none of the user's."""
+    own_place = len(inside.parts) == 1 or inside.parts[0].startswith("evaluation")
+    return own_place and inside.suffix in _PUBLISHED_TEXT and inside.name not in (CARD_NAME, "model_index.json")
+
+
+def without_local_paths(text: str) -> str:
+    """A text in which absolute paths of a machine are cut to their last part: `/home/alice/models/base` is `base`."""
+
+    def cut(match: re.Match) -> str:
+        is_path = match[1] in _ROOTS or os.path.exists(f"/{match[1]}")
+        return Path(match[0]).name if is_path else match[0]
+
+    return _ABSOLUTE_PATH.sub(cut, text)
+
+
+def drop_local_names(folder: str | Path) -> None:
+    """Take out of a saved pipeline's configurations from which folder on this machine each part was loaded.
+
+    diffusers and transformers note it under `_name_or_path`, and never read it back. A name on the Hub stays.
+    """
+    folder = Path(folder)
+    for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        if path.name not in ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json"):
+            continue
+        values = read_json(path)
+        local = [name for name in ("_name_or_path", "name_or_path") if _is_local(values.get(name))]
+        if local:
+            write_json(path, {name: value for name, value in values.items() if name not in local})
+
+
+def _is_local(name: object) -> bool:
+    return isinstance(name, str) and name != "" and (os.path.isabs(name) or os.path.exists(name))
+
+
+def shown_name(name: str) -> str:
+    """How a model is called in a text: its name on the Hub, or the last part of its folder's."""
+    if _is_local(name) or name.startswith(("~", ".")) or name.count("/") > 1:
+        return Path(name).name
+    return name
+
+
+def is_own_card(folder: str | Path) -> bool:
+    """Whether the folder's model card may be written: there is none, or this package wrote it."""
+    path = Path(folder) / CARD_NAME
+    return not path.is_file() or CARD_MARKER in path.read_text(encoding="utf-8", errors="replace")
+
+
+def inherited_licence(base: str, cache_dir: str | None = None) -> dict[str, str]:
+    """The licence fields of a base model's own card: `license`, and `license_name` and `license_link` if it has them.
+
+    Args:
+        base: A folder or a name on the Hub, whose local cache is read where the Hub does not answer.
+        cache_dir: Of the Hub's cache.
+
+    Returns:
+        Empty if the card cannot be had or names no licence.
+    """
+    local = Path(base).is_dir()
+    try:
+        path = Path(base) / CARD_NAME
+        if not local:
+            path = Path(hf_hub_download(base, CARD_NAME, cache_dir=cache_dir, etag_timeout=HUB_TIMEOUT_SECONDS))
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except Exception:  # whatever is wrong with another's card, this one is written without a licence
+        return {}
+    if not isinstance(data.get("license"), str):
+        return {}
+    fields = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+    fields = {name: value for name, value in fields.items() if isinstance(value, str)}
+    link = fields.get("license_link", "")
+    if link and "://" not in link:
+        fields["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+        if local:
+            del fields["license_link"]
+    return fields

@@ -14,11 +14,13 @@ from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm import tqdm
 
-from .configuration import HISTORY_NAME, SelectiveAmnesiaConfig
+from .configuration import CONFIG_NAME, FISHER_CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
 from .data.sample_set import SampleSet
 from .ewc import ElasticWeightConsolidation
 from .files import read_json, replacing_folder, write_json
 from .fisher.information import FisherInformation
+from .hub import drop_local_names
+from .model_card import push_pipeline, write_model_card
 from .objectives.base import (
     Conditions,
     Objective,
@@ -370,7 +372,8 @@ class SelectiveAmnesiaTrainer:
                 tracker.log({"validation": images}, step=step)
 
     def save(self, folder: str | Path) -> None:
-        """Write the erased pipeline and the training history; old files of the same names are replaced at the end.
+        """Write the erased pipeline, the training history, and what the Fisher information came from; old files of the
+        same names are replaced at the end.
 
         Raises:
             OSError: The disk is full, say; what was there before is unchanged.
@@ -378,8 +381,34 @@ class SelectiveAmnesiaTrainer:
         if self.accelerator.is_main_process:
             with replacing_folder(folder) as staging:
                 self.objective.save(staging)
+                drop_local_names(staging)
                 write_json(staging / HISTORY_NAME, self.history)
+                if self.fisher is not None:
+                    write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
         self.accelerator.wait_for_everyone()
+
+    def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
+        """Save pipeline, settings and model card in `output_dir`, and upload that folder.
+
+        Args:
+            repo_id: Name on the Hub (default: the folder's name, under the user).
+            private: Make a new repository private.
+
+        Returns:
+            The address of the repository; None on all processes but the main one.
+
+        Raises:
+            ValueError: There is no `output_dir`, or the Hub allows no such name.
+            ConnectionError: The upload failed. What is in the folder is whole; the message says how to repeat it.
+        """
+        if self.output_dir is None:
+            raise ValueError("push_to_hub needs a folder to upload: give the trainer an output_dir")
+        self.save(self.output_dir)
+        if not self.accelerator.is_main_process:
+            return None
+        self.config.save(self.output_dir / CONFIG_NAME)
+        write_model_card(self.output_dir)
+        return push_pipeline(self.output_dir, repo_id, private)
 
 
 def _import_bitsandbytes() -> Any:

@@ -17,6 +17,8 @@ ORDER = [
     "version",
     "files",
     "configuration",
+    "hub",
+    "model_card",
     "parameter_selection",
     "models",
     "objectives",
@@ -25,7 +27,6 @@ ORDER = [
     "ewc",
     "trainer",
     "evaluation",
-    "hub",
     "erasure",
     "command_line",
 ]

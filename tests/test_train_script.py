@@ -223,9 +223,14 @@ def test_push_to_hub(tiny_folder, tmp_path):
         pushed = hub.files["tester/no-brad"]
         assert hub.private["tester/no-brad"]
     assert f"hub       {hub.address}/tester/no-brad" in result.stdout
-    for name in ("model_index.json", "report.json", "before_after.png", "selective_amnesia.json",
-                 "unet/diffusion_pytorch_model.safetensors"):  # fmt: skip
+    for name in ("model_index.json", "before_after.png", "unet/diffusion_pytorch_model.safetensors"):
         assert pushed[name] == (tmp_path / "out" / name).read_bytes()
+    assert (
+        json.loads(pushed["report.json"])["rows"] == json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    )
+    assert json.loads(pushed["selective_amnesia.json"])["concept"] == ["brad pitt"]
+    assert b'without "brad pitt"' in pushed["README.md"]
+    assert not any(str(tmp_path.parent).encode() in content for content in pushed.values())
     assert not any(name.startswith(("logs/", "checkpoint", ".")) for name in pushed)
     assert not any(b"hf_secret" in content for content in pushed.values())
     assert "hf_secret" not in result.stdout + result.stderr
@@ -237,7 +242,8 @@ def test_a_failed_push_loses_nothing(tiny_folder, tmp_path):
         result = run(quick(tiny_folder, push_to_hub=True, output_dir="out"), tmp_path, environment)
     assert result.returncode != 0
     assert 'the upload to "out" failed' in result.stderr
-    assert "hf upload out out" in result.stderr
+    assert "python examples/push_to_hub.py out --hub_model_id out`" in result.stderr
+    assert 'without "brad pitt"' in (tmp_path / "out" / "README.md").read_text()
     assert load_without_the_package(tmp_path / "out", "cat") == "(16, 16)"
 
 
@@ -256,6 +262,7 @@ def test_a_failed_push_loses_nothing(tiny_folder, tmp_path):
         ({"classifier": "./none"}, "could not be loaded"),
         ({"fisher": "nobody/nothing"}, "neither a folder nor could it be had from the Hub"),
         ({"reference_features": "x"}, "reference_features needs a classifier"),
+        ({"push_to_hub": True, "hub_model_id": "a b"}, '"a b" cannot be a name on the Hub'),
     ],
 )
 def test_errors_are_one_line_and_cost_nothing(tiny_folder, tmp_path, changes, message):

@@ -13,14 +13,15 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
+from ..configuration import GRID_NAME, REPORT_NAME
 from ..data.generation import SampleGenerator, count_black
 from ..data.prompts import ErasurePair, fill_template
 from ..files import write_json
 from ..objectives import Objective, SamplingSettings
 from .classification import Classification, ImageClassifier
-from .pictures import GRID_NAME, before_after_grid, blurred
+from .pictures import before_after_grid, blurred
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
-from .report import REPORT_NAME, write_report
+from .report import write_report
 from .statistics import frechet_distance, moments, wilson_interval
 
 SCHEMA_VERSION = 2

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-GRID_NAME = "before_after.png"
 _GAP = 4
 _TEXT = 14
 _BLURRED_PIXELS = 8

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..configuration import CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
+from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from ..files import read_json, write_text
 from .charts import curve_svg, histogram, histogram_svg, tick_text
 from .document import (
@@ -25,10 +25,8 @@ from .document import (
     Strip,
     Table,
 )
-from .pictures import GRID_NAME
 from .statistics import wilson_interval
 
-REPORT_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PAGE_NAME = "report.html"
 INTERVAL = "Wilson, 95 %"

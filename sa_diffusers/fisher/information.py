@@ -1,18 +1,21 @@
 """The saved artefact: diagonal Fisher information, and what it was computed from."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import load_file, save_file
 
+from ..configuration import FISHER_CONFIG_NAME
 from ..files import read_json, replacing_folder, write_json
+from ..hub import CARD_MARKER, inherited_licence, push_folder, shown_name
 
 FISHER_NAME = "fisher.safetensors"
-FISHER_CONFIG_NAME = "fisher_config.json"
 FORMAT_VERSION = 1
+_TAGS = ["selective-amnesia", "fisher-information"]
 # Fields that must agree with a run; the others say where the information came from.
 _BINDING = {
     "trained_module": "the weights that it was computed from",
@@ -42,6 +45,76 @@ class FisherInformation:
         with replacing_folder(folder) as staging:
             save_file({name: value.cpu().contiguous() for name, value in self.values.items()}, staging / FISHER_NAME)
             write_json(staging / FISHER_CONFIG_NAME, {"format_version": FORMAT_VERSION, **self.config})
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Upload it to the Hub, with a card that says what it was computed from; see `sa_diffusers.hub.push_folder`.
+
+        Args:
+            repo_id: Name on the Hub, what `from_pretrained` and the flag `fisher` take afterwards.
+            private: Make a new repository private.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            ValueError: The Hub allows no such name.
+            ConnectionError: The upload failed; the message says how to repeat it.
+        """
+        repeat = "call push_to_hub again, or keep it with save_pretrained and upload that folder with " \
+                 "examples/push_to_hub.py"  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, private, self.model_card, repeat, "Upload Fisher information")
+
+    def model_card(self, name: str) -> str:
+        """The text of its model card.
+
+        Args:
+            name: What it is loaded by: its name on the Hub, or a folder.
+        """
+        config = self.config
+        base = config.get("base_model")
+        shown = shown_name(base) if base else "a model that is not on record"
+        if base and shown == base and config.get("revision"):
+            shown = f"[{base}](https://huggingface.co/{base})"
+        fields = {key: value for key, value in config.items() if isinstance(value, (str, int, float))}
+        if base:
+            fields["base_model"] = shown_name(base)
+        escaped = {key: str(value).replace("|", "\\|") for key, value in fields.items()}
+        rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in escaped.items())
+        data = ModelCardData(
+            library_name="sa_diffusers", tags=_TAGS, **(inherited_licence(base) if base else {})
+        )  # fmt: skip
+        return str(
+            ModelCard(f"""---
+{data.to_yaml()}
+---
+{CARD_MARKER}
+
+# Fisher information of {shown}
+
+The diagonal of the Fisher information of {len(self.values)} parameter tensors
+({sum(value.numel() for value in self.values.values()):,} numbers), for elastic weight consolidation in
+[Selective Amnesia](https://arxiv.org/abs/2305.10120). It is bound to the weights that it was computed from: a run that
+trains others, or another loss, refuses it.
+
+| computed from | value |
+| --- | --- |
+{rows}
+
+```
+accelerate launch examples/train_sa.py --fisher {name} --concept CONCEPT --surrogate SURROGATE
+```
+
+```python
+from sa_diffusers import FisherInformation
+
+fisher = FisherInformation.from_pretrained("{name}")
+```
+
+The numbers say how much each weight matters to what the model draws, and hold no image and no prompt.
+""")
+        )
 
     @classmethod
     def from_pretrained(
