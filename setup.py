@@ -48,6 +48,11 @@ setup(
         "tqdm",
         "transformers>=5.0",
     ],
+    entry_points={
+        "eval_unlearn.techniques": [
+            "selective_amnesia = sa_diffusers.evaluation.eval_unlearn:SelectiveAmnesiaTechnique",
+        ],
+    },
     extras_require={
         "xformers": ["xformers"],
         "8bit": ["bitsandbytes"],
@@ -55,6 +60,7 @@ setup(
         "embedded": ["open_clip_torch"],
         "nudity": nudity,
         "celebrity": celebrity,
-        "dev": ["pytest", "ruff", "scikit-image", *nudity, *celebrity],
+        "eval-unlearn": ["eval-unlearn>=1.1"],
+        "dev": ["eval-unlearn>=1.1", "pytest", "ruff", "scikit-image", *nudity, *celebrity],
     },
 )
