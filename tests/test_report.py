@@ -312,6 +312,7 @@ def test_the_summary_says_in_words_what_the_tables_say(tmp_path):
     assert "None is recognised less often than before." in told
     assert "95.1 % of images before and 94.2 % after" in told
     assert "black all over: 0 before, 2 after" in told
+    assert "The strongest attack is “textual inversion”: recognised in base 95.0 % [76.4, 99.1], erased" in told
     for line in told.split(" - "):
         assert line.strip("- ") in Page(text).text
     report["rows"][4]["recognised"]["after"] = share(11, 20)
@@ -331,18 +332,24 @@ def test_neighbours_have_a_table_of_their_own(tmp_path):
     assert "Emma W" not in parts["Remembered concepts"]
 
 
-def test_few_scores_stand_beside_the_other_figures(tmp_path):
+@pytest.mark.parametrize("classified", [True, False])
+def test_few_scores_have_a_line_for_each_row_and_no_table_of_their_own_without_a_classifier(tmp_path, classified):
     report = full_report()
     for entry in report["rows"]:
         entry["scores"] = {"clip_score": entry["scores"]["clip_score"]}
+        if not classified:
+            for name in ("recognised", "as_surrogate", "probability", "entropy"):
+                entry.pop(name, None)
+    if not classified:
+        for name in ("classifier", "remembered", "surrogate_samples"):
+            del report[name]
     rows = table_rows(save(tmp_path, report)[0])
-    header = next(line for line in rows if line[0] == "prompted with")
-    assert "clip_score after, mean ± standard deviation" in header
+    title = "clip_score after, mean ± standard deviation"
+    header = next(line for line in rows if title in line)
+    assert header[0] == "prompted with"
+    assert ("change, %" in header) != classified
     scored = report["rows"][0]["scores"]["clip_score"]["after"]
-    line = rows[rows.index(header) + 1]
-    assert line[header.index("clip_score after, mean ± standard deviation")] == (
-        f"{scored['mean']:.2f} ± {scored['std']:.2f}"
-    )
+    assert rounded(rows[rows.index(header) + 1][header.index(title)], scored["mean"], scored["std"])
 
 
 def test_every_figure_says_what_measured_it_and_how_to_have_it_again(tmp_path):

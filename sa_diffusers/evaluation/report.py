@@ -36,7 +36,7 @@ MISSING = "–"
 TIMES = ("before", "after")
 Grid = Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]
 
-# More columns of scores than these make a table of their own, one line each.
+# More columns of scores than these are shown one line each.
 _WIDEST = 3
 _ROLES = ("concept", "surrogate", "neighbour", "remembered")
 _LISTED = 12
@@ -309,10 +309,23 @@ def _summary(report: dict[str, Any], kinds: dict[str, str], configuration: dict[
                 f"The images of the {len(changes)} other rows changed by {mean} % of the distance between two seeds, "
                 "on average."
             )
+    told += _strongest_attack(report)
     black = report.get("black_images")
     if black and (black["before"] or black["after"]):
         told.append(f"Images that are black all over: {black['before']} before, {black['after']} after.")
     return told
+
+
+def _strongest_attack(report: dict[str, Any]) -> list[str]:
+    """The attack that brings the concept back most often, with the models that it was tried on."""
+    entries = [entry for entry in report.get("robustness") or [] if _is_share(entry.get("recognised"))]
+    erased = [entry for entry in entries if entry.get("model") == "erased"]
+    if not erased:
+        return []
+    strongest = max(erased, key=lambda entry: entry["recognised"]["share"])["attack"]
+    figures = [f"{entry['model']} {_kept_together(percent_text(share_text(entry['recognised'])))}" for entry in entries
+               if entry["attack"] == strongest]  # fmt: skip
+    return [f"The strongest attack is “{strongest}”: recognised in {', '.join(figures)} of images."]
 
 
 def _told(row: dict[str, Any], kinds: dict[str, str]) -> str:
@@ -429,7 +442,7 @@ def _row_tables(
     extra: Sequence[_Column] = (),
     role: bool = False,
 ) -> list[Block]:
-    """A table of rows with the columns that any of them has, and one of their scores if those are many."""
+    """A table of rows with the columns that any of them has, and one of their scores where these find no room in it."""
     columns: list[_Column] = [("prompted with", lambda row: row["name"])]
     if role:
         columns.append(("role", lambda row: row["role"]))
@@ -441,8 +454,8 @@ def _row_tables(
         *_means("entropy", "entropy"),
     ]
     names = list(dict.fromkeys(name for row in rows for name in row.get("scores", {})))
-    wide = len(names) <= _WIDEST
-    if wide:
+    beside = len(names) <= _WIDEST and not any("recognised" in row for row in rows)
+    if beside:
         measured += _score_columns(names, kinds)
     measured += _distances(rows)
     measured.append(("change, %", _relative))
@@ -452,22 +465,27 @@ def _row_tables(
     words = frozenset({0, 1} if role else {0})
     header = [title for title, _ in columns]
     blocks: list[Block] = [Table(caption, header, [[cell(row) for _, cell in columns] for row in rows], words)]
-    if not wide:
+    if names and not beside:
         blocks.append(_score_table(rows, names, kinds))
     return blocks
 
 
 def _score_table(rows: Sequence[dict[str, Any]], names: Sequence[str], kinds: dict[str, str]) -> Table:
+    """The scores by themselves: a line for each row or, if there are many, for each of them."""
+    note = _score_note([kinds[name] for name in names])
+    scored = [row for row in rows if row.get("scores")]
+    if len(names) <= _WIDEST:
+        columns: list[_Column] = [("prompted with", lambda row: row["name"]), *_score_columns(names, kinds)]
+        lines = [[cell(row) for _, cell in columns] for row in scored]
+        return Table(f"Scores. {note}", [title for title, _ in columns], lines)
     lines = []
     for name in names:
-        for row in rows:
-            scores = row.get("scores", {}).get(name)
-            if scores:
-                figures = [score_text(scores[time], kinds[name], row["images"]) for time in TIMES]
+        for row in scored:
+            if name in row["scores"]:
+                figures = [score_text(row["scores"][name][time], kinds[name], row["images"]) for time in TIMES]
                 lines.append([name, row["name"], *figures, _UNITS[kinds[name]]])
-    header = ["score", "prompted with", "before", "after", "unit"]
-    return Table("Scores, one line each. " + _score_note([kinds[name] for name in names]), header, lines,
-                 frozenset({0, 1, 4}))  # fmt: skip
+    header = ["score", "prompted with", *TIMES, "unit"]
+    return Table(f"Scores, one line each. {note}", header, lines, frozenset({0, 1, 4}))
 
 
 def _score_note(kinds: Iterable[str]) -> str:
@@ -489,8 +507,8 @@ def _note(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         notes.append("Recognised: share of images that the classifier calls what was asked for; brackets: its "
                      f"interval ({report.get('interval', INTERVAL)}). Probability: the classifier's mean for it. "
                      "Entropy: the mean of its answer, in nats.")  # fmt: skip
-    if any(row.get("scores") for row in rows):
-        notes.append(_score_note(()))
+    if any(row.get("scores") for row in rows) and not any("recognised" in row for row in rows):
+        notes.append(_score_note(_score_kinds(rows).values()))
     if any(row.get("distance") for row in rows):
         notes.append("Distance: mean cosine distance between before and after at the same seed, in the features of a "
                      "network; in parentheses that of two different seeds before.")  # fmt: skip
@@ -819,8 +837,11 @@ def _origins(report: dict[str, Any], trained: bool) -> list[list[str]]:
         origins.append(["Fréchet distance in the classifier's features", classifier["name"],
                         "means and covariances of the input of its last linear layer"])  # fmt: skip
     if report.get("robustness"):
-        attacks = dict.fromkeys(str(entry.get("attack", MISSING)) for entry in report["robustness"])
-        origins.append(["robustness", ", ".join(attacks), f"robustness of {REPORT_NAME}"])
+        scorers = dict.fromkeys([classifier["name"]] if classifier else [])
+        scorers |= dict.fromkeys(str(entry.get("name", MISSING)) for entry in evaluators)
+        origins.append(
+            ["robustness", ", ".join(scorers) or MISSING, f"figures of each attack in {REPORT_NAME}, robustness"]
+        )
     for network in dict.fromkeys(network for row in rows for network in row.get("distance", {})):
         origins.append(["distance", network, "mean cosine distance of its features, before and after at the same seed"])
     origins.append(["change", "pixels", "root mean square difference of reduced images, before and after at the same "
