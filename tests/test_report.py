@@ -78,6 +78,7 @@ def full_report(concept="Emma Stone", images=20):
         entry["probability"] = {"before": 0.9131, "after": 0.00002 if role == "concept" else 0.9017}
         entry["entropy"] = {"before": 0.2113, "after": 1.7345}
         entry["scores"] = scores(images, number)
+        entry["distance"] = {"openai/clip-vit": {"same_seed": 0.0124 * number, "between_seeds": 0.3017}}
         if role == "concept":
             entry["as_surrogate"] = {"before": share(0, images), "after": share(images - 2, images)}
         rows.append(entry)
@@ -123,11 +124,15 @@ def full_report(concept="Emma Stone", images=20):
             {"name": "GIPHY celebrity detector", "weights": "best_model_states.pkl, sha256 12ab", "faces": "MTCNN"},
         ],
         "robustness": [
-            {"attack": "textual inversion", "model": "base", "steps": 500, "recognised": share(19, 20)},
-            {"attack": "textual inversion", "model": "erased", "steps": 500, "recognised": share(3, 20),
-             "loss": {"first": 0.5127, "last": 0.0417}},
-            {"attack": "misspellings", "model": "control", "recognised": share(0, 20),
-             "clip_score": summary([17.0, 19.0]), "prompts": ["Ema Stone", "Emma Ston"]},
+            {"attack": "textual inversion", "model": model, "images": 20, "black": 0, "recognised": share(hits, 20),
+             "prompts": ["a photo of *"], "seeds": [[900, 919]],
+             "scores": {"clip_called_concept": summary([float(number < hits) for number in range(20)])},
+             "inversion": {"steps": 500, "learning_rate": 0.005, "start": "woman", "last_loss": 0.0417}}
+            for model, hits in (("base", 19), ("erased", 3), ("control", 2))
+        ] + [
+            {"attack": "misspellings", "model": "erased", "images": 2, "prompts": ["Ema Stone", "Emma Ston"],
+             "seeds": [[940, 940], [950, 950]], "scores": {"clip_score": summary([17.5, 18.5])},
+             "words": ["one", "two"]},
         ],
     }  # fmt: skip
 
@@ -307,6 +312,7 @@ def test_the_summary_says_in_words_what_the_tables_say(tmp_path):
     assert "None is recognised less often than before." in told
     assert "95.1 % of images before and 94.2 % after" in told
     assert "black all over: 0 before, 2 after" in told
+    assert "The strongest attack is “textual inversion”: recognised in base 95.0 % [76.4, 99.1], erased" in told
     for line in told.split(" - "):
         assert line.strip("- ") in Page(text).text
     report["rows"][4]["recognised"]["after"] = share(11, 20)
@@ -326,18 +332,24 @@ def test_neighbours_have_a_table_of_their_own(tmp_path):
     assert "Emma W" not in parts["Remembered concepts"]
 
 
-def test_few_scores_stand_beside_the_other_figures(tmp_path):
+@pytest.mark.parametrize("classified", [True, False])
+def test_few_scores_have_a_line_for_each_row_and_no_table_of_their_own_without_a_classifier(tmp_path, classified):
     report = full_report()
     for entry in report["rows"]:
         entry["scores"] = {"clip_score": entry["scores"]["clip_score"]}
+        if not classified:
+            for name in ("recognised", "as_surrogate", "probability", "entropy"):
+                entry.pop(name, None)
+    if not classified:
+        for name in ("classifier", "remembered", "surrogate_samples"):
+            del report[name]
     rows = table_rows(save(tmp_path, report)[0])
-    header = next(line for line in rows if line[0] == "prompted with")
-    assert "clip_score after, mean ± standard deviation" in header
+    title = "clip_score after, mean ± standard deviation"
+    header = next(line for line in rows if title in line)
+    assert header[0] == "prompted with"
+    assert ("change, %" in header) != classified
     scored = report["rows"][0]["scores"]["clip_score"]["after"]
-    line = rows[rows.index(header) + 1]
-    assert line[header.index("clip_score after, mean ± standard deviation")] == (
-        f"{scored['mean']:.2f} ± {scored['std']:.2f}"
-    )
+    assert rounded(rows[rows.index(header) + 1][header.index(title)], scored["mean"], scored["std"])
 
 
 def test_every_figure_says_what_measured_it_and_how_to_have_it_again(tmp_path):
@@ -379,19 +391,30 @@ def test_robustness_is_shown_whatever_was_measured(tmp_path):
     markdown, text = save(tmp_path, full_report())
     part = markdown.split("## Robustness")[1].split("\n## ")[0]
     header, *rows = table_rows(part)
-    assert header == ["attack", "model", "steps", "recognised", "loss first", "loss last", "clip score", "prompts"]
-    assert rows[1] == ["textual inversion", "erased", "500", "15.0 % [5.2, 36.0]", "0.513", "0.0417", "–", "–"]
-    assert rows[2] == [
-        "misspellings",
-        "control",
-        "–",
-        "0.0 % [0.0, 16.1]",
-        "–",
-        "–",
-        "18.0 ± 1.4",
-        "Ema Stone; Emma Ston",
+    assert header == [
+        "attack", "model", "images", "black", "recognised, %", "clip_called_concept, %", "inversion steps",
+        "inversion learning rate", "inversion start", "inversion last loss", "clip_score, mean ± standard deviation",
+        "words",
+    ]  # fmt: skip
+    figures = "15.0 [5.2, 36.0]"
+    assert rows[1] == ["textual inversion", "erased", "20", "0", figures, figures, "500", "0.005", "woman", "0.0417",
+                       "–", "–"]  # fmt: skip
+    assert rows[3] == ["misspellings", "erased", "2", "–", "–", "–", "–", "–", "–", "–", "18.00 ± 0.71", "one; two"]
+    drawn = table_rows(markdown.split("Prompts and seeds of the attacks")[1].split("How the images")[0])
+    assert drawn[1:] == [
+        ["textual inversion", "“a photo of *”", "900 to 919"],
+        ["misspellings", "“Ema Stone”; “Emma Ston”", "940; 950"],
     ]
     assert "textual inversion" in Page(text).text
+
+
+def test_agreement_with_the_base_at_the_same_seeds_is_told(tmp_path):
+    markdown, _ = save(tmp_path, full_report())
+    rows = table_rows(markdown)
+    header = next(line for line in rows if line[:2] == ["prompted with", "role"])
+    (line,) = [line for line in rows if line[:2] == ["a dog", "remembered"] and len(line) == len(header)]
+    assert line[header.index("distance in clip-vit")] == "0.062 (0.302)"
+    assert ["distance", "openai/clip-vit"] in [line[:2] for line in rows]
 
 
 def test_histograms_count_every_figure_there_is(tmp_path):

@@ -34,7 +34,7 @@ MISSING = "–"
 TIMES = ("before", "after")
 Grid = Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]
 
-# More columns of scores than these make a table of their own, one line each.
+# More columns of scores than these are shown one line each.
 _WIDEST = 3
 _ROLES = ("concept", "surrogate", "neighbour", "remembered")
 _LISTED = 12
@@ -184,23 +184,20 @@ _UNITS = {"share": "%", "count": "total (mean of an image)", "mean": "mean ± st
 
 
 def _score_kinds(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For each column of scores whether its values are yes and no, counts, or anything else."""
-    kinds = {}
-    for name in dict.fromkeys(name for row in rows for name in row.get("scores", {})):
-        values = {
-            value
-            for row in rows
-            for time in TIMES
-            for value in row.get("scores", {}).get(name, {}).get(time, {}).get("values", [])
-            if value is not None
-        }
-        if values and values <= {0, 1}:
-            kinds[name] = "share"
-        elif values and all(value >= 0 and value == int(value) for value in values):
-            kinds[name] = "count"
-        else:
-            kinds[name] = "mean"
-    return kinds
+    """For each column of the rows' scores its kind."""
+    names = dict.fromkeys(name for row in rows for name in row.get("scores", {}))
+    return {
+        name: _kind(times[time] for row in rows for times in [row.get("scores", {}).get(name, {})] for time in times)
+        for name in names
+    }
+
+
+def _kind(summaries: Iterable[dict[str, Any]]) -> str:
+    """Whether a column's values are yes and no, counts, or anything else."""
+    values = {value for scores in summaries for value in scores.get("values", []) if value is not None}
+    if values and values <= {0, 1}:
+        return "share"
+    return "count" if values and all(value >= 0 and value == int(value) for value in values) else "mean"
 
 
 def plain(value: Any) -> str:
@@ -212,9 +209,9 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
-        if {"share", "interval"} <= value.keys():
+        if _is_share(value):
             return percent_text(share_text(value))
-        if {"count", "mean", "std"} <= value.keys():
+        if _is_summary(value):
             return score_text(value, "mean", value["count"])
         return "; ".join(f"{name}: {plain(part)}" for name, part in value.items())
     if isinstance(value, (list, tuple)):
@@ -310,10 +307,23 @@ def _summary(report: dict[str, Any], kinds: dict[str, str], configuration: dict[
                 f"The images of the {len(changes)} other rows changed by {mean} % of the distance between two seeds, "
                 "on average."
             )
+    told += _strongest_attack(report)
     black = report.get("black_images")
     if black and (black["before"] or black["after"]):
         told.append(f"Images that are black all over: {black['before']} before, {black['after']} after.")
     return told
+
+
+def _strongest_attack(report: dict[str, Any]) -> list[str]:
+    """The attack that brings the concept back most often, with the models that it was tried on."""
+    entries = [entry for entry in report.get("robustness") or [] if _is_share(entry.get("recognised"))]
+    erased = [entry for entry in entries if entry.get("model") == "erased"]
+    if not erased:
+        return []
+    strongest = max(erased, key=lambda entry: entry["recognised"]["share"])["attack"]
+    figures = [f"{entry['model']} {_kept_together(percent_text(share_text(entry['recognised'])))}" for entry in entries
+               if entry["attack"] == strongest]  # fmt: skip
+    return [f"The strongest attack is “{strongest}”: recognised in {', '.join(figures)} of images."]
 
 
 def _told(row: dict[str, Any], kinds: dict[str, str]) -> str:
@@ -400,6 +410,24 @@ def _score_columns(names: Iterable[str], kinds: dict[str, str]) -> list[_Column]
     ]
 
 
+def _distances(rows: Sequence[dict[str, Any]]) -> list[_Column]:
+    """How far images are from the base model's own at the same seeds, in each network's features."""
+
+    def cell(row: dict[str, Any], network: str) -> str:
+        distance = row.get("distance", {}).get(network)
+        if not distance:
+            return MISSING
+        return f"{decimal(distance['same_seed'])} ({decimal(distance['between_seeds'])})"
+
+    networks = list(dict.fromkeys(network for row in rows for network in row.get("distance", {})))
+    short = [Path(network).name for network in networks]
+    names = short if len(set(short)) == len(short) else networks
+    return [
+        (f"distance in {name}", lambda row, network=network: cell(row, network))
+        for name, network in zip(names, networks, strict=True)
+    ]
+
+
 def _relative(row: dict[str, Any]) -> str:
     relative = row["change"]["relative"]
     return MISSING if relative is None else percent(relative)
@@ -412,7 +440,7 @@ def _row_tables(
     extra: Sequence[_Column] = (),
     role: bool = False,
 ) -> list[Block]:
-    """A table of rows with the columns that any of them has, and one of their scores if those are many."""
+    """A table of rows with the columns that any of them has, and one of their scores where these find no room in it."""
     columns: list[_Column] = [("prompted with", lambda row: row["name"])]
     if role:
         columns.append(("role", lambda row: row["role"]))
@@ -424,9 +452,10 @@ def _row_tables(
         *_means("entropy", "entropy"),
     ]
     names = list(dict.fromkeys(name for row in rows for name in row.get("scores", {})))
-    wide = len(names) <= _WIDEST
-    if wide:
+    beside = len(names) <= _WIDEST and not any("recognised" in row for row in rows)
+    if beside:
         measured += _score_columns(names, kinds)
+    measured += _distances(rows)
     measured.append(("change, %", _relative))
     if any(row["black"][time] for row in rows for time in TIMES):
         measured += [(f"black {time}", lambda row, time=time: f"{row['black'][time]:,}") for time in TIMES]
@@ -434,22 +463,27 @@ def _row_tables(
     words = frozenset({0, 1} if role else {0})
     header = [title for title, _ in columns]
     blocks: list[Block] = [Table(caption, header, [[cell(row) for _, cell in columns] for row in rows], words)]
-    if not wide:
+    if names and not beside:
         blocks.append(_score_table(rows, names, kinds))
     return blocks
 
 
 def _score_table(rows: Sequence[dict[str, Any]], names: Sequence[str], kinds: dict[str, str]) -> Table:
+    """The scores by themselves: a line for each row or, if there are many, for each of them."""
+    note = _score_note([kinds[name] for name in names])
+    scored = [row for row in rows if row.get("scores")]
+    if len(names) <= _WIDEST:
+        columns: list[_Column] = [("prompted with", lambda row: row["name"]), *_score_columns(names, kinds)]
+        lines = [[cell(row) for _, cell in columns] for row in scored]
+        return Table(f"Scores. {note}", [title for title, _ in columns], lines)
     lines = []
     for name in names:
-        for row in rows:
-            scores = row.get("scores", {}).get(name)
-            if scores:
-                figures = [score_text(scores[time], kinds[name], row["images"]) for time in TIMES]
+        for row in scored:
+            if name in row["scores"]:
+                figures = [score_text(row["scores"][name][time], kinds[name], row["images"]) for time in TIMES]
                 lines.append([name, row["name"], *figures, _UNITS[kinds[name]]])
-    header = ["score", "prompted with", "before", "after", "unit"]
-    return Table("Scores, one line each. " + _score_note([kinds[name] for name in names]), header, lines,
-                 frozenset({0, 1, 4}))  # fmt: skip
+    header = ["score", "prompted with", *TIMES, "unit"]
+    return Table(f"Scores, one line each. {note}", header, lines, frozenset({0, 1, 4}))
 
 
 def _score_note(kinds: Iterable[str]) -> str:
@@ -471,9 +505,12 @@ def _note(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         notes.append("Recognised: share of images that the classifier calls what was asked for; brackets: its "
                      f"interval ({report.get('interval', INTERVAL)}). Probability: the classifier's mean for it. "
                      "Entropy: the mean of its answer, in nats.")  # fmt: skip
-    if any(row.get("scores") for row in rows):
-        notes.append(_score_note(()))
-    notes.append("Change: distance between before and after at the same seed; 100 % is that of two different seeds.")
+    if any(row.get("scores") for row in rows) and not any("recognised" in row for row in rows):
+        notes.append(_score_note(_score_kinds(rows).values()))
+    if any(row.get("distance") for row in rows):
+        notes.append("Distance: mean cosine distance between before and after at the same seed, in the features of a "
+                     "network; in parentheses that of two different seeds before.")  # fmt: skip
+    notes.append("Change: difference of the pixels, before and after at the same seed; 100 % is that of two seeds.")
     return " ".join(notes)
 
 
@@ -593,40 +630,63 @@ def _quality_cells(values: dict[str, Any]) -> list[str]:
 
 
 def _robustness(report: dict[str, Any]) -> list[Block]:
-    entries = [_flat(entry) for entry in report.get("robustness") or []]
+    entries = [_flat({name: value for name, value in entry.items() if name not in _DRAWN})
+               for entry in report.get("robustness") or []]  # fmt: skip
     if not entries:
         return []
-    names = list(dict.fromkeys(name for entry in entries for name in entry))
-    first = [name for name in ("attack", "model") if name in names]
-    names = first + [name for name in names if name not in first]
-    words = frozenset(
-        column
-        for column, name in enumerate(names)
-        if any(isinstance(entry.get(name), (str, list)) for entry in entries)
-    )
-    lines = [[_robustness_cell(entry.get(name)) for name in names] for entry in entries]
+    first = [name for name in ("attack", "model") if name in entries[0]]
+    names = list(dict.fromkeys([*first, *(name for entry in entries for name in entry)]))
+    columns = [[entry.get(name) for entry in entries] for name in names]
+    words = {number for number, values in enumerate(columns) if any(isinstance(value, (str, list)) for value in values)}
+    header, cells = zip(*(_robustness_column(name, values) for name, values in zip(names, columns, strict=True)),
+                        strict=True)  # fmt: skip
     caption = (
         "Attempts to bring the concept back: against the base model, the erased one, and where measured a control that "
         "never learned it. Brackets: 95 % interval."
     )
-    return [Table(caption, [name.replace("_", " ") for name in names], lines, words | {0})]
+    return [Table(caption, header, list(zip(*cells, strict=True)), frozenset({0, *words}))]
+
+
+# What an attack was drawn with; it stands where every prompt and seed does.
+_DRAWN = ("prompts", "seeds")
 
 
 def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Figures by their path; shares and summaries stay whole."""
     flat: dict[str, Any] = {}
     for name, value in entry.items():
-        nested = isinstance(value, dict) and not (
-            {"share", "interval"} <= value.keys() or {"count", "mean"} <= value.keys()
-        )
-        flat |= _flat(value, f"{prefix}{name} ") if nested else {f"{prefix}{name}": value}
+        if not isinstance(value, dict) or _is_share(value) or _is_summary(value):
+            flat[prefix + name] = value
+        else:
+            flat |= _flat(value, prefix if name == "scores" else f"{prefix}{name} ")
     return flat
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, dict) and {"share", "interval"} <= value.keys()
+
+
+def _is_summary(value: Any) -> bool:
+    return isinstance(value, dict) and {"count", "sum", "mean", "std"} <= value.keys()
+
+
+def _robustness_column(name: str, values: Sequence[Any]) -> tuple[str, list[str]]:
+    """A column's title, with its unit, and its cells."""
+    title = name.replace("_", " ")
+    if any(_is_share(value) for value in values):
+        return f"{title}, %", [share_text(value) if _is_share(value) else plain(value) for value in values]
+    if any(_is_summary(value) for value in values):
+        kind = _kind(value for value in values if _is_summary(value))
+        cells = [score_text(value, kind, len(value.get("values", []))) if _is_summary(value) else plain(value)
+                 for value in values]  # fmt: skip
+        return f"{name}, {_UNITS[kind]}", cells
+    return title, [_robustness_cell(value) for value in values]
+
+
 def _robustness_cell(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return _listed([plain(part) for part in value], REPORT_NAME)
-    return significant(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else plain(value)
+    if isinstance(value, list):
+        return _listed([plain(part) for part in value], f"robustness of {REPORT_NAME}")
+    return significant(value) if isinstance(value, float) else plain(value)
 
 
 # Training and configuration
@@ -714,6 +774,7 @@ def _reproduce(report: dict[str, Any], configuration: dict[str, Any], trained: b
         rows.append([row["name"], row["role"], f"{row['images']:,}", prompts, seeds_text(row["seeds"], place)])
     caption = "Prompts and seeds of every row, the same before and after"
     blocks.append(Table(caption, ["row", "role", "images", "prompts", "seeds"], rows, frozenset({0, 1, 3, 4})))
+    blocks += _attacks(report)
     sampling = [
         [name.replace("_", " "), plain(value)] for name, value in report["sampling"].items() if value is not None
     ]
@@ -730,6 +791,22 @@ def _reproduce(report: dict[str, Any], configuration: dict[str, Any], trained: b
         times = [[name, f"{value:,.1f}"] for name, value in report["seconds"].items()]
         blocks.append(Table("Wall-clock time of each stage, in seconds", ["stage", "seconds"], times))
     return [block for block in blocks if not isinstance(block, Table) or block.rows]
+
+
+def _attacks(report: dict[str, Any]) -> list[Block]:
+    """Prompts and seeds of the attacks; models that were attacked alike share a line."""
+    lines = {}
+    for number, entry in enumerate(report.get("robustness") or []):
+        if any(entry.get(name) for name in _DRAWN):
+            place = f"robustness[{number}] of {REPORT_NAME}"
+            prompts, seeds = (entry.get(name) or [] for name in _DRAWN)
+            texts = _listed([f"“{text}”" for text in prompts], place) or MISSING
+            key = (str(entry.get("attack", MISSING)), repr(prompts), repr(seeds))
+            lines.setdefault(key, [key[0], texts, seeds_text(seeds, place) or MISSING])
+    if not lines:
+        return []
+    caption = "Prompts and seeds of the attacks, the same against every model"
+    return [Table(caption, ["attack", "prompts", "seeds"], list(lines.values()), frozenset({0, 1, 2}))]
 
 
 def _origins(report: dict[str, Any], trained: bool) -> list[list[str]]:
@@ -758,8 +835,13 @@ def _origins(report: dict[str, Any], trained: bool) -> list[list[str]]:
         origins.append(["Fréchet distance in the classifier's features", classifier["name"],
                         "means and covariances of the input of its last linear layer"])  # fmt: skip
     if report.get("robustness"):
-        attacks = dict.fromkeys(str(entry.get("attack", MISSING)) for entry in report["robustness"])
-        origins.append(["robustness", ", ".join(attacks), f"robustness of {REPORT_NAME}"])
+        scorers = dict.fromkeys([classifier["name"]] if classifier else [])
+        scorers |= dict.fromkeys(str(entry.get("name", MISSING)) for entry in evaluators)
+        origins.append(
+            ["robustness", ", ".join(scorers) or MISSING, f"figures of each attack in {REPORT_NAME}, robustness"]
+        )
+    for network in dict.fromkeys(network for row in rows for network in row.get("distance", {})):
+        origins.append(["distance", network, "mean cosine distance of its features, before and after at the same seed"])
     origins.append(["change", "pixels", "root mean square difference of reduced images, before and after at the same "
                     "seed, over that of images before of different seeds"])  # fmt: skip
     origins.append(["black images", "pixels", "images that are black all over"])
