@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["sa_diffusers", "sa_diffusers.*"]),
     package_data={
         "sa_diffusers": [
-            "data/vocabularies/*.json",
+            "data/*.json", "data/vocabularies/*.json",
             "evaluation/templates/*",
             "models/embedded/**/*",
             "models/configurations/*.json",
