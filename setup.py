@@ -24,7 +24,8 @@ setup(
     packages=find_packages(include=["sa_diffusers", "sa_diffusers.*"]),
     package_data={
         "sa_diffusers": [
-            "data/*.json", "data/vocabularies/*.json",
+            "data/*.json",
+            "data/vocabularies/*.json",
             "evaluation/templates/*",
             "models/embedded/**/*",
             "models/configurations/*.json",

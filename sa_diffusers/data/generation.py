@@ -112,16 +112,16 @@ class SampleGenerator:
         return {"base_model": self.base_fingerprint, "kind": self.objective.kind, **settings.to_dict()}
 
     def drawn(self, name: str, conditions: Sequence[str], sources: Sequence[str], seeds: Sequence[int],
-              settings: SamplingSettings) -> SampleSet:  # fmt: skip
-        """As `prompted`, with a seed given for each sample."""
+              settings: SamplingSettings, preview: bool = True) -> SampleSet:  # fmt: skip
+        """As `prompted`, with a seed given for each sample, and a preview of its pictures only if it is asked for."""
         folder = self.folder(name, conditions, sources, seeds, settings)
         if (folder / MANIFEST_NAME).is_file():
             return SampleSet.load(folder)
         samples = self._draw(name, sources, seeds, settings)
         result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings))
         if self.accelerator.is_main_process:
-            pictures = self.objective.decode(samples.to(self.objective.device))
-            result.black_images = count_black(pictures)
+            pictures = self.objective.decode(samples.to(self.objective.device)) if preview else []
+            result.black_images = count_black(pictures) if preview else None
             result.save(folder, pictures[:PREVIEW_IMAGES])
         self.accelerator.wait_for_everyone()
         return SampleSet.load(folder)

@@ -222,7 +222,8 @@ def draw_groups(
         parts = []
         for start in range(0, len(group.prompts), size):
             prompts, seeds = group.prompts[start : start + size], group.seeds[start : start + size]
-            kept = generator.drawn("evaluation", prompts, prompts, seeds, settings)
+            # No clear pictures on disk: they may be of what nobody wants to see.
+            kept = generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False)
             pictures = objective.decode(kept.samples.to(objective.device))
             parts.append(look_at(pictures, prompts, classifier, measures, networks))
         drawn.append(_joined(parts))

@@ -256,7 +256,8 @@ def _attackers_images(subject: Subject, pair: ErasurePair, inversion: Inversion)
     prompts = [fill_template("a photo of {}", pair.concept)] * inversion.images
     generator = SampleGenerator(subject.base, subject.artifacts_dir, subject.accelerator)
     first = subject.first_seed + ATTACK_SEEDS
-    drawn = generator.prompted("inversion", prompts, prompts, first, subject.settings)
+    seeds = range(first, first + inversion.images)
+    drawn = generator.drawn("inversion", prompts, prompts, list(seeds), subject.settings, preview=False)
     if inversion.start is None:
         word = pair.surrogate.value.split()[-1] if pair.surrogate.kind == "prompt" else "photo"
         inversion = replace(inversion, start=word)
