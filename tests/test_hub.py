@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from sa_diffusers.command_line import parse_config
 from sa_diffusers.configuration import FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
@@ -506,6 +507,19 @@ def test_mistakes_are_one_line(tmp_path):
             assert "holds no pipeline" in result.stderr
             assert "Traceback" not in result.stderr
         assert hub.requests == []
+
+
+def test_the_cards_command_takes_the_published_settings_and_pushes_nothing(erased_once, tmp_path):
+    with HubServer() as hub:
+        assert push(hub, erased_once, tmp_path).returncode == 0
+    published = hub.files["tester/no-brad"]
+    (tmp_path / "selective_amnesia.json").write_bytes(published["selective_amnesia.json"])
+    (command,) = re.findall(r"accelerate launch examples/train_sa.py (.+)", published["README.md"].decode())
+    command = command.replace("selective_amnesia.json", str(tmp_path / "selective_amnesia.json"))
+    config = parse_config(shlex.split(command))
+    assert (config.concept, config.max_train_steps, config.output_dir) == (["brad pitt"], 4, "again")
+    assert config.pretrained_model_name_or_path == "pipeline"
+    assert not config.push_to_hub
 
 
 # From Python
