@@ -145,7 +145,9 @@ def erasure_of(args: argparse.Namespace) -> SelectiveAmnesiaConfig:
         with contextlib.suppress(HfHubHTTPError, OSError, ValueError):
             path = Path(hf_hub_download(args.erased, CONFIG_NAME))
     values = read_json(path) if path.is_file() else {}
-    values.pop("sa_diffusers_version", None)
+    # Where samples are kept is a matter of this machine, not of the one that erased.
+    for name in ("sa_diffusers_version", "artifacts_dir", "cache_dir"):
+        values.pop(name, None)
     names = ("concept", "surrogate", "sampler", "num_inference_steps", "guidance_scale", "classifier")
     values |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not values.get("concept"):
