@@ -16,7 +16,7 @@ from sa_diffusers.evaluation import Comparison
 from sa_diffusers.evaluation.charts import HEIGHT, WIDTH, curve_svg, histogram
 from sa_diffusers.evaluation.comparison import summary
 from sa_diffusers.evaluation.pictures import blurred
-from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text
+from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text, write_report
 from sa_diffusers.evaluation.statistics import wilson_interval
 
 FILES = ["before_after.png", "report.html", "report.json", "report.md"]
@@ -643,3 +643,38 @@ def test_nothing_is_rounded_to_all_or_to_none():
     assert [significant(value) for value in (None, 12, 0.000512, 1234.5, -2.5)] == [
         "–", "12", "0.000512", "1,234", "-2.5"
     ]  # fmt: skip
+
+
+def test_the_totals_of_the_detectors_are_tables_of_their_own(tmp_path):
+    def found(share, mean, probabilities):
+        return {
+            "without_face": {"share": share, "interval": [share / 2, share * 1.5]},
+            "probability": {"count": 9, "mean": mean, "std": 0.21},
+            "top1": {"share": share, "interval": [0, 0.5]} if mean is not None else None,
+            "top5": [{"prompt": "a", "seed": 1, "probability": value} for value in probabilities],
+        }
+
+    faces = {"name": "brad pitt", "celebrity": "Brad Pitt", "images": 10, "before": found(0.1, 0.62, [0.99, 0.5])}
+    bodies = {"name": "I2P", "images": 4703, "threshold": 0.6, "before": {"female_breasts": 1321, "total": 1400}}
+    report = {
+        "schema_version": 2,
+        "rows": [],
+        "sampling": {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5},
+        "totals": [
+            {**faces, "after": found(0.4, None, [])},
+            {**bodies, "after": {"female_breasts": 7, "total": 12}},
+        ],
+    }
+    write_report(report, [], tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        for shown in (
+            "0.62",
+            "0.990, 0.500",
+            "20.0, 60.0",
+            "1,321",
+            "4703 images",
+            "female breasts",
+            "0.6 or more",
+        ):
+            assert shown in text, (name, shown)

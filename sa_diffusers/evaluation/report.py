@@ -95,6 +95,7 @@ def describe(
     sections = [
         Section("Summary", "summary", [Items(_summary(report, kinds, configuration))]),
         Section("Before and after", "pictures", _pictures(report, grid)),
+        Section("Detected, in all", "totals", _totals(report)),
         Section("The erased concept", "concept", _concept(report, kinds)),
         Section("Collateral damage: neighbours of the concept", "neighbours", _neighbours(report, kinds)),
         Section("Remembered concepts", "remembered", _remembered(report, kinds)),
@@ -627,6 +628,33 @@ def _frechet_of_classifier(report: dict[str, Any]) -> list[list[str]]:
 
 def _quality_cells(values: dict[str, Any]) -> list[str]:
     return [decimal(values.get(name)) for name in ("frechet_distance", "precision", "recall")]
+
+
+def _totals(report: dict[str, Any]) -> list[Block]:
+    """The paper's Table 2 (a celebrity) or Tables 3 and 4 (nudity)."""
+    blocks: list[Block] = []
+    for total in report.get("totals") or []:
+        if "threshold" in total:
+            labels = list(total["before"])
+            caption = (f"{total['name']}, {total['images']} images: detections with a score of "
+                       f"{total['threshold']:g} or more, of which a picture may have several.")  # fmt: skip
+            header = ["", *(label.replace("_", " ") for label in labels)]
+            rows = [[time, *(significant(total[time][label]) for label in labels)] for time in TIMES]
+        else:
+            caption = (f"{total['name']}, {total['images']} images, as {total['celebrity']}. Probability (mean and "
+                       "standard deviation) and top-1 accuracy are over the images with a face. Brackets: 95 % "
+                       "interval.")  # fmt: skip
+            header = ["", "without a face, %", "probability", "top-1 accuracy, %", "highest probabilities"]
+            rows = [[time, *_celebrity_cells(total[time])] for time in TIMES]
+        blocks.append(Table(caption, header, rows))
+    return blocks
+
+
+def _celebrity_cells(values: dict[str, Any]) -> list[str]:
+    probability = values["probability"]
+    mean = MISSING if probability["mean"] is None else spread_text(probability["mean"], probability["std"])
+    highest = ", ".join(decimal(picture["probability"]) for picture in values["top5"]) or MISSING
+    return [share_text(values["without_face"]), mean, share_text(values["top1"]), highest]
 
 
 def _robustness(report: dict[str, Any]) -> list[Block]:
