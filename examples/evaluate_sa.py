@@ -59,6 +59,7 @@ from sa_diffusers.evaluation.robustness import (
     robustness_protocol,
 )
 from sa_diffusers.files import read_json
+from sa_diffusers.model_card import write_model_card
 from sa_diffusers.objectives import Objective, SamplingSettings, load_pipeline, objective_for
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -298,6 +299,8 @@ def main() -> None:
     if evaluation.accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         comparison.save(args.output_dir)
+        if args.output_dir.parent == Path(args.erased):
+            write_model_card(args.erased)
     totals = {"celebrity": format_celebrity, "nudity": format_nudity}.get(args.protocol)
     parts = [totals(report["totals"])] if totals else [comparison.table(), format_scores(report)]
     parts += [format_quality(report.get("quality", [])), format_robustness(report.get("robustness", []))]
