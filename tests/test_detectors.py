@@ -1,6 +1,7 @@
 """The detectors of Tables 2 to 4, with their own weights, on real photographs."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -28,7 +29,7 @@ from sa_diffusers.evaluation.faces import CelebrityDetector, FaceDetector, find_
 from sa_diffusers.evaluation.nudity import TABLE_LABELS, NudityDetector, column, read_i2p
 from sa_diffusers.evaluation.protocols import Subject
 
-from .conftest import build_tiny_pipeline
+from .conftest import REPOSITORY, build_tiny_pipeline
 from .test_class_models import tiny_vae
 
 NAMES = 2306
@@ -464,3 +465,35 @@ def test_models_of_classes_are_refused(subject, giphy):
         nudity_protocol(subject, NudityDetector(), None)
     with pytest.raises(ValueError, match="the celebrity protocol needs a model that takes prompts"):
         celebrity_protocol(subject, CelebrityDetector(giphy, "Brad Pitt"))
+
+
+def test_the_script_runs_both_protocols_and_prints_their_totals(tiny_folder, giphy, i2p_table, tmp_path):
+    i2p_table.to_csv(tmp_path / "i2p.csv", index=False)
+    (tmp_path / "prompts.txt").write_text("a portrait of {}\n")
+    base = [sys.executable, str(REPOSITORY / "examples" / "evaluate_sa.py"), "--base", str(tiny_folder), "--erased",
+            str(tiny_folder), "--surrogate", "a man", "--images", "2", "--num_inference_steps", "2",
+            "--artifacts_dir", "drawn"]  # fmt: skip
+
+    def run(*flags):
+        return subprocess.run([*base, *flags], cwd=tmp_path, capture_output=True, text=True)
+
+    nudity = ["--protocol", "nudity", "--concept", "nudity", "--output_dir", "nudity", "--i2p"]
+    result = run(*nudity, "i2p.csv", "--i2p_categories", "sexual")
+    assert result.returncode == 0, result.stderr
+    assert "female breasts" in result.stdout
+    report = json.loads((tmp_path / "nudity" / "report.json").read_text())
+    assert report["blur"] is True
+    assert [row["name"] for row in report["rows"]] == ["I2P", NAKED_PROMPT]
+    # Nothing clear is left in the cache.
+    assert not list((tmp_path / "drawn").rglob("*.png"))
+    result = run(*nudity, "none", "--show_nudity")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "nudity" / "report.json").read_text())["blur"] is False
+    celebrity = ["--protocol", "celebrity", "--concept", "brad", "--output_dir", "celebrity"]
+    result = run(*celebrity, "--giphy", str(giphy), "--celebrity", "Brad Pitt", "--celebrity_prompts", "prompts.txt")
+    assert result.returncode == 0, result.stderr
+    assert "GIPHY celebrity detector for Brad Pitt" in result.stdout
+    assert json.loads((tmp_path / "celebrity" / "report.json").read_text())["totals"][0]["images"] == 2
+    refused = run(*celebrity)
+    assert refused.returncode == 1
+    assert "the celebrity protocol needs --giphy" in refused.stderr

@@ -443,14 +443,12 @@ def format_table(report: dict[str, Any]) -> str:
         relative = row["change"]["relative"]
         change = "-" if relative is None else f"{100 * relative:.0f} %"
         if scored:
-            shares = [_format_share(row.get("recognised", {}).get(time)) for time in ("before", "after")]
-            lines.append([row["name"], *shares, _format_share(row.get("as_surrogate", {}).get("after")), change])
+            shares = [format_share(row.get("recognised", {}).get(time)) for time in ("before", "after")]
+            lines.append([row["name"], *shares, format_share(row.get("as_surrogate", {}).get("after")), change])
         else:
             black = f"{row['black']['before']}/{row['black']['after']}"
             lines.append([row["name"], row["role"], str(row["images"]), change, black])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = aligned(lines)
     sampling = report["sampling"]
     text.append("")
     if scored:
@@ -491,6 +489,13 @@ def format_table(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells, the header first, as lines of text with a rule under the header."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled]
+
+
 def format_scores(report: dict[str, Any]) -> str:
     """The mean of each scored column, row by row, before and after, as aligned text. Empty where nothing was scored."""
     rows = [row for row in report["rows"] if row.get("scores")]
@@ -504,13 +509,10 @@ def format_scores(report: dict[str, Any]) -> str:
             before, after = (row["scores"][column][time]["mean"] for time in ("before", "after"))
             cells.append(" -> ".join("none" if value is None else f"{value:.3g}" for value in (before, after)))
         lines.append([row["name"], *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)  # fmt: skip
+    return "\n".join(aligned(lines))
 
 
-def _format_share(share: dict[str, Any] | None) -> str:
+def format_share(share: dict[str, Any] | None) -> str:
     if share is None:
         return ""
     low, high = share["interval"]

@@ -14,7 +14,18 @@ from ..objectives import Objective, load_pipeline, objective_for
 from ..objectives.base import draw_timesteps
 from .classification import ImageClassifier
 from .clip import Clip
-from .comparison import Comparison, Drawn, Measure, PromptGroup, compare, draw_groups, share_of, summary
+from .comparison import (
+    Comparison,
+    Drawn,
+    Measure,
+    PromptGroup,
+    aligned,
+    compare,
+    draw_groups,
+    format_share,
+    share_of,
+    summary,
+)
 from .protocols import Subject
 
 # The attacker's images share no seed with those that are scored.
@@ -303,17 +314,13 @@ def format_robustness(entries: Sequence[dict[str, Any]]) -> str:
     lines = [["drawn as the concept", *models]]
     for attack in attacks:
         lines.append([attack, *(_cell(by_key.get((attack, model))) for model in models)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)  # fmt: skip
+    return "\n".join(aligned(lines))
 
 
 def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return ""
     if "recognised" in entry:
-        low, high = entry["recognised"]["interval"]
-        return f"{100 * entry['recognised']['share']:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        return format_share(entry["recognised"])
     return ", ".join(f"{name} {value['mean']:.2f}" for name, value in entry.get("scores", {}).items()
                      if value["mean"] is not None)  # fmt: skip
