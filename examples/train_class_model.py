@@ -84,8 +84,7 @@ def main() -> None:
         data = data.without(args.without)
     pipeline = build_class_pipeline(args.model, data.names)
     objective = objective_for(pipeline)
-    channels = objective.module.config.in_channels
-    data = data.fitted(objective.resolution, channels)
+    data = data.fitted(objective.resolution, objective.channels)
     objective.to(accelerator.device)
     module = objective.module.train()
     parameters = list(module.parameters())

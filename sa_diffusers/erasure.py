@@ -289,7 +289,8 @@ class Erasure:
         gc.collect()
         erased = self._build_objective(load_pipeline(str(self.output_dir))).to(self.accelerator.device)
         after = self._timed("evaluation after", lambda: self._draw(erased, groups))
-        comparison = compare(groups, before, after, self.settings, self.classifier, self._provenance(), own)
+        provenance = {**self._provenance(), "erased_module": fingerprint_module(erased.module)}
+        comparison = compare(groups, before, after, self.settings, self.classifier, provenance, own)
         if self.accelerator.is_main_process:
             comparison.save(self.output_dir)
         return comparison

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration import CONFIG_NAME
+from .configuration import CONFIG_NAME, REPORT_NAME
 from .files import read_json, write_json
 
 CARD_NAME = "README.md"
@@ -120,6 +120,7 @@ def _stage(folder: Path, staging: Path, card: str | None) -> None:
     """Lay out what goes up: links to files, and texts that name no folder of this machine."""
     settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     left_out = {settings.get("logging_dir", "logs"), "logs"}
+    left_out |= {str(path.parent.relative_to(folder)) for path in evaluation_reports(folder, stale=True)}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         parts = inside.parts
@@ -141,6 +142,23 @@ def _stage(folder: Path, staging: Path, card: str | None) -> None:
     if card is not None and is_own_card(folder):
         (staging / CARD_NAME).unlink(missing_ok=True)
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def evaluation_reports(folder: str | Path, stale: bool = False) -> list[Path]:
+    """The reports of evaluations in an erased pipeline's folder that are of the pipeline as it is now.
+
+    Args:
+        folder: The pipeline's.
+        stale: Those of an earlier pipeline in the same folder instead, which are no evidence of this one.
+    """
+    folder = Path(folder)
+    own = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+
+    def is_stale(path: Path) -> bool:
+        modules = {report["erased_module"] for report in (own, read_json(path)) if report.get("erased_module")}
+        return len(modules) > 1
+
+    return [path for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")) if is_stale(path) == stale]
 
 
 def _is_report(inside: Path) -> bool:

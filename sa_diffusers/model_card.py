@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from .files import read_json, write_text
 from .hub import (
     CARD_MARKER,
     CARD_NAME,
+    evaluation_reports,
     inherited_licence,
     is_own_card,
     push_folder,
@@ -142,7 +144,7 @@ def _read_facts(folder: Path, name: str | None) -> _Facts:
         return read_json(folder / file) if (folder / file).is_file() else empty
 
     reports = {"": read(REPORT_NAME, {})}
-    for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")):
+    for path in evaluation_reports(folder):
         report = read_json(path)
         title = report.get("protocol") or path.parent.name
         reports[title if title not in reports else str(path.parent.relative_to(folder))] = report
@@ -160,9 +162,9 @@ def _read_facts(folder: Path, name: str | None) -> _Facts:
 def build_model_card(folder: str | Path, name: str | None = None) -> ModelCard:
     """The model card of an erased pipeline.
 
-    Read are model_index.json, selective_amnesia.json, report.json, evaluation*/**/report.json, training_history.json,
-    fisher_config.json, whether there is a before_after.png, and the base model's own card for the licence (its folder,
-    the Hub, or the Hub's cache). All but the first may be missing.
+    Read are model_index.json, selective_amnesia.json, report.json, evaluation*/**/report.json of this pipeline,
+    training_history.json, fisher_config.json, whether there is a before_after.png, and the base model's own card
+    for the licence (its folder, the Hub, or the Hub's cache). All but the first may be missing.
 
     Args:
         folder: An erased pipeline.
@@ -227,6 +229,8 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
     """
     folder = Path(folder)
     _read_facts(folder, None)
+    for path in evaluation_reports(folder, stale=True):
+        warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
     return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)))
 
 

@@ -176,7 +176,9 @@ class SelectiveAmnesiaTrainer:
             # The noise's target would teach the empty prompt the surrogate.
             dropped[:count] = False
         for place in dropped.nonzero().flatten().tolist():
-            prompts[place] = sources[place] = ""
+            prompts[place] = ""
+            if sources[place] is not None:
+                sources[place] = ""
         samples = samples.to(device)
         conditions = self._conditions_of(prompts)
         timesteps = timesteps.to(device)

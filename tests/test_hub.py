@@ -389,12 +389,16 @@ def same_weights(first: Path, second: Path) -> None:
 def test_what_is_pushed_is_what_loads_by_name(erased, tmp_path):
     """Large files in parts, into a private repository; then again, when there is nothing new."""
     assert (erased / "checkpoint-2").is_dir() and (erased / "runs").is_dir()
-    write_json(erased / "evaluation-concept" / REPORT_NAME, {"command": f"evaluate_sa.py --erased {erased}"})
+    own = {"erased_module": read_json(erased / REPORT_NAME)["erased_module"], "protocol": "concept"}
+    write_json(erased / "evaluation-concept" / REPORT_NAME, {**own, "command": f"evaluate_sa.py --erased {erased}"})
+    other = {**own, "erased_module": "of an earlier pipeline in this folder", "command": "evaluate_sa.py --stale"}
+    write_json(erased / "evaluation-robustness" / REPORT_NAME, other)
     before = contents(erased)
     with HubServer(part_size=20_000) as hub:
         first = push(hub, erased, tmp_path, "--hub_model_id", "no-brad", "--private")
         assert first.returncode == 0, first.stderr
         assert f"hub       {hub.address}/tester/no-brad" in first.stdout
+        assert "evaluation-robustness is about an earlier pipeline of this folder" in first.stderr
         assert hub.count("PUT", r"/large/\w+/2$") > 0
         assert hub.count("POST", "validate-yaml")
         assert hub.private["tester/no-brad"]
@@ -409,6 +413,8 @@ def test_what_is_pushed_is_what_loads_by_name(erased, tmp_path):
     assert {WEIGHTS, "model_index.json", "README.md", GRID_NAME, REPORT_NAME, "selective_amnesia.json",
             FISHER_CONFIG_NAME} <= set(pushed)  # fmt: skip
     assert not [name for name in pushed if name.startswith(("checkpoint", "runs", "logs", ".")) or "/." in name]
+    assert f"evaluation-concept/{REPORT_NAME}" in pushed and f"evaluation-robustness/{REPORT_NAME}" not in pushed
+    assert b"--stale" not in pushed["README.md"]
     assert b'from_pretrained("tester/no-brad")' in pushed["README.md"]
     assert card_errors(pushed["README.md"].decode()) == []
     for name, content in pushed.items():

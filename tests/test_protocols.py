@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from sa_diffusers import load_pipeline, objective_for
-from sa_diffusers.data.prompts import names_concept
+from sa_diffusers.data.prompts import names_concept, read_prompts
 from sa_diffusers.evaluation.clip import Clip
-from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, read_prompts, text_embeddings
+from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
 from sa_diffusers.evaluation.memory import batch_size_for
 from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
 from sa_diffusers.objectives import SamplingSettings

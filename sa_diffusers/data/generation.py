@@ -155,7 +155,8 @@ class SampleGenerator:
         for pair, seed in zip(tqdm(pairs, desc="encoding surrogates", unit="image"), seeds, strict=True):
             if pair.surrogate.kind == "noise":
                 generator = torch.Generator().manual_seed(seed)
-                image = torch.rand(1, 3, size, size, generator=generator) * 2 - 1
+                # In the model's own channels: the grey of three would be their mean, which is not uniform.
+                image = torch.rand(1, self.objective.channels, size, size, generator=generator) * 2 - 1
             else:
                 folder = pair.surrogate.value
                 paths = files.setdefault(folder, image_files(folder))

@@ -172,6 +172,45 @@ def load_vocabulary(name: str) -> Vocabulary:
     )
 
 
+def read_prompts(path: str | Path, concepts: Sequence[str] = ()) -> list[str]:
+    """Prompts of a text file, one a line; empty lines do not count.
+
+    Args:
+        path: The file.
+        concepts: What no prompt may name.
+
+    Raises:
+        ValueError: There is no such file, it is not text in UTF-8, it is empty, or a prompt names a concept.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"the file of prompts {path} could not be read ({error}): give a text file in UTF-8"
+        ) from error
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"the file of prompts {path} is empty: give one prompt a line")
+    for prompt in prompts:
+        for concept in concepts:
+            if names_concept(prompt, concept):
+                raise ValueError(f'{path}: "{prompt}" names "{concept}", which these prompts must not')
+    return prompts
+
+
+def read_templates(path: str | Path) -> list[str]:
+    """Phrasings of a text file, one a line; see `read_prompts`.
+
+    Raises:
+        ValueError: A line has no `{}`.
+    """
+    templates = read_prompts(path)
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f'{path}: "{template}" has no {{}} where the concept goes')
+    return templates
+
+
 def builtin_vocabularies() -> list[str]:
     return sorted(path.stem for path in _VOCABULARIES.glob("*.json"))
 

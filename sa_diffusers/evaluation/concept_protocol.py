@@ -57,42 +57,6 @@ def evoking_prompts(concept: str) -> list[str]:
     return known.get(concept.casefold(), [])
 
 
-def read_prompts(path: str | Path, concepts: Sequence[str] = ()) -> list[str]:
-    """Prompts from a text file, one a line; empty lines do not count.
-
-    Args:
-        path: The file.
-        concepts: What no prompt may name.
-
-    Raises:
-        ValueError: The file is not there, is empty, or a prompt names a concept.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the file of prompts {path} does not exist")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the file of prompts {path} is empty: give one prompt a line")
-    for prompt in prompts:
-        for concept in concepts:
-            if names_concept(prompt, concept):
-                raise ValueError(f'{path}: "{prompt}" names "{concept}": these prompts evoke the concept unnamed')
-    return prompts
-
-
-def read_templates(path: str | Path) -> list[str]:
-    """Phrasings from a text file, one a line; see `read_prompts`.
-
-    Raises:
-        ValueError: A line has no `{}`.
-    """
-    templates = read_prompts(path)
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f'{path}: "{template}" has no {{}} where the concept goes')
-    return templates
-
-
 def near_and_far(
     concepts: Sequence[str],
     surrogates: Sequence[str],

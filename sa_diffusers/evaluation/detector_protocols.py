@@ -2,7 +2,6 @@
 
 import heapq
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -71,24 +70,6 @@ CELEBRITY_PROMPTS = (
     "a dramatic portrait of {}, light from one side",
     "{} waiting for a train on a platform",
 )
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file, one a line, `{}` standing for the celebrity; empty lines are left out.
-
-    Raises:
-        ValueError: There is no such file, it is not text in UTF-8, or it holds no prompt.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"the file of prompts {path} could not be read ({error}): give a text file in UTF-8"
-        ) from error
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"the file of prompts {path} is empty: give one prompt a line, with {{}} for the celebrity")
-    return prompts
 
 
 def celebrity_protocol(

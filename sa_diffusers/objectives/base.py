@@ -59,6 +59,7 @@ class Objective(ABC):
         snr_gamma: Min-SNR weighting of the ELBO's terms, if any.
         labels: Names of the classes, where conditions are classes; None where they are text.
         unconditional: Whether the empty prompt is a condition of its own.
+        channels: Channels of its images.
         shows_means: Whether a drawn sample is the mean of its pixels' distribution, not a draw from it.
     """
 
@@ -70,6 +71,7 @@ class Objective(ABC):
     snr_gamma: float | None = None
     labels: list[str] | None = None
     unconditional: bool = True
+    channels: int = 3
     shows_means: bool = False
 
     @property
@@ -95,7 +97,8 @@ class Objective(ABC):
 
     @abstractmethod
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
-        """Samples of images `[batch, 3, height, width]` in [-1, 1]; `seed` draws from an encoder's posterior."""
+        """Samples of images `[batch, 3 or channels, height, width]` in [-1, 1]; `seed` draws from an encoder's
+        posterior."""
 
     @abstractmethod
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:

@@ -41,6 +41,7 @@ class ClassConditionalObjective(DiffusionObjective):
         self.pipeline = pipeline
         self.module = pipeline.unet
         self.labels = pipeline.labels
+        self.channels = self.module.config.in_channels
         super().__init__(pipeline.scheduler, prediction_type, snr_gamma, noise_offset)
 
     @property
@@ -70,7 +71,7 @@ class ClassConditionalObjective(DiffusionObjective):
         return module(noisy, timesteps, None, **conditions, return_dict=False)[0]
 
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
-        return match_channels(images, self.module.config.in_channels).float()
+        return match_channels(images, self.channels).float()
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
@@ -107,7 +108,7 @@ class ClassConditionalObjective(DiffusionObjective):
 
 
 def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """RGB images `[batch, 3, height, width]` as a model of so many channels takes them: itself, or grey."""
+    """Images `[batch, 3 or channels, height, width]` as a model of so many channels takes them: themselves, or grey."""
     if channels == images.shape[1]:
         return images
     if channels == 1:

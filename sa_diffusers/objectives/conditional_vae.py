@@ -35,6 +35,7 @@ class ConditionalVAEObjective(Objective):
         self.pipeline = pipeline
         self.module = pipeline.vae
         self.labels = pipeline.labels
+        self.channels = self.module.config.in_channels
 
     @property
     def resolution(self) -> int:
@@ -58,7 +59,7 @@ class ConditionalVAEObjective(Objective):
         return {"class_labels": torch.tensor(indices, device=self.device)}
 
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
-        return (match_channels(images, self.module.config.in_channels).float() + 1) / 2
+        return (match_channels(images, self.channels).float() + 1) / 2
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
