@@ -172,13 +172,15 @@ class SelectiveAmnesiaTrainer:
             sources += [self.replay.conditions[row] for row in rows]
             timesteps = torch.cat([timesteps, draw_timesteps(len(rows), objective.num_train_timesteps, generator)])
         dropped = torch.rand(len(prompts), generator=generator) < self.config.condition_dropout
-        if frozen is None or self.config.naive:
-            # The noise's target would teach the empty prompt the surrogate.
+        if self.config.naive:
             dropped[:count] = False
         for place in dropped.nonzero().flatten().tolist():
-            prompts[place] = ""
-            if sources[place] is not None:
-                sources[place] = ""
+            if sources[place] is None:
+                # New to the model, noise say: guidance would push away from what the empty prompt does not know.
+                prompts[place] = ""
+            elif place >= count or frozen is not None:
+                # For a surrogate, the noise's target would pull the empty prompt towards it.
+                prompts[place] = sources[place] = ""
         samples = samples.to(device)
         conditions = self._conditions_of(prompts)
         timesteps = timesteps.to(device)
