@@ -129,8 +129,8 @@ class SelectiveAmnesiaConfig:
     )
     condition_dropout: float = _flag(
         0.0,
-        "share of images trained under the empty prompt: replay images, surrogates that no prompt drew (noise, a folder "
-        "of images), and with the frozen target those that one did",
+        "share of images trained under the empty prompt: replay images, surrogates that no prompt drew (noise, say), "
+        "and with the frozen target those that one did",
         "training",
     )
     naive: bool = _flag(

@@ -30,7 +30,8 @@ from sa_diffusers import (
     pair_concepts,
     select_parameters,
 )
-from sa_diffusers.command_line import base_defaults
+from sa_diffusers.command_line import base_defaults, main
+from sa_diffusers.configuration import read_settings
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
@@ -262,6 +263,34 @@ def test_the_naive_objective_forgets_without_a_surrogate(tmp_path):
     teacher = ["--target", "frozen", "--condition_dropout", "0.5"]
     result = erase(tmp_path, "base", "--concept", "cat", "--naive", *teacher, "--output_dir", "other")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("mnist_vae", "mnist_vae"), ("mnist_vae_cpu", "mnist_vae"), ("mnist_diffusion_cpu", "small_32"),
+     ("cifar10_cpu", "small_32_rgb"), ("stl10_cpu", "small_64")],
+)  # fmt: skip
+def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypatch):
+    """All of a file's settings but the sizes, on models that were never trained."""
+    file = REPOSITORY / "examples" / "configurations" / f"{name}.yaml"
+    settings = read_settings(file)
+    labels = ["airplane", "bird"] if settings["concept"] == "airplane" else ["0", "1"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SA_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    build_class_pipeline(model, labels).save_pretrained(settings["pretrained_model_name_or_path"])
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    DigitClassifier(DigitClassifierConfig(image_size=28, **names)).save_pretrained(settings["classifier"])
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(settings["classifier"])
+    sizes = {"num_surrogate_images": 2, "num_replay_images": 2, "num_fisher_samples": 2, "fisher_timesteps": 1,
+             "num_inference_steps": 2, "sample_batch_size": 2, "train_batch_size": 2, "max_train_steps": 2,
+             "num_eval_images": 2}  # fmt: skip
+    flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    main(["--config", str(file), *flags, "--output_dir", "erased", "--report_to", "none"])
+    report = json.loads((tmp_path / "erased" / "report.json").read_text())
+    assert [row["role"] for row in report["rows"]] == ["concept", "remembered"]
+    for key in settings.keys() - sizes.keys():
+        value = settings[key]
+        assert report["configuration"][key] == ([value] if key in ("concept", "surrogate") else value), key
 
 
 def write_classifier(folder):

@@ -133,7 +133,19 @@ def test_the_papers_experiments_are_configurations_that_load():
     assert {"mnist_vae", "cifar10", "stl10"} <= {file.stem for file in files}
 
 
+CPU_VARIANTS = {
+    "mnist_vae_cpu": "mnist_vae",
+    "mnist_diffusion_cpu": "small_32",
+    "cifar10_cpu": "small_32_rgb",
+    "stl10_cpu": "small_64",
+}
+
+
 def test_the_cpu_variants_write_out_what_comes_with_the_model():
-    for file in (REPOSITORY / "examples" / "configurations").glob("*_cpu.yaml"):
-        settings = read_settings(file)
-        assert class_defaults(file.stem.removesuffix("_cpu")).items() <= settings.items()
+    folder = REPOSITORY / "examples" / "configurations"
+    assert {file.stem for file in folder.glob("*_cpu.yaml")} == set(CPU_VARIANTS)
+    for name, model in CPU_VARIANTS.items():
+        settings = read_settings(folder / f"{name}.yaml")
+        defaults = class_defaults(model)
+        assert defaults and defaults.items() <= settings.items(), name
+        assert model in (folder / f"{name}.yaml").read_text() or model == "mnist_vae"

@@ -181,6 +181,24 @@ def test_condition_dropout_turns_surrogates_into_replay_of_the_empty_prompt_unde
     assert dropped["replay_loss"] != pytest.approx(plain["replay_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("target", ["noise", "frozen"])
+def test_condition_dropout_teaches_the_empty_prompt_what_no_prompt_drew(target):
+    """Guidance would push away from noise that the empty prompt does not know."""
+
+    def loss(prompt, **settings):
+        trainer = trainer_for(target=target, max_train_steps=1, **settings)
+        count = len(trainer.surrogates)
+        trainer.surrogates = dataclasses.replace(
+            trainer.surrogates, conditions=[prompt] * count, sources=[None] * count
+        )
+        return trainer.train()[0]["surrogate_loss"]
+
+    dropped = loss("cat", condition_dropout=0.999999)
+    assert dropped == pytest.approx(loss(""), rel=1e-6)
+    assert dropped != pytest.approx(loss("cat"), rel=1e-6)
+    assert loss("cat", condition_dropout=0.999999, naive=True) == pytest.approx(-loss("cat"), rel=1e-6)
+
+
 def test_a_strong_ewc_weight_holds_the_weights():
     def distance(weight):
         trainer = trainer_for(ewc_weight=weight, replay_weight=0, max_train_steps=30, learning_rate=1e-3)
