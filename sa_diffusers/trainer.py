@@ -15,7 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .configuration import CONFIG_NAME, FISHER_CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
-from .data.sample_set import SampleSet
+from .data.prompts import UNIFORM_NOISE
+from .data.sample_set import SampleSet, is_prompt
 from .ewc import ElasticWeightConsolidation
 from .files import read_json, replacing_folder, write_json
 from .fisher.information import FisherInformation
@@ -123,7 +124,7 @@ class SelectiveAmnesiaTrainer:
     def _encode_conditions(self) -> None:
         """Embed every prompt once; samples refer to rows of the table."""
         used = [""] if self.config.condition_dropout else []
-        used += [*self.surrogates.conditions, *(prompt for prompt in self.surrogates.sources if prompt is not None)]
+        used += [*self.surrogates.conditions, *filter(is_prompt, self.surrogates.sources)]
         used += self.replay.conditions if self.replay else []
         prompts = list(dict.fromkeys(used))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
@@ -175,7 +176,7 @@ class SelectiveAmnesiaTrainer:
         if self.config.naive:
             dropped[:count] = False
         for place in dropped.nonzero().flatten().tolist():
-            if sources[place] is None:
+            if not is_prompt(sources[place]):
                 # New to the model, noise say: guidance would push away from what the empty prompt does not know.
                 prompts[place] = ""
             elif place >= count or frozen is not None:
@@ -187,12 +188,17 @@ class SelectiveAmnesiaTrainer:
         noise = objective.draw_noise(samples, generator)
         target = None
         if frozen is not None:
-            teachers = [prompt if source is None else source for source, prompt in zip(sources, prompts, strict=True)]
-            target = objective.predict(frozen, samples, self._conditions_of(teachers), timesteps, noise)
-            # What no prompt drew has no teacher: it keeps the noise's target.
-            from_prompt = torch.tensor([source is not None for source in sources], device=device)
-            kept = from_prompt.view(-1, *[1] * (target.dim() - 1))
-            target = torch.where(kept, target.float(), objective.target(samples, timesteps, noise).float())
+            # What no prompt drew has no teacher: it keeps the noise's target, or that target's mean where it is known.
+            target = objective.target(samples, timesteps, noise).float()
+            uniform = [row for row, source in enumerate(sources) if source == UNIFORM_NOISE]
+            if uniform:
+                mean = objective.uniform_noise_target(samples[uniform], timesteps[uniform], noise[uniform])
+                target[uniform] = mean.float()
+            taught = [row for row, source in enumerate(sources) if is_prompt(source)]
+            if taught:
+                teachers = self._conditions_of([sources[row] for row in taught])
+                prediction = objective.predict(frozen, samples[taught], teachers, timesteps[taught], noise[taught])
+                target[taught] = prediction.float()
         loss = objective.negative_elbo(module, samples, conditions, timesteps, noise, target)
         surrogate_loss = -loss[:count].mean() if self.config.naive else loss[:count].mean()
         replay_loss = loss[count:].mean() if self.replay else torch.zeros_like(surrogate_loss)

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..objectives.base import Objective, SamplingSettings
-from .prompts import ErasurePair, fill_template, image_files
+from .prompts import UNIFORM_NOISE, ErasurePair, fill_template, image_files
 from .sample_set import MANIFEST_NAME, SampleSet
 
 PREVIEW_IMAGES = 16
@@ -165,7 +165,8 @@ class SampleGenerator:
             digest.update(image.numpy().tobytes())
             latents.append(self.objective.encode_images(image.to(self.objective.device), seed).cpu())
         origin = {**self._origin(settings), "pixels": digest.hexdigest()}
-        return SampleSet(torch.cat(latents), list(conditions), [None] * len(pairs), list(seeds), origin, 0)
+        sources = [UNIFORM_NOISE if pair.surrogate.kind == "noise" else None for pair in pairs]
+        return SampleSet(torch.cat(latents), list(conditions), sources, list(seeds), origin, 0)
 
 
 def load_image(path: str | Path, size: int) -> torch.Tensor:

@@ -4,13 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..files import read_json, replacing_folder, write_json
+from .prompts import UNIFORM_NOISE
 
 SAMPLES_NAME = "samples.safetensors"
 MANIFEST_NAME = "manifest.json"
@@ -25,7 +26,8 @@ class SampleSet:
     Attributes:
         samples: `[n, ...]` float32 on the CPU, what the denoiser works on (latents, for latent diffusion).
         conditions: For each sample the prompt under which the model is to be trained on it.
-        sources: For each sample the prompt that drew it, or None when no prompt did (an image of the user's, noise).
+        sources: For each sample the prompt that drew it; where no prompt did, `UNIFORM_NOISE` for such noise and None
+            for an image of the user's.
         seeds: For each sample the seed that drew it.
         origin: The base model's fingerprint and the sampling settings.
         black_images: Number of samples whose pictures are black (None: not decoded).
@@ -64,8 +66,8 @@ class SampleSet:
 
     def under_their_sources(self) -> "SampleSet":
         """The samples that a prompt drew, to be trained on under that prompt: surrogates, as replay of themselves."""
-        kept = self.subset([place for place, source in enumerate(self.sources) if source is not None])
-        kept.conditions = [source for source in kept.sources if source is not None]
+        kept = self.subset([place for place, source in enumerate(self.sources) if is_prompt(source)])
+        kept.conditions = [source for source in kept.sources if is_prompt(source)]
         return kept
 
     def __add__(self, other: "SampleSet") -> "SampleSet":
@@ -122,6 +124,11 @@ class SampleSet:
             origin=manifest["origin"],
             black_images=manifest["black_images"],
         )
+
+
+def is_prompt(source: str | None) -> TypeGuard[str]:
+    """Whether a sample's source is the prompt that drew it."""
+    return source not in (None, UNIFORM_NOISE)
 
 
 def fingerprint(value: Any) -> str:

@@ -152,6 +152,11 @@ class Objective(ABC):
     def target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What the module should predict, of the prediction's shape: the noise, for epsilon prediction."""
 
+    def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """As `target`, for samples that are uniform noise: where it is known, the mean of what `target` gives over all
+        samples and noises that could have led to the same noised sample. It has the same gradient on average."""
+        return self.target(samples, timesteps, noise)
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the whole pipeline, for `DiffusionPipeline.from_pretrained`."""

@@ -1,6 +1,7 @@
 """Class-conditional diffusion models on pixels."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +71,17 @@ class ClassConditionalObjective(DiffusionObjective):
     ) -> torch.Tensor:
         return module(noisy, timesteps, None, **conditions, return_dict=False)[0]
 
+    def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The mean that the noised sample leaves open: pixel by pixel, the sample given the noised one is a Gaussian cut
+        off at -1 and 1, whose mean is known."""
+        shape = [-1, *[1] * (samples.dim() - 1)]
+        keep = self.noise_schedule.alphas_cumprod.to(samples.device)[timesteps].double().view(shape)
+        signal, spread = keep.sqrt(), (1 - keep).sqrt()
+        noisy = signal * samples + spread * noise
+        mean = truncated_normal_mean(noisy / signal, spread / signal)
+        noise = (noisy - signal * mean) / spread
+        return (signal * noise - spread * mean if self.prediction_type == "v_prediction" else noise).float()
+
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         return match_channels(images, self.channels).float()
 
@@ -105,6 +117,17 @@ class ClassConditionalObjective(DiffusionObjective):
 
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)
+
+
+def truncated_normal_mean(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The mean of a normal distribution that is cut off at -1 and 1; all float64."""
+    # On one side of zero, where the difference of the tails loses no digits.
+    sign, size = torch.where(mean < 0, -1.0, 1.0), mean.abs()
+    low, high = (-1 - size) / std, (1 - size) / std
+    density = torch.exp(-low.square() / 2) - torch.exp(-high.square() / 2)
+    mass = torch.special.ndtr(high) - torch.special.ndtr(low)
+    cut = size + std * density / (mass * math.sqrt(2 * math.pi)).clamp(min=torch.finfo(mass.dtype).tiny)
+    return sign * cut.clamp(-1, 1)
 
 
 def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
