@@ -189,7 +189,7 @@ class SelectiveAmnesiaTrainer:
         target = None
         if frozen is not None:
             # What no prompt drew has no teacher: it keeps the noise's target, or that target's mean where it is known.
-            target = objective.target(samples, timesteps, noise).float()
+            target = objective.target(samples, timesteps, noise).float().clone()
             uniform = [row for row, source in enumerate(sources) if source == UNIFORM_NOISE]
             if uniform:
                 mean = objective.uniform_noise_target(samples[uniform], timesteps[uniform], noise[uniform])

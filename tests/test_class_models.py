@@ -119,7 +119,6 @@ def test_saved_loads_here_and_where_the_package_is_not_installed(pipeline, tmp_p
 
 
 def test_guidance_in_the_papers_convention_and_in_diffusers():
-    pipeline = tiny_diffusion()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -263,6 +262,41 @@ def test_the_naive_objective_forgets_without_a_surrogate(tmp_path):
     teacher = ["--target", "frozen", "--condition_dropout", "0.5"]
     result = erase(tmp_path, "base", "--concept", "cat", "--naive", *teacher, "--output_dir", "other")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_of_uniform_noise_is_the_mean_of_the_noises_targets(prediction_type):
+    """Against the slow way: an average over the pixels and noises that lead to the same noised pixel."""
+    objective = objective_for(tiny_diffusion(prediction_type))
+    grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for timestep in (0, 1, 10, 30, 49):
+        samples = torch.rand(1, 1, 4, 4, generator=generator) * 2 - 1
+        noise = torch.randn(1, 1, 4, 4, generator=generator)
+        timesteps = torch.tensor([timestep])
+        target = objective.uniform_noise_target(samples, timesteps, noise).flatten()
+        keep = objective.noise_schedule.alphas_cumprod[timestep].double()
+        noisy = (keep.sqrt() * samples + (1 - keep).sqrt() * noise).double().flatten()
+        noises = (noisy[:, None] - keep.sqrt() * grid) / (1 - keep).sqrt()
+        weight = torch.softmax(-noises.square() / 2, 1)
+        targets = noises if prediction_type == "epsilon" else keep.sqrt() * noises - (1 - keep).sqrt() * grid
+        torch.testing.assert_close(target.double(), (weight * targets).sum(1), atol=2e-3, rtol=1e-3)
+        assert target.dtype == torch.float32
+
+
+def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
+    def surrogate_loss(source, target):
+        objective = objective_for(tiny_diffusion())
+        noise = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        surrogate = SampleSet(noise, ["cat"] * 4, [source] * 4, list(range(4)))
+        config = SelectiveAmnesiaConfig(
+            concept="cat", surrogate="uniform_noise", train_batch_size=4, max_train_steps=1, ewc_weight=0,
+            replay_weight=0, target=target, report_to="none",
+        )  # fmt: skip
+        return SelectiveAmnesiaTrainer(objective, config, surrogate, None, None).train()[0]["surrogate_loss"]
+
+    assert surrogate_loss("uniform_noise", "noise") == surrogate_loss(None, "frozen")
+    assert surrogate_loss("uniform_noise", "frozen") < surrogate_loss(None, "frozen")
 
 
 @pytest.mark.parametrize(

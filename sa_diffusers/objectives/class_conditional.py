@@ -72,8 +72,7 @@ class ClassConditionalObjective(DiffusionObjective):
         return module(noisy, timesteps, None, **conditions, return_dict=False)[0]
 
     def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The mean that the noised sample leaves open: pixel by pixel, the sample given the noised one is a Gaussian cut
-        off at -1 and 1, whose mean is known."""
+        """Pixel by pixel, the sample given the noised one is a Gaussian cut off at -1 and 1, whose mean is known."""
         shape = [-1, *[1] * (samples.dim() - 1)]
         keep = self.noise_schedule.alphas_cumprod.to(samples.device)[timesteps].double().view(shape)
         signal, spread = keep.sqrt(), (1 - keep).sqrt()
