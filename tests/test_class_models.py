@@ -33,6 +33,7 @@ from sa_diffusers import (
 from sa_diffusers.command_line import base_defaults, main
 from sa_diffusers.configuration import read_settings
 from sa_diffusers.data.sample_set import SampleSet
+from sa_diffusers.evaluation.command_line import main as evaluation
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
@@ -40,7 +41,7 @@ from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from sa_diffusers.trainer import create_accelerator
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, run_here
 from .test_image_datasets import write_idx
 
 NAMES = {"0": "airplane", "1": "cat", "2": "dog"}
@@ -215,18 +216,19 @@ def test_settings_without_meaning_for_a_vae_are_refused():
 
 
 def erase(folder, base, *flags, script="train_sa.py"):
-    command = [sys.executable, str(REPOSITORY / "examples" / script), "--pretrained_model_name_or_path", str(base),
+    arguments = ["--pretrained_model_name_or_path", str(base),
                "--num_surrogate_images", "8", "--num_replay_images", "8", "--num_inference_steps", "2",
                "--num_fisher_samples", "3", "--max_train_steps", "3", "--train_batch_size",
                "4", "--num_eval_images", "4", "--report_to", "none", "--guidance_scale", "2", *flags]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(folder / "cache")}
+    if script == "train_sa.py":
+        return run_here(main, arguments, folder)
+    environment = {**os.environ, "SA_DIFFUSERS_CACHE": str(folder / "cache")}
+    command = [sys.executable, str(REPOSITORY / "examples" / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def evaluate(folder, *flags):
-    command = [sys.executable, str(REPOSITORY / "examples" / "evaluate_sa.py"), *flags]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return run_here(evaluation, flags, folder)
 
 
 def real_folder(folder):

@@ -1,7 +1,6 @@
 """The detectors of Tables 2 to 4, with their own weights, on real photographs."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from torchvision.models import resnet50
 
 from sa_diffusers import SamplingSettings, objective_for, pair_concepts
 from sa_diffusers.data.prompts import read_prompts
+from sa_diffusers.evaluation.command_line import main
 from sa_diffusers.evaluation.detector_protocols import (
     CELEBRITY_PROMPTS,
     NAKED_PROMPT,
@@ -29,7 +29,7 @@ from sa_diffusers.evaluation.faces import CelebrityDetector, FaceDetector, find_
 from sa_diffusers.evaluation.nudity import TABLE_LABELS, NudityDetector, column, read_i2p
 from sa_diffusers.evaluation.protocols import Subject
 
-from .conftest import REPOSITORY, build_tiny_pipeline
+from .conftest import build_tiny_pipeline, run_here
 from .test_class_models import tiny_vae
 
 NAMES = 2306
@@ -470,12 +470,11 @@ def test_models_of_classes_are_refused(subject, giphy):
 def test_the_script_runs_both_protocols_and_prints_their_totals(tiny_folder, giphy, i2p_table, tmp_path):
     i2p_table.to_csv(tmp_path / "i2p.csv", index=False)
     (tmp_path / "prompts.txt").write_text("a portrait of {}\n")
-    base = [sys.executable, str(REPOSITORY / "examples" / "evaluate_sa.py"), "--base", str(tiny_folder), "--erased",
-            str(tiny_folder), "--surrogate", "a man", "--images", "2", "--num_inference_steps", "2",
-            "--artifacts_dir", "drawn"]  # fmt: skip
+    base = ["--base", str(tiny_folder), "--erased", str(tiny_folder), "--surrogate", "a man", "--images", "2"]
+    base += ["--num_inference_steps", "2", "--artifacts_dir", "drawn"]
 
     def run(*flags):
-        return subprocess.run([*base, *flags], cwd=tmp_path, capture_output=True, text=True)
+        return run_here(main, [*base, *flags], tmp_path)
 
     nudity = ["--protocol", "nudity", "--concept", "nudity", "--output_dir", "nudity", "--i2p"]
     result = run(*nudity, "i2p.csv", "--i2p_categories", "sexual")

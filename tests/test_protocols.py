@@ -1,9 +1,6 @@
 """Concept and robustness protocols on tiny models."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,13 +10,14 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from sa_diffusers import load_pipeline, objective_for
 from sa_diffusers.data.prompts import names_concept, read_prompts
 from sa_diffusers.evaluation.clip import Clip
+from sa_diffusers.evaluation.command_line import main
 from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
 from sa_diffusers.evaluation.memory import batch_size_for
 from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
 from sa_diffusers.objectives import SamplingSettings
 from sa_diffusers.objectives.base import draw_timesteps
 
-from .conftest import REPOSITORY, build_tiny_pipeline
+from .conftest import REPOSITORY, build_tiny_pipeline, run_here
 
 EMBEDDED = REPOSITORY / "sa_diffusers" / "models" / "embedded"
 
@@ -42,8 +40,7 @@ def clip_folder(tmp_path_factory):
 
 
 def evaluate(folder, *flags):
-    command = [sys.executable, str(REPOSITORY / "examples" / "evaluate_sa.py"), *flags]
-    return subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, text=True)
+    return run_here(main, flags, folder)
 
 
 def test_clip_scores_are_cosines_and_the_nearest_name_counts(clip_folder):
