@@ -81,6 +81,7 @@ def full_report(concept="Emma Stone", images=20):
         entry["distance"] = {"openai/clip-vit": {"same_seed": 0.0124 * number, "between_seeds": 0.3017}}
         if role == "concept":
             entry["as_surrogate"] = {"before": share(0, images), "after": share(images - 2, images)}
+            entry["probabilities"] = {"before": [0.95] * images, "after": [0.0] * images}
         rows.append(entry)
     rows[1]["black"]["after"] = 2
     quality = {"frechet_distance": 17.8214, "precision": 0.7113, "recall": 0.5127}
@@ -338,7 +339,7 @@ def test_few_scores_have_a_line_for_each_row_and_no_table_of_their_own_without_a
     for entry in report["rows"]:
         entry["scores"] = {"clip_score": entry["scores"]["clip_score"]}
         if not classified:
-            for name in ("recognised", "as_surrogate", "probability", "entropy"):
+            for name in ("recognised", "as_surrogate", "probability", "probabilities", "entropy"):
                 entry.pop(name, None)
     if not classified:
         for name in ("classifier", "remembered", "surrogate_samples"):
@@ -420,13 +421,14 @@ def test_agreement_with_the_base_at_the_same_seeds_is_told(tmp_path):
 def test_histograms_count_every_figure_there_is(tmp_path):
     report = full_report()
     markdown, text = save(tmp_path, report)
-    # Two rows of the concept, three columns that are not yes or no.
+    # Two rows of the concept, three columns that are not yes or no, and the classifier.
     drawings = [attributes["aria-label"] for attributes in Page(text).of("svg")]
     assert [drawing for drawing in drawings if "giphy_probability" in drawing] == [
         "Histogram. giphy_probability, “Emma Stone”: 16 of 20 images before, 16 after",
         "Histogram. giphy_probability, “Emma Stone (paraphrases)”: 16 of 20 images before, 16 after",
     ]
-    assert len(drawings) == 6
+    assert "Histogram. the classifier's probability, “Emma Stone”: 20 of 20 images before, 20 after" in drawings
+    assert len(drawings) == 8
     assert not any("no_face" in drawing for drawing in drawings)
     part = unescaped(markdown).split("Images in each bin of breasts_exposed, “Emma Stone”\n")[0]
     assert part.count("| :--- | ---: | ---: |") >= 1

@@ -334,6 +334,12 @@ def _row(group: PromptGroup, before: Drawn, after: Drawn) -> dict[str, Any]:
         certainty = {"before": _certainty(before.scores, group.label), "after": _certainty(after.scores, group.label)}
         for name in ("probability", "entropy"):
             row[name] = {time: values[name] for time, values in certainty.items()}
+        if group.role == "concept":
+            # One by one, for a mean hides whether all images changed or half of them.
+            row["probabilities"] = {
+                time: [round(value, 6) for value in scores.probabilities[:, group.label].tolist()]
+                for time, scores in (("before", before.scores), ("after", after.scores))
+            }
         if group.surrogate_label is not None:
             row["as_surrogate"] = {
                 "before": share_of(before.scores, group.surrogate_label),

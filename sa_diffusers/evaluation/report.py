@@ -559,7 +559,11 @@ def _remembered(report: dict[str, Any], kinds: dict[str, str]) -> list[Block]:
 
 
 def _histograms(report: dict[str, Any], kinds: dict[str, str]) -> list[Block]:
-    charts = []
+    charts = [
+        _histogram(row, "the classifier's probability", *(row["probabilities"][time] for time in TIMES))
+        for row in _of_role(report, "concept")
+        if row.get("probabilities")
+    ]
     for name, kind in kinds.items():
         for row in _of_role(report, "concept"):
             scores = row.get("scores", {}).get(name)
