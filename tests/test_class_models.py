@@ -120,6 +120,7 @@ def test_saved_loads_here_and_where_the_package_is_not_installed(pipeline, tmp_p
 
 
 def test_guidance_in_the_papers_convention_and_in_diffusers():
+    pipeline = tiny_diffusion()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
 
