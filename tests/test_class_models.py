@@ -267,6 +267,15 @@ def test_the_naive_objective_forgets_without_a_surrogate(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_noise_for_a_grey_model_is_uniform(tmp_path):
+    """Not the mean of three channels, which is half as wide."""
+    generator = SampleGenerator(objective_for(tiny_diffusion()), tmp_path, create_accelerator(SelectiveAmnesiaConfig()))
+    made = generator.surrogates(pair_concepts(["cat"], ["uniform_noise"]), ["{}"], 100, 0, SamplingSettings())
+    assert made.samples.shape == (100, 1, 8, 8)
+    assert made.samples.std().item() == pytest.approx(1 / 3**0.5, rel=0.02)
+    assert made.samples.abs().max() > 0.999
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_target_of_uniform_noise_is_the_mean_of_the_noises_targets(prediction_type):
     """Against the slow way: an average over the pixels and noises that lead to the same noised pixel."""

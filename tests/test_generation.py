@@ -112,7 +112,8 @@ def test_surrogates_from_a_folder_and_from_noise(generator, tmp_path):
     made = generator.surrogates(pair_concepts(["cat", "dog"], [str(folder), "uniform_noise"]), ["{}"], 4, 0, SETTINGS)
     assert made.samples.shape == (4, 4, 8, 8)
     assert sorted(made.conditions) == ["cat", "cat", "dog", "dog"]
-    assert made.sources == [None] * 4
+    assert made.sources == [None, None, "uniform_noise", "uniform_noise"]
+    assert len(made.under_their_sources()) == 0
     noise = made.samples[[made.conditions.index("dog")]]
     white = made.samples[[made.conditions.index("cat")]]
     assert white.std() < noise.std()
