@@ -61,7 +61,8 @@ class SelectiveAmnesiaTrainer:
     theta*)^2`, each loss the negative ELBO averaged over a batch. With `target="frozen"` the network regresses on the
     frozen model's own prediction (under the surrogate's prompt, for surrogates) in place of the drawn noise: on samples
     of the frozen model its prediction is the noise's conditional mean, so the expected gradient is that of the ELBO,
-    with less variance.
+    with less variance. Surrogates that no prompt drew keep the noise's target, uniform noise its exact mean where the
+    objective knows it (`Objective.uniform_noise_target`).
 
     Args:
         objective: The model; its module is trained in place.
