@@ -319,8 +319,8 @@ def test_prompts_of_a_file_are_one_a_line(tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of {}\n\n  {} at sea \n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["a photo of {}", "{} at sea"]
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="is empty: give one prompt a line"):
-        read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(ValueError, match="is empty: give one prompt a line, with {} for the celebrity"):
+        read_prompts(tmp_path / "empty.txt", stands_for="celebrity")
     with pytest.raises(ValueError, match="could not be read"):
         read_prompts(tmp_path / "none.txt")
 

@@ -197,7 +197,7 @@ def test_the_robustness_protocol_attacks_base_erased_and_control(tmp_path, clip_
     ("flags", "message"),
     [
         (["--held_out_prompts", "templates.txt"], '"a drawing" has no {} where the concept goes'),
-        (["--held_out_prompts", "none.txt"], "the file of prompts none.txt could not be read"),
+        (["--held_out_prompts", "none.txt"], "the file of prompts none.txt does not exist"),
         (["--clip", "none"], "nothing scores the images: give a CLIP model, a classifier, or both"),
         (["--clip", "none", "--protocol", "concept"], "nothing scores the images"),
         (["--protocol", "class"], "the class protocol needs --classifier"),

@@ -172,25 +172,31 @@ def load_vocabulary(name: str) -> Vocabulary:
     )
 
 
-def read_prompts(path: str | Path, concepts: Sequence[str] = ()) -> list[str]:
+def read_prompts(path: str | Path, concepts: Sequence[str] = (), stands_for: str | None = None) -> list[str]:
     """Prompts of a text file, one a line; empty lines do not count.
 
     Args:
         path: The file.
         concepts: What no prompt may name.
+        stands_for: What `{}` stands for in the prompts, if for anything; it is told where the file is empty.
 
     Raises:
         ValueError: There is no such file, it is not text in UTF-8, it is empty, or a prompt names a concept.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(
+            f"the file of prompts {path} does not exist and could not be read: give a text file in UTF-8"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"the file of prompts {path} could not be read ({error}): give a text file in UTF-8"
         ) from error
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"the file of prompts {path} is empty: give one prompt a line")
+        form = f", with {{}} for the {stands_for}" if stands_for else ""
+        raise ValueError(f"the file of prompts {path} is empty: give one prompt a line{form}")
     for prompt in prompts:
         for concept in concepts:
             if names_concept(prompt, concept):
@@ -204,7 +210,7 @@ def read_templates(path: str | Path) -> list[str]:
     Raises:
         ValueError: A line has no `{}`.
     """
-    templates = read_prompts(path)
+    templates = read_prompts(path, stands_for="concept")
     for template in templates:
         if "{}" not in template:
             raise ValueError(f'{path}: "{template}" has no {{}} where the concept goes')

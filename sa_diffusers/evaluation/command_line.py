@@ -274,7 +274,8 @@ def run_celebrity(evaluation: Evaluation) -> Comparison:
         )
     celebrity = args.celebrity or evaluation.pairs[0].concept
     detector = CelebrityDetector(args.giphy, celebrity, evaluation.accelerator.device)
-    prompts = read_prompts(args.celebrity_prompts) if args.celebrity_prompts else CELEBRITY_PROMPTS
+    given = args.celebrity_prompts
+    prompts = read_prompts(given, stands_for="celebrity") if given else CELEBRITY_PROMPTS
     return celebrity_protocol(evaluation.subject, detector, prompts, evaluation.provenance)
 
 
