@@ -19,7 +19,7 @@ REPORT_NAME = "report.json"
 GRID_NAME = "before_after.png"
 FISHER_CONFIG_NAME = "fisher_config.json"
 BASE_DEFAULTS_NAME = "selective_amnesia_defaults.json"
-SAMPLERS = ("ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc")
+SAMPLERS = ("ddim", "ddpm", "pndm", "euler", "dpmsolver++", "dpmsolver++_logsnr", "unipc")
 TARGETS = ("noise", "frozen")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -86,7 +86,9 @@ class SelectiveAmnesiaConfig:
         "share of the replay images that belong to the empty prompt, which guidance leans on at every step",
         "samples",
     )
-    sampler: Literal["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc"] = _flag("ddim", "sampler", "samples")
+    sampler: Literal["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "dpmsolver++_logsnr", "unipc"] = _flag(
+        "ddim", "sampler; with _logsnr its steps are equal in log-SNR, not in time, which suits pixels", "samples"
+    )
     num_inference_steps: int = _flag(50, "steps of the sampler", "samples")
     guidance_scale: float = _flag(7.5, "classifier-free guidance", "samples")
     surrogate_guidance_scale: float | None = _flag(

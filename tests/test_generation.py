@@ -29,7 +29,7 @@ def test_bit_identical_at_equal_batching(tiny_objective):
     assert not torch.equal(first[0], first[1])
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "dpmsolver++_logsnr", "unipc"])
 def test_an_images_randomness_is_its_seeds_whatever_the_batch(tiny_objective, sampler):
     settings = [SamplingSettings(sampler, 3, 7.5, batch_size=size) for size in (1, 4)]
     alone, together = (tiny_objective.sample(PROMPTS, range(6), setting) for setting in settings)
