@@ -296,6 +296,23 @@ def test_the_target_of_uniform_noise_is_the_mean_of_the_noises_targets(predictio
         assert target.dtype == torch.float32
 
 
+def test_ten_steps_equal_in_log_snr_draw_noise_as_wide_as_uniform_noise_is():
+    def width(sampler):
+        objective = objective_for(build_class_pipeline("small_32", ["cat", "dog"]))
+        scheduler = objective.make_sampler(sampler, objective.pipeline.scheduler)
+        scheduler.set_timesteps(10)
+        images = torch.randn(20, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        for timestep in scheduler.timesteps:
+            timesteps = timestep.repeat(20)
+            spread = (1 - objective.noise_schedule.alphas_cumprod[timestep]).sqrt()
+            exact = objective.uniform_noise_target(torch.zeros_like(images), timesteps, images / spread)
+            images = scheduler.step(exact, timestep, images).prev_sample
+        return images.std().item()
+
+    assert width("dpmsolver++_logsnr") == pytest.approx(3**-0.5, rel=0.06)
+    assert width("dpmsolver++") < 0.9 * 3**-0.5
+
+
 def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
     def surrogate_loss(source, target):
         objective = objective_for(tiny_diffusion())
