@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sa_diffusers.command_line import base_defaults
-from sa_diffusers.configuration import SelectiveAmnesiaConfig
+from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.files import read_json, write_json

@@ -11,8 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
-from sa_diffusers.command_line import base_defaults
-from sa_diffusers.configuration import SelectiveAmnesiaConfig
+from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.data.prompts import load_vocabulary
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.files import read_json, write_json

@@ -31,8 +31,14 @@ class DiTObjective(DiffusionObjective):
     kind = "diffusion-transformer"
     reduction = "mean"
 
-    def __init__(self, pipeline: DiTPipeline) -> None:
-        super().__init__(pipeline.scheduler)
+    def __init__(
+        self,
+        pipeline: DiTPipeline,
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ) -> None:
+        super().__init__(pipeline.scheduler, prediction_type, snr_gamma, noise_offset)
         self.pipeline = pipeline
         self.module = pipeline.transformer
         self.null = self.module.config.num_embeds_ada_norm

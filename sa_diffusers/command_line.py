@@ -5,19 +5,16 @@ import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from .configuration import (
-    BASE_DEFAULTS_NAME,
     GRID_NAME,
     REPORT_NAME,
     SelectiveAmnesiaConfig,
+    base_defaults,
     flag_type,
     read_settings,
 )
-
-_PATH_SETTINGS = ("classifier", "fisher", "reference_features", "replay_prompts")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,23 +74,6 @@ def parse_config(arguments: Sequence[str] | None = None) -> SelectiveAmnesiaConf
         return SelectiveAmnesiaConfig(**(base_defaults(settings) | settings))
     except ValueError as error:
         parser.error(str(error))
-
-
-def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a base model's own folder recommends, if it does.
-
-    Args:
-        settings: What the user gave; only the base model's name is read.
-    """
-    field = SelectiveAmnesiaConfig.__dataclass_fields__["pretrained_model_name_or_path"]
-    folder = Path(settings.get(field.name, field.default))
-    if not (folder / BASE_DEFAULTS_NAME).is_file():
-        return {}
-    defaults = read_settings(folder / BASE_DEFAULTS_NAME)
-    for name in _PATH_SETTINGS:
-        if str(defaults.get(name, "")).startswith("../"):
-            defaults[name] = str((folder / defaults[name]).resolve())
-    return defaults
 
 
 def main(arguments: Sequence[str] | None = None, build_objective: Callable | None = None) -> None:

@@ -20,6 +20,7 @@ GRID_NAME = "before_after.png"
 FISHER_CONFIG_NAME = "fisher_config.json"
 BASE_DEFAULTS_NAME = "selective_amnesia_defaults.json"
 SAMPLERS = ("ddim", "ddpm", "pndm", "euler", "dpmsolver++", "dpmsolver++_logsnr", "unipc")
+_PATH_SETTINGS = ("classifier", "fisher", "reference_features", "replay_prompts")
 TARGETS = ("noise", "frozen")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -355,3 +356,20 @@ def _coerce(spec: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
         raise ValueError(f"{spec.name}={value!r} must be of type {kind.__name__}")
     return value
+
+
+def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a base model's own folder recommends, if it does.
+
+    Args:
+        settings: What the user gave; only the base model's name is read.
+    """
+    field = SelectiveAmnesiaConfig.__dataclass_fields__["pretrained_model_name_or_path"]
+    folder = Path(settings.get(field.name, field.default))
+    if not (folder / BASE_DEFAULTS_NAME).is_file():
+        return {}
+    defaults = read_settings(folder / BASE_DEFAULTS_NAME)
+    for name in _PATH_SETTINGS:
+        if str(defaults.get(name, "")).startswith("../"):
+            defaults[name] = str((folder / defaults[name]).resolve())
+    return defaults

@@ -14,7 +14,17 @@ from diffusers import DiffusionPipeline
 
 from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
 from .data.generation import CONCEPT_SEEDS, REPLAY_SEEDS, SampleGenerator, surrogate_requests
-from .data.prompts import class_replay_prompts, fill_template, pair_classes, pair_concepts, replay_prompts
+from .data.pictures import read_picture
+from .data.prompts import (
+    check_pairs,
+    class_name,
+    class_replay_prompts,
+    fill_template,
+    image_files,
+    pair_classes,
+    pair_concepts,
+    replay_prompts,
+)
 from .data.sample_set import MANIFEST_NAME, SampleSet, fingerprint
 from .evaluation import Classification, Comparison, ImageClassifier, compare, draw_groups, label_groups, prompt_groups
 from .files import read_json
@@ -38,7 +48,8 @@ class Erasure:
 
     Args:
         config: All settings.
-        build_objective: The objective of a loaded pipeline, for a kind of model of your own. Default: `objective_for`.
+        build_objective: What makes the objective of a loaded pipeline, for a kind of model of your own; it takes the
+            arguments of `objective_for`, the default.
 
     Raises:
         ValueError: The settings contradict each other, the model cannot be had or is of an unknown kind, the output
@@ -49,13 +60,13 @@ class Erasure:
     def __init__(
         self,
         config: SelectiveAmnesiaConfig,
-        build_objective: Callable[[DiffusionPipeline], Objective] | None = None,
+        build_objective: Callable[..., Objective] | None = None,
     ) -> None:
         self.config = config
-        self._build_objective = build_objective or self._known_objective
+        self._builder = build_objective or objective_for
         if config.surrogate:
             # Before the model is loaded: a mistake here should cost no time.
-            pair_concepts(config.concept, config.surrogate)
+            check_pairs(config.concept, config.surrogate)
         self.output_dir = config.resolved_output_dir
         check_output_dir(config)
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
@@ -68,16 +79,14 @@ class Erasure:
         self.objective.to(self.accelerator.device)
         if config.enable_xformers_memory_efficient_attention:
             enable_xformers(self.objective.module)
+        if config.gradient_checkpointing and not self.objective.module._supports_gradient_checkpointing:
+            raise ValueError(f"gradient_checkpointing: {type(self.objective.module).__name__} has none: leave it out")
         self.parameters = select_parameters(self.objective.module, config.train_method)
         self.classifier: ImageClassifier | None = None
         if config.classifier:
             self.classifier = ImageClassifier(config.classifier, self.accelerator.device, config.reference_features)
-            foreign = set(self.classifier.labels) - set(self.objective.labels or self.classifier.labels)
-            if foreign:
-                raise ValueError(
-                    f'classifier="{config.classifier}" names {", ".join(sorted(foreign))}, which are not classes of '
-                    f"this model; they are {', '.join(self.objective.labels or [])}"
-                )
+            if self.objective.labels is not None:
+                self.classifier.check_classes(self.objective.labels, [pair.concept for pair in self.pairs])
         self.generator = SampleGenerator(self.objective, config.resolved_artifacts_dir, self.accelerator)
         self.identity = fisher_identity(self.objective, fingerprint_module(self.objective.module), config.train_method)
         self.given_fisher: FisherInformation | None = None
@@ -89,9 +98,9 @@ class Erasure:
         self.replay_settings = sampling_settings(config, config.replay_guidance_scale)
         self.seconds: dict[str, float] = {}
 
-    def _known_objective(self, pipeline: DiffusionPipeline) -> Objective:
+    def _build_objective(self, pipeline: DiffusionPipeline) -> Objective:
         config = self.config
-        return objective_for(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
+        return self._builder(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
 
     def _name_prompts(self) -> None:
         """What is forgotten and what is remembered: phrases, or classes where the model knows classes."""
@@ -103,9 +112,11 @@ class Erasure:
             self.pairs = pair_concepts(config.concept, config.surrogate)
         else:
             self.pairs = pair_classes(config.concept, config.surrogate, labels)
-            for name in ("concept_templates", "eval_templates"):
-                if any(template != "{}" for template in getattr(config, name)):
-                    raise ValueError(f"{name} has no meaning for a model of classes: leave it out")
+            self._check_class_settings(labels)
+        for pair in self.pairs:
+            if pair.surrogate.kind == "images":
+                for file in image_files(pair.surrogate.value)[: config.num_surrogate_images]:
+                    read_picture(file, str(file))
         concepts = [pair.concept for pair in self.pairs]
         self.replay_prompts: list[str] = []
         if config.num_replay_images and labels is None:
@@ -114,6 +125,25 @@ class Erasure:
             )
         elif config.num_replay_images:
             self.replay_prompts = class_replay_prompts(labels, config.num_replay_images, concepts, share)
+
+    def _check_class_settings(self, labels: list[str]) -> None:
+        config = self.config
+        without_meaning = {
+            name: any(template != "{}" for template in getattr(config, name))
+            for name in ("concept_templates", "eval_templates")
+        }
+        default = SelectiveAmnesiaConfig.__dataclass_fields__["replay_prompts"].default
+        without_meaning["replay_prompts"] = config.replay_prompts != default
+        for name, given in without_meaning.items():
+            if given:
+                raise ValueError(f"{name} has no meaning for a model of classes: leave it out")
+        if config.resolution not in (None, self.objective.resolution):
+            raise ValueError(
+                f"resolution={config.resolution}: this model draws {self.objective.resolution} pixels only"
+            )
+        for prompt in config.validation_prompts:
+            if prompt:
+                class_name(prompt, labels)
 
     # Samples
 
@@ -230,8 +260,9 @@ class Erasure:
             prompts = self.replay_prompts
             seeds = [self._first_seed(REPLAY_SEEDS) + i for i in range(len(prompts))]
             reused = self._kept("replay", prompts, prompts, seeds, self.replay_settings)
+            source = "classes" if self.objective.labels else config.replay_prompts
             lines.append(f"          {len(prompts)} replay images of {len(set(prompts))} prompts "
-                         f"({config.replay_prompts}), {describe(self.replay_settings)}{reused}")  # fmt: skip
+                         f"({source}), {describe(self.replay_settings)}{reused}")  # fmt: skip
         if config.ewc_weight == 0:
             lines.append("fisher    none: ewc_weight is 0")
         elif self.given_fisher is not None:

@@ -30,8 +30,8 @@ from sa_diffusers import (
     pair_concepts,
     select_parameters,
 )
-from sa_diffusers.command_line import base_defaults, main
-from sa_diffusers.configuration import read_settings
+from sa_diffusers.command_line import main
+from sa_diffusers.configuration import base_defaults, read_settings
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.evaluation.command_line import main as evaluation
 from sa_diffusers.models import build_class_pipeline, class_defaults

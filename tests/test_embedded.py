@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from sa_diffusers import SelectiveAmnesiaConfig
-from sa_diffusers.command_line import base_defaults
+from sa_diffusers.configuration import base_defaults
 from sa_diffusers.data.prompts import fill_template, load_vocabulary
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier

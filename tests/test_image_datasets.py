@@ -5,6 +5,8 @@ import struct
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +87,87 @@ def test_rows_without_a_picture_or_a_label_are_named(tmp_path, pixels):
         load_labelled_images(tmp_path / "broken.parquet")
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_parquet_files_that_another_program_wrote(tmp_path, pixels, wrapped):
+    encoded = []
+    for values in pixels:
+        Image.fromarray(values).save(tmp_path / "one.png")
+        encoded.append((tmp_path / "one.png").read_bytes())
+    images = [{"bytes": data, "path": None} for data in encoded] if wrapped else encoded
+    names = ["hen", "cat", "dog", "hen", "cat", "dog"]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "target": names}), tmp_path / "plain.parquet")
+    data = load_labelled_images(tmp_path / "plain.parquet")
+    assert data.names == ["cat", "dog", "hen"]
+    assert data.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    assert torch.equal(data.pixels[:, 0], torch.from_numpy(pixels))
+    for column, message in (("image", "row 1, has no image in image"), ("target", "row 1, has no label in target")):
+        columns = {"image": images, "target": names}
+        columns[column] = [columns[column][0], None, *columns[column][2:]]
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "holes.parquet")
+        with pytest.raises(ValueError, match=message):
+            load_labelled_images(tmp_path / "holes.parquet")
+
+
+def test_sixteen_bits_are_scaled_and_grey_joins_colour(tmp_path, pixels):
+    for name, picture in (
+        ("a", Image.fromarray(pixels[0].astype(np.uint16) * 257)),
+        ("b", Image.fromarray(np.stack([pixels[1]] * 3, -1))),
+    ):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "picture.png")
+    data = load_labelled_images(tmp_path)
+    for channel in range(3):
+        assert torch.equal(data.pixels[:, channel], torch.from_numpy(pixels[:2]))
+
+
+def test_classes_are_matched_by_name(tmp_path, pixels):
+    def images(labels, names):
+        return LabelledImages(torch.from_numpy(pixels[: len(labels), None]), torch.tensor(labels), names)
+
+    joined = images([0, 1], ["cat", "dog"]).joined(images([0, 0], ["dog"]))
+    assert joined.labels.tolist() == [0, 1, 1, 1]
+    assert joined.names == ["cat", "dog"]
+    assert images([0, 1], ["0", "1"]).under(["cat", "dog"]).labels.tolist() == [0, 1]
+    assert images([0, 1], ["1", "2"]).under(["0", "1", "2"]).labels.tolist() == [1, 2]
+    with pytest.raises(ValueError, match="bird: not among the classes cat, dog"):
+        images([0, 1], ["bird", "dog"]).under(["cat", "dog"])
+    with pytest.raises(ValueError, match="one size: 10x10 in the one, 5x10 in the other"):
+        joined.joined(LabelledImages(joined.pixels[..., :5], joined.labels, joined.names))
+    kept, held = images([0, 1, 0, 1, 0], ["cat", "dog"]).split(2)
+    assert kept.labels.tolist() == [0, 1, 0]
+    assert held.labels.tolist() == [0, 1]
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path, pixels):
+    for name in ("car", "train"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels[0]).save(tmp_path / name / "picture.png")
+    assert load_labelled_images(tmp_path).names == ["car", "train"]
+    (tmp_path / "all" / "train").mkdir(parents=True)
+    (tmp_path / "car").rename(tmp_path / "all" / "train" / "car")
+    with pytest.raises(ValueError, match='has no split "test"; it has train'):
+        load_labelled_images(tmp_path / "all", "test")
+
+
+def test_damaged_files_are_named(tmp_path, pixels):
+    write_idx(tmp_path / "train-labels-idx1-ubyte", LABELS)
+    whole = tmp_path / "train-images-idx3-ubyte.gz"
+    write_idx(whole, pixels)
+    whole.write_bytes(whole.read_bytes()[:60])
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        load_labelled_images(tmp_path)
+    whole.unlink()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0]))
+    with pytest.raises(ValueError, match="not an IDX file"):
+        load_labelled_images(tmp_path)
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    Image.fromarray(pixels[0]).save(folder / "a.png")
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:20])
+    with pytest.raises(ValueError, match="a.png is not a readable image"):
+        load_labelled_images(tmp_path / "images")
+
+
 def test_bad_sources(tmp_path, pixels):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="images need a class"):
@@ -97,7 +180,7 @@ def test_bad_sources(tmp_path, pixels):
     folder.mkdir(parents=True)
     Image.fromarray(pixels[0]).save(folder / "a.png")
     Image.fromarray(pixels[0][:5]).save(folder / "b.png")
-    with pytest.raises(ValueError, match=r"a.png is 10x10 with 1 channels, but .*b.png is 10x5 with 1 channels"):
+    with pytest.raises(ValueError, match=r"a.png is 10x10, but .*b.png is 10x5"):
         load_labelled_images(tmp_path / "images")
     (folder / "b.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"b.png is not a readable image"):

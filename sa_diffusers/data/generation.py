@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..objectives.base import Objective, SamplingSettings
+from .pictures import read_picture
 from .prompts import UNIFORM_NOISE, ErasurePair, fill_template, image_files
 from .sample_set import MANIFEST_NAME, SampleSet
 
@@ -175,11 +176,7 @@ def load_image(path: str | Path, size: int) -> torch.Tensor:
     Raises:
         ValueError: The file is not a readable image.
     """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}): remove or replace it") from error
+    image = read_picture(path, str(path)).convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,8 +1,10 @@
-"""Labelled image datasets as arrays, from IDX files on disk or from the Hub."""
+"""Labelled image datasets as arrays, from files on disk or from the Hub."""
 
 import gzip
+import io
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from .pictures import read_picture
 from .prompts import image_files
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -33,9 +36,12 @@ def read_idx(path: str | Path) -> np.ndarray:
         ValueError: The file is not an IDX file of unsigned bytes, or is cut short.
     """
     path = Path(path)
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        raw = file.read()
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes (the format of MNIST and Fashion-MNIST)")
     rank = raw[3]
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
@@ -77,10 +83,50 @@ class LabelledImages:
             raise ValueError(f"without {', '.join(names)} no image is left")
         return LabelledImages(self.pixels[kept], self.labels[kept], self.names)
 
+    def under(self, names: Sequence[str]) -> "LabelledImages":
+        """The same images, their labels as indices of other names: a class is found by its name.
+
+        Where either side knows its classes by number only (as IDX files do), the number says which class it is.
+
+        Raises:
+            ValueError: A class has no counterpart.
+        """
+        unknown = [name for name in self.names if name not in names]
+        if not unknown:
+            places = torch.tensor([list(names).index(name) for name in self.names])
+            return LabelledImages(self.pixels, places[self.labels], list(names))
+        numbers = [str(index) for index in range(max(len(self.names), len(names)))]
+        known_by_number = any(list(side) == numbers[: len(side)] for side in (self.names, names))
+        if known_by_number and len(self.names) <= len(names):
+            return LabelledImages(self.pixels, self.labels, list(names))
+        raise ValueError(f"{_listed(unknown)}: not among the classes {_listed(names)}")
+
+    def joined(self, other: "LabelledImages") -> "LabelledImages":
+        """These images and others of the same classes.
+
+        Raises:
+            ValueError: The others have another size, or a class that is missing here.
+        """
+        if self.pixels.shape[2:] != other.pixels.shape[2:]:
+            sizes = [_size(images.pixels.numpy()[0]) for images in (self, other)]
+            raise ValueError(f"images must be of one size: {sizes[0]} in the one, {sizes[1]} in the other")
+        channels = max(self.pixels.shape[1], other.pixels.shape[1])
+        pixels = [images.pixels.expand(-1, channels, -1, -1) for images in (self, other)]
+        return LabelledImages(torch.cat(pixels), torch.cat([self.labels, other.under(self.names).labels]), self.names)
+
+    def split(self, every: int) -> tuple["LabelledImages", "LabelledImages"]:
+        """All but every n-th image of each class, and those."""
+        held = torch.zeros(len(self), dtype=torch.bool)
+        for label in self.labels.unique():
+            held[torch.nonzero(self.labels == label).flatten()[every - 1 :: every]] = True
+        first, second = (LabelledImages(self.pixels[rows], self.labels[rows], self.names) for rows in (~held, held))
+        return first, second
+
     def fitted(self, size: int, channels: int) -> "LabelledImages":
         """The same images in a model's format: grey repeated or colours averaged; padded with black or resized.
 
-        28x28 pixels are padded to 32x32, as is usual for MNIST; other sizes are resized.
+        28x28 pixels are padded to 32x32, as is usual for MNIST; other sizes are cropped to the square in the middle and
+        resized.
 
         Args:
             size: Height and width in pixels.
@@ -93,6 +139,9 @@ class LabelledImages:
         if tuple(pixels.shape[-2:]) == (28, 28) and size == 32:
             pixels = F.pad(pixels, (2, 2, 2, 2))
         elif tuple(pixels.shape[-2:]) != (size, size):
+            side = min(pixels.shape[-2:])
+            top, left = ((length - side) // 2 for length in pixels.shape[-2:])
+            pixels = pixels[..., top : top + side, left : left + side]
             parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
                      for part in pixels.split(1000)]  # fmt: skip
             pixels = torch.cat(parts)
@@ -117,7 +166,7 @@ def load_labelled_images(source: str | Path, split: str = "train") -> LabelledIm
     if path.is_dir():
         if _idx_file(path, split, "images-idx3"):
             return _from_idx(path, split)
-        return _from_image_folder(path / split if (path / split).is_dir() else path)
+        return _from_image_folder(_split_folder(path, split))
     if path.suffix == ".parquet":
         if not path.is_file():
             raise ValueError(f"the parquet file {path} does not exist")
@@ -143,23 +192,31 @@ def _from_idx(folder: Path, split: str) -> LabelledImages:
     return LabelledImages(torch.from_numpy(pixels[:, None].copy()), torch.from_numpy(classes.astype(np.int64)), names)
 
 
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and image_files(path))
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """Where the folders of the classes are. A class may be called "train": a split holds folders."""
+    if (folder / split).is_dir() and _class_folders(folder / split):
+        return folder / split
+    if not _class_folders(folder):
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and _class_folders(path))
+        if splits:
+            raise ValueError(f'{folder} has no split "{split}"; it has {", ".join(splits)}')
+    return folder
+
+
 def _from_image_folder(folder: Path) -> LabelledImages:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and image_files(path))
-    if not names:
+    classes = _class_folders(folder)
+    if not classes:
         raise ValueError(
             f"{folder} holds neither IDX files nor folders of images, one for each class: images need a class"
         )
-    pictures, labels, files = [], [], []
-    for index, name in enumerate(names):
-        for file in image_files(folder / name):
-            try:
-                with Image.open(file) as opened:
-                    pictures.append(_array(opened))
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"{file} is not a readable image ({error}): remove or replace it") from error
-            labels.append(index)
-            files.append(str(file))
-    return LabelledImages(_stack(pictures, files), torch.tensor(labels), names)
+    files = [(index, file) for index, path in enumerate(classes) for file in image_files(path)]
+    pictures = [_array(read_picture(file, str(file))) for _, file in files]
+    labels = torch.tensor([index for index, _ in files])
+    return LabelledImages(_stack(pictures, [str(file) for _, file in files]), labels, [path.name for path in classes])
 
 
 def _from_hub(source: str, split: str) -> LabelledImages:
@@ -176,41 +233,68 @@ def _from_hub(source: str, split: str) -> LabelledImages:
     return _from_dataset(dataset, source)
 
 
+_LABEL_WORDS = ("label", "class", "target", "category")
+
+
 def _from_dataset(dataset: Any, source: str) -> LabelledImages:
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
     features = dataset.features
-    images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    if not images:
+    image = next((name for name, feature in features.items() if isinstance(feature, ImageFeature)), None) or next(
+        # Files that something other than `datasets` wrote do not say that these bytes are images.
+        (name for name, feature in features.items() if _holds_bytes(feature)), None
+    )  # fmt: skip
+    if image is None:
         raise ValueError(f"{source} has no column of images; it has {', '.join(features)}")
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    whole = [name for name, feature in features.items() if isinstance(feature, Value) and "int" in feature.dtype]
-    chosen = next(iter(classes or [name for name in whole if "label" in name.lower()]), None)
-    if chosen is None:
+    plain = [name for name, feature in features.items()
+             if isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
+             and any(word in name.lower() for word in _LABEL_WORDS)]  # fmt: skip
+    column = next(iter(classes + plain), None)
+    if column is None:
         raise ValueError(f"{source} has no column of labels; it has {', '.join(features)}")
-    labels = torch.tensor(dataset[chosen][:], dtype=torch.long)
-    names = features[chosen].names if classes else [str(index) for index in range(int(labels.max()) + 1)]
+    if not len(dataset):
+        raise ValueError(f"{source} has no rows")
+    values = dataset[column][:]
+    if None in values:
+        raise ValueError(f"{source}, row {values.index(None)}, has no label in {column}: leave it out")
+    if classes:
+        names = features[column].names
+    else:
+        names = sorted(set(values)) if isinstance(values[0], str) else [str(index) for index in range(max(values) + 1)]
+    if isinstance(values[0], str):
+        values = [names.index(value) for value in values]
+    labels = torch.tensor(values, dtype=torch.long)
     if int(labels.min()) < 0:
-        raise ValueError(f"{source} has rows without a label (number {int(labels.min())} in {chosen}): leave them out")
+        raise ValueError(f"{source} has rows without a label (number {int(labels.min())} in {column}): leave them out")
     pictures = []
+    undecoded = dataset.cast_column(image, ImageFeature(decode=False))
     for row in range(len(dataset)):
-        try:
-            pictures.append(_array(dataset[row][images[0]]))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{source}, row {row}, is not a readable image ({error}): leave it out") from error
+        place, cell = f"{source}, row {row},", undecoded[row][image]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise ValueError(f"{place} has no image in {image}: leave it out")
+        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else dataset[row][image]
+        pictures.append(_array(read_picture(file, place)))
     return LabelledImages(_stack(pictures, [f"{source}, row {row}" for row in range(len(pictures))]), labels, names)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        feature = feature.get("bytes")
+    return "binary" in str(getattr(feature, "dtype", ""))
 
 
 def _array(picture: Image.Image) -> np.ndarray:
     """`uint8` `[channels, height, width]`, grey or RGB."""
-    if picture.mode != "L":
-        picture = picture.convert("RGB")
     values = np.asarray(picture, dtype=np.uint8)
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
 
 
 def _stack(pictures: list[np.ndarray], places: list[str]) -> torch.Tensor:
+    # Some programs store a colourless picture among colour ones as a grey one.
+    channels = max(len(picture) for picture in pictures)
+    pictures = [np.broadcast_to(picture, (channels, *picture.shape[1:])) for picture in pictures]
     for picture, place in zip(pictures, places, strict=True):
         if picture.shape != pictures[0].shape:
             raise ValueError(
@@ -220,7 +304,11 @@ def _stack(pictures: list[np.ndarray], places: list[str]) -> torch.Tensor:
 
 
 def _size(picture: np.ndarray) -> str:
-    return f"{picture.shape[2]}x{picture.shape[1]} with {picture.shape[0]} channels"
+    return f"{picture.shape[2]}x{picture.shape[1]}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def load_fashion_mnist(split: str, folder: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,20 +37,35 @@ class ErasurePair:
     surrogate: Surrogate
 
 
-def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str]) -> list[ErasurePair]:
+def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str], must_exist: bool = True) -> list[ErasurePair]:
     """Pair concepts with surrogates: one surrogate for all concepts, or one for each.
 
     Args:
         concepts: Phrases to forget, none empty, no two alike.
         surrogates: Prompts, folders of images (recognised by a slash and by being there), or `"uniform_noise"`.
+        must_exist: Whether folders of images are needed.
 
     Raises:
-        ValueError: A concept or surrogate is empty, a concept is its own surrogate or stands twice, the numbers do not
-            pair up, or a folder does not exist or holds no image.
+        ValueError: A concept or surrogate is empty, a concept is a surrogate or stands twice, the numbers do not pair
+            up, or a folder does not exist or holds no image.
     """
     concepts = [" ".join(concept.split()) for concept in concepts]
     surrogates = [" ".join(surrogate.split()) for surrogate in surrogates]
-    for kind, values in (("concept", concepts), ("surrogate", surrogates)):
+    return _pair(concepts, [parse_surrogate(surrogate, must_exist) for surrogate in surrogates], _bare)
+
+
+def check_pairs(concepts: Sequence[str], surrogates: Sequence[str]) -> None:
+    """What can be said of concepts and surrogates before it is known whether they are phrases or classes.
+
+    Raises:
+        ValueError: As `pair_concepts`.
+    """
+    _pair(concepts, [parse_surrogate(surrogate) for surrogate in surrogates], lambda name: " ".join(name.split()))
+
+
+def _pair(concepts: Sequence[str], surrogates: Sequence[Surrogate], key: Callable[[str], str]) -> list[ErasurePair]:
+    """Pair them; `key` is what two names have in common that mean the same."""
+    for kind, values in (("concept", concepts), ("surrogate", [surrogate.value for surrogate in surrogates])):
         if not values or not all(values):
             example = '--concept "Brad Pitt" --surrogate "a middle aged man"'
             raise ValueError(f"{kind} is empty: say what to forget and what it turns into, such as {example}")
@@ -60,22 +75,31 @@ def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str]) -> list[Er
             "concepts, or one for each"
         )
     if len(surrogates) == 1:
-        surrogates = surrogates * len(concepts)
-    pairs = []
+        surrogates = [surrogates[0]] * len(concepts)
+    pairs: list[ErasurePair] = []
     for concept, surrogate in zip(concepts, surrogates, strict=True):
-        if any(_bare(concept) == _bare(pair.concept) for pair in pairs):
+        if any(key(concept) == key(pair.concept) for pair in pairs):
             raise ValueError(f'concept "{concept}" stands twice')
-        if _bare(concept) == _bare(surrogate):
+        if surrogate.kind == "prompt" and key(concept) == key(surrogate.value):
             raise ValueError(
-                f'concept "{concept}" equals its surrogate "{surrogate}": nothing would be forgotten. Choose another '
-                "surrogate"
+                f'concept "{concept}" equals its surrogate "{surrogate.value}": nothing would be forgotten. Choose '
+                "another surrogate"
             )
-        pairs.append(ErasurePair(concept, parse_surrogate(surrogate)))
+        if surrogate.kind == "prompt" and any(key(surrogate.value) == key(other) for other in concepts):
+            raise ValueError(
+                f'"{surrogate.value}" is the surrogate of "{concept}" and is itself to be forgotten: choose a '
+                "surrogate that is kept"
+            )
+        pairs.append(ErasurePair(concept, surrogate))
     return pairs
 
 
-def parse_surrogate(text: str) -> Surrogate:
+def parse_surrogate(text: str, must_exist: bool = True) -> Surrogate:
     """Tell a prompt from a folder of images and from uniform noise.
+
+    Args:
+        text: As the user gave it.
+        must_exist: Whether a folder of images is needed; if not, it may be gone.
 
     Raises:
         ValueError: The text looks like a path (`/...`, `./...`, `../...`, `~...`) but is no folder with images.
@@ -85,9 +109,9 @@ def parse_surrogate(text: str) -> Surrogate:
     path = Path(text).expanduser()
     looks_like_path = text.startswith(("/", "./", "../", "~"))
     if looks_like_path or ("/" in text and path.is_dir()):
-        if not path.is_dir():
+        if must_exist and not path.is_dir():
             raise ValueError(f'surrogate folder "{text}" does not exist')
-        if not image_files(path):
+        if must_exist and not image_files(path):
             raise ValueError(f'surrogate folder "{text}" holds no image ({", ".join(IMAGE_SUFFIXES)})')
         return Surrogate("images", str(path))
     return Surrogate("prompt", text)
@@ -271,6 +295,8 @@ def class_name(text: str, labels: Sequence[str]) -> str:
     Raises:
         ValueError: There is no such class, or there are several.
     """
+    if text in labels:
+        return text
     bare = " ".join(text.split())
     if bare in labels:
         return bare
@@ -288,25 +314,41 @@ def class_name(text: str, labels: Sequence[str]) -> str:
     )
 
 
-def pair_classes(concepts: Sequence[str], surrogates: Sequence[str], labels: Sequence[str]) -> list[ErasurePair]:
+def pair_classes(
+    concepts: Sequence[str], surrogates: Sequence[str], labels: Sequence[str], must_exist: bool = True
+) -> list[ErasurePair]:
     """Pair classes with surrogates; what is not a folder of images nor `"uniform_noise"` must be a class too.
 
     Args:
         concepts: Classes to forget, by name or by number.
         surrogates: As for `pair_concepts`; none stand for uniform noise, the paper's choice for classes.
         labels: The model's classes.
+        must_exist: Whether folders of images are needed.
 
     Raises:
         ValueError: As `pair_concepts`, or a class is unknown, or none would be left.
     """
-    named = []
-    for surrogate in surrogates or [UNIFORM_NOISE]:
-        kind = parse_surrogate(surrogate).kind
-        named.append(class_name(surrogate, labels) if kind == "prompt" else surrogate)
-    pairs = pair_concepts([class_name(concept, labels) for concept in concepts], named)
+    named = [_class_surrogate(surrogate, labels, must_exist) for surrogate in surrogates or [UNIFORM_NOISE]]
+    pairs = _pair([class_name(concept, labels) for concept in concepts], named, str)
     if len(pairs) == len(labels):
         raise ValueError(f"all {len(labels)} classes are to be forgotten: leave at least one to remember")
     return pairs
+
+
+def _class_surrogate(text: str, labels: Sequence[str], must_exist: bool) -> Surrogate:
+    if text in labels:
+        return Surrogate("prompt", text)
+    surrogate = parse_surrogate(text, must_exist)
+    if surrogate.kind != "prompt":
+        return surrogate
+    try:
+        return Surrogate("prompt", class_name(text, labels))
+    except ValueError as error:
+        if "/" in text and not must_exist:
+            return Surrogate("images", text)
+        if Path(text).is_dir():
+            raise ValueError(f"{error}. To name the folder of images, write ./{text}") from None
+        raise
 
 
 def class_replay_prompts(

@@ -91,12 +91,36 @@ class ImageClassifier:
         return ClassifierFeatures(self)
 
     def label_of(self, text: str) -> int | None:
-        """The index of the label that a concept or surrogate is, in any case and with any article."""
-        words = text.casefold().split()
-        if len(words) > 1 and words[0] in ("a", "an", "the"):
-            words = words[1:]
-        names = [label.casefold() for label in self.labels]
-        return names.index(" ".join(words)) if " ".join(words) in names else None
+        """The index of the label that a concept or surrogate is: the same text, else in any case and with any
+        article."""
+        if text in self.labels:
+            return self.labels.index(text)
+        bare = _without_article(text)
+        names = [_without_article(label) for label in self.labels]
+        return names.index(bare) if bare in names else None
+
+    def check_classes(self, classes: Sequence[str], concepts: Sequence[str]) -> None:
+        """Refuse to score a model of classes that this classifier does not know.
+
+        Args:
+            classes: The model's.
+            concepts: Those to be forgotten.
+
+        Raises:
+            ValueError: A label is not one of the classes, or a concept is not one of the labels.
+        """
+        foreign = sorted(set(self.labels) - set(classes))
+        if foreign:
+            raise ValueError(
+                f'classifier="{self.name}" names {", ".join(foreign)}, which are not classes of this model; they are '
+                f"{', '.join(classes)}"
+            )
+        for concept in concepts:
+            if concept not in self.labels:
+                raise ValueError(
+                    f'classifier="{self.name}" does not know "{concept}", which is to be forgotten; it knows '
+                    f"{', '.join(self.labels)}"
+                )
 
     def reference_moments(self, labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and covariance of the real images of some labels, equally weighted; None without a reference."""
@@ -123,6 +147,11 @@ class ImageClassifier:
             },
             path,
         )
+
+
+def _without_article(text: str) -> str:
+    words = text.casefold().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
 class ClassifierFeatures:

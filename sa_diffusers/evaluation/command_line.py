@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig
+from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_defaults
 from ..data.image_datasets import load_labelled_images
 from ..data.prompts import pair_classes, pair_concepts, read_prompts, read_templates
 from ..files import read_json
@@ -147,7 +147,9 @@ def erasure_of(args: argparse.Namespace) -> SelectiveAmnesiaConfig:
     if not Path(args.erased).exists():
         with contextlib.suppress(HfHubHTTPError, OSError, ValueError):
             path = Path(hf_hub_download(args.erased, CONFIG_NAME))
-    values = read_json(path) if path.is_file() else {}
+    values = base_defaults({"pretrained_model_name_or_path": args.base})
+    if path.is_file():
+        values = read_json(path)
     # Where samples are kept is a matter of this machine, not of the one that erased.
     for name in ("sa_diffusers_version", "artifacts_dir", "cache_dir"):
         values.pop(name, None)
@@ -168,8 +170,12 @@ class Evaluation:
         device = self.accelerator.device
         base, erased = (objective_for(load_pipeline(name)).to(device) for name in (args.base, args.erased))
         labels = base.labels
-        self.pairs = pair_classes(config.concept, config.surrogate, labels) if labels else pair_concepts(
-            config.concept, config.surrogate)  # fmt: skip
+        # The images of a surrogate have done their work.
+        self.pairs = (
+            pair_classes(config.concept, config.surrogate, labels, must_exist=False)
+            if labels
+            else pair_concepts(config.concept, config.surrogate, must_exist=False)
+        )
         settings = SamplingSettings(
             config.sampler, config.num_inference_steps, config.guidance_scale, args.batch_size or 1
         )
@@ -235,9 +241,10 @@ def real_images(args: argparse.Namespace, objective: Objective, forgotten: list[
     if not args.real:
         return []
     data = load_labelled_images(args.real, args.real_split)
-    if len(data.names) != len(objective.labels or []):
-        raise ValueError(f"--real has {len(data.names)} classes, the model {len(objective.labels or [])}")
-    data.names = list(objective.labels)
+    try:
+        data = data.under(objective.labels or [])
+    except ValueError as error:
+        raise ValueError(f"--real {args.real} does not fit the model: {error}") from error
     pixels = data.without(forgotten).fitted(objective.resolution, 3).pixels
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
 

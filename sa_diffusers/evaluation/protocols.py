@@ -59,11 +59,12 @@ def class_protocol(
         provenance: Further fields of the report.
 
     Raises:
-        ValueError: The model knows no classes.
+        ValueError: The model knows no classes, or the classifier knows others.
     """
     labels = subject.base.labels
     if labels is None:
         raise ValueError("the class protocol needs a model of classes; this one takes prompts")
+    classifier.check_classes(labels, [pair.concept for pair in subject.pairs])
     groups = label_groups(
         classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
     )

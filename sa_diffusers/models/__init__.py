@@ -30,7 +30,7 @@ def build_class_pipeline(configuration: str | Path, labels: Sequence[str]) -> An
     Args:
         configuration: A built-in name (`mnist_vae`, the paper's conditional VAE; `cifar10` and `stl10`, its diffusion
             models in diffusers' UNet2DConditionModel, whose plain middle block has no attention; `small_32`,
-            `small_64`), or a JSON file of the same form.
+            `small_32_rgb`, `small_64`), or a JSON file of the same form.
         labels: Names of the classes.
 
     Raises:
@@ -53,9 +53,18 @@ def build_class_pipeline(configuration: str | Path, labels: Sequence[str]) -> An
     raise ValueError(f'{configuration}: kind={values.get("kind")!r} is not one of "vae", "diffusion"')
 
 
-def class_defaults(configuration: str | Path) -> dict[str, Any]:
-    """The settings of an erasure that suit the models of a configuration; `build_class_pipeline` has its form."""
-    return _read_configuration(configuration).get("erasure", {})
+def class_defaults(configuration: str | Path, part: str = "erasure") -> dict[str, Any]:
+    """The settings that suit the models of a configuration; `build_class_pipeline` has its form.
+
+    Args:
+        configuration: A built-in name or a JSON file. A file without such settings has those of `mnist_vae` or
+            `small_32`, as its kind is.
+        part: `"erasure"`, or `"training"` for those of the base model's training.
+    """
+    values = _read_configuration(configuration)
+    if part not in values:
+        values = _read_configuration("mnist_vae" if values.get("kind") == "vae" else "small_32")
+    return values[part]
 
 
 def _read_configuration(configuration: str | Path) -> dict[str, Any]:

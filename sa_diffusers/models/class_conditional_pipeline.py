@@ -51,6 +51,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: There is no such class.
         """
         labels = self.labels
+        if isinstance(label, torch.Tensor):
+            label = int(label)
         if label is None or label == "":
             return len(labels)
         if str(label) in labels:
@@ -102,7 +104,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents.to(device) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         options = self.prepare_extra_step_kwargs(generator)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(latents, timestep)

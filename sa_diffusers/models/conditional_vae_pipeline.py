@@ -46,6 +46,8 @@ class ConditionalVAEPipeline(DiffusionPipeline):
             ValueError: There is no such class.
         """
         labels = self.labels
+        if isinstance(label, torch.Tensor):
+            label = int(label)
         if str(label) in labels:
             return labels.index(str(label))
         if str(label).isdecimal() and int(label) < len(labels):

@@ -73,6 +73,9 @@ class ClassConditionalObjective(DiffusionObjective):
 
     def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixel by pixel, the sample given the noised one is a Gaussian cut off at -1 and 1, whose mean is known."""
+        if self.noise_offset:
+            # It ties the pixels to each other.
+            return self.target(samples, timesteps, noise)
         shape = [-1, *[1] * (samples.dim() - 1)]
         keep = self.noise_schedule.alphas_cumprod.to(samples.device)[timesteps].double().view(shape)
         signal, spread = keep.sqrt(), (1 - keep).sqrt()

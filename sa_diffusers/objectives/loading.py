@@ -113,6 +113,10 @@ def objective_for(
     Raises:
         ValueError: No objective knows this kind of pipeline.
     """
+    own = _OWN_PIPELINES.get(type(pipeline).__name__)
+    if own and type(pipeline) is not own:
+        # Loaded with the copy of the code that lies beside the weights.
+        pipeline = own(**pipeline.components, id2label=pipeline.config.id2label)
     if type(pipeline) is StableDiffusionPipeline:
         return LatentDiffusionObjective(pipeline, prediction_type, snr_gamma, noise_offset)
     if type(pipeline) is ClassConditionalPipeline:
