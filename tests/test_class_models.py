@@ -13,10 +13,12 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import ViTImageProcessor
 
 from sa_diffusers import (
@@ -32,7 +34,9 @@ from sa_diffusers import (
 )
 from sa_diffusers.command_line import main
 from sa_diffusers.configuration import base_defaults, read_settings
+from sa_diffusers.data.prompts import pair_classes
 from sa_diffusers.data.sample_set import SampleSet
+from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.evaluation.command_line import main as evaluation
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
@@ -356,8 +360,8 @@ def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypat
         assert report["configuration"][key] == ([value] if key in ("concept", "surrogate") else value), key
 
 
-def write_classifier(folder):
-    names = {"id2label": dict(enumerate(NAMES.values())), "label2id": {name: i for i, name in NAMES.items()}}
+def write_classifier(folder, labels=("airplane", "cat", "dog")):
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     DigitClassifier(DigitClassifierConfig(image_size=16, **names)).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
@@ -441,14 +445,70 @@ def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipelin
             "concept_templates has no meaning for a model of classes",
         ),
         (["--concept", "cat", "--resolution", "16"], "this model draws 8 pixels only"),
+        (["--concept", "cat", "--validation_prompts", "bird"], '"bird" is not a class of this model'),
+        (["--concept", "cat", "--replay_prompts", "garments"], "replay_prompts has no meaning for a model of classes"),
+        (["--concept", "cat", "--surrogate", "./pictures"], "broken.png is not a readable image"),
+        (["--concept", "cat", "--surrogate", "pictures"], "To name the folder of images, write ./pictures"),
+        (["--concept", "cat", "dog", "--surrogate", "dog", "uniform_noise"], '"dog" is the surrogate of "cat" and is'),
+        (["--concept", "cat", "--classifier", "catless"], 'does not know "cat", which is to be forgotten'),
     ],
 )
-def test_mistakes_about_classes_are_one_line(tmp_path, flags, message):
+def test_mistakes_about_classes_are_one_line_and_write_nothing(tmp_path, flags, message):
     tiny_diffusion().save_pretrained(tmp_path / "base")
-    result = erase(tmp_path, "base", *flags)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    write_classifier(tmp_path / "catless", ["airplane", "dog"])
+    result = erase(tmp_path, "base", *flags, "--output_dir", "erased")
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "erased").exists()
+
+
+def test_a_vae_refuses_what_it_has_not_before_anything_is_drawn(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "base")
+    result = erase(tmp_path, "base", "--concept", "cat", "--gradient_checkpointing")
+    assert "gradient_checkpointing: ConditionalVAE has none: leave it out" in result.stderr
+    assert not (tmp_path / "cat").exists()
+
+
+def test_a_baseline_is_evaluated_as_its_base_model_says(tmp_path):
+    """It was never erased: nothing but the base model's folder says how it is sampled."""
+    for name in ("base", "nine"):
+        tiny_diffusion().save_pretrained(tmp_path / name)
+    (tmp_path / "base" / "selective_amnesia_defaults.json").write_text(json.dumps(
+        {"sampler": "dpmsolver++_logsnr", "num_inference_steps": 3, "guidance_scale": 2.5}))  # fmt: skip
+    write_classifier(tmp_path / "classifier")
+    flags = ["--base", "base", "--erased", "nine", "--concept", "cat", "--protocol", "class", "--classifier",
+             "classifier", "--images", "2", "--output_dir", "evaluation"]  # fmt: skip
+    result = evaluate(tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    sampling = json.loads((tmp_path / "evaluation" / "report.json").read_text())["sampling"]
+    assert sampling["sampler"] == "dpmsolver++_logsnr"
+    assert (sampling["num_inference_steps"], sampling["guidance_scale"]) == (3, 2.5)
+    real = tmp_path / "photos" / "test"
+    for name in ("bird", "cat"):
+        (real / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(real / name / "a.png")
+    result = evaluate(tmp_path, *flags, "--real", "photos")
+    assert "--real photos does not fit the model: bird: not among the classes airplane, cat, dog" in result.stderr
+
+
+def test_pipelines_of_the_copied_code_and_labels_as_tensors(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    copied = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(copied) is not type(pipeline)
+    assert objective_for(copied).fingerprint() == objective_for(pipeline).fingerprint()
+    assert pipeline.label_index(torch.tensor([2, 1])[0]) == 2
+
+
+def test_labels_that_differ_in_case_are_two(tmp_path):
+    write_classifier(tmp_path, ["A", "a", "the wall"])
+    classifier = ImageClassifier(tmp_path)
+    assert [classifier.label_of(name) for name in ("A", "a", "the wall", "Wall", "b")] == [0, 1, 2, 2, None]
+    (pair,) = pair_classes(["a"], ["A"], ["A", "a", "b  c"])
+    assert (pair.concept, pair.surrogate.value) == ("a", "A")
+    assert pair_classes(["b  c"], [], ["A", "a", "b  c"])[0].concept == "b  c"
 
 
 def tiny_dit(folder):
@@ -473,8 +533,10 @@ def tiny_dit(folder):
 def test_a_users_own_model_needs_an_objective_and_nothing_else(tmp_path):
     before = tiny_dit(tmp_path / "base").state_dict()
     script = "train_dit.py"
-    result = erase(tmp_path, "base", "--concept", "tench", "--surrogate", "uniform_noise", script=script)
+    flags = ["--concept", "tench", "--surrogate", "uniform_noise", "--prediction_type", "v_prediction"]
+    result = erase(tmp_path, "base", *flags, script=script)
     assert result.returncode == 0, result.stderr
+    assert "diffusion-transformer, v_prediction" in result.stdout
     assert '"Tinca tinca, tench" -> "uniform_noise" (noise)' in result.stdout
     erased = DiTPipeline.from_pretrained(tmp_path / "tench")
     assert any(not torch.equal(value, before[name]) for name, value in erased.transformer.state_dict().items())
@@ -555,6 +617,21 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
 
     whole = train("base")
     resumed = train("base", "--resume_from_checkpoint", "latest")
+    for flags, message in (
+        ([], "checkpoint-2 is from an earlier training"),
+        (["--resume_from_checkpoint", "latest", "--max_train_steps", "2"], "has 2 steps behind it"),
+        (["--resume_from_checkpoint", "latest", "--labels", *"abcde", "--data", "more"], "belongs to another model"),
+    ):
+        if "more" in flags:
+            (tmp_path / "more").mkdir()
+            write_idx(tmp_path / "more" / "train-images-idx3-ubyte", generator.integers(0, 256, (20, 28, 28)))
+            write_idx(tmp_path / "more" / "train-labels-idx1-ubyte", np.arange(20) % 5)
+        refused = subprocess.run(
+            [*command, "--output_dir", "base", *flags], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert refused.returncode == 1
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (tmp_path / "base" / "samples" / "step-000004.png").is_file()
     # What suits the model travels with it, as settings of its erasure.
@@ -569,6 +646,7 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
         (["--model", "small"], 'model="small" is neither one of cifar10, mnist_vae, small_32'),
         (["--data", "nowhere.parquet"], "the parquet file nowhere.parquet does not exist"),
         (["--max_train_steps", "0"], "--max_train_steps 0 must be at least 1"),
+        (["--sampler", "none"], "--sampler: invalid choice"),
     ],
 )
 def test_mistakes_in_base_training_are_one_line_and_write_nothing(tmp_path, flags, message):
@@ -607,6 +685,17 @@ def test_a_classifier_is_trained_and_measured(tmp_path):
     result = subprocess.run([*small, "--cnn", "--affine", "0.5"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "cnn" / "accuracy.json").read_text())["accuracy"] > 0.9
+    # Where the data has no test split, it is not measured on what it has learnt from.
+    for name, label in (("dark", 0), ("bright", 1)):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for number, image in enumerate(images[labels == label]):
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / "folders" / name / f"{number}.png")
+    alone = [*small, "--cnn", "--epochs", "1", "--data", "folders", "--labels", "bright", "dark"]
+    result = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    held_out = json.loads((tmp_path / "cnn" / "accuracy.json").read_text())
+    assert held_out["images"] == 6
+    assert "held out" in held_out["measured_on"]
     result = subprocess.run([*small, "--cnn", "--base", "cnn"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert "give one of them" in result.stderr
