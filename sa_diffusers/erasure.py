@@ -79,7 +79,9 @@ class Erasure:
         self.objective.to(self.accelerator.device)
         if config.enable_xformers_memory_efficient_attention:
             enable_xformers(self.objective.module)
-        if config.gradient_checkpointing and not self.objective.module._supports_gradient_checkpointing:
+        if config.gradient_checkpointing and not getattr(
+            self.objective.module, "_supports_gradient_checkpointing", False
+        ):
             raise ValueError(f"gradient_checkpointing: {type(self.objective.module).__name__} has none: leave it out")
         self.parameters = select_parameters(self.objective.module, config.train_method)
         self.classifier: ImageClassifier | None = None
