@@ -317,6 +317,15 @@ def test_ten_steps_equal_in_log_snr_draw_noise_as_wide_as_uniform_noise_is():
     assert width("dpmsolver++") < 0.9 * 3**-0.5
 
 
+def test_an_offset_of_the_noise_leaves_uniform_noise_its_plain_target():
+    generator = torch.Generator().manual_seed(0)
+    samples, noise = torch.rand(2, 1, 8, 8, generator=generator), torch.randn(2, 1, 8, 8, generator=generator)
+    for offset, plain in ((0.5, True), (0.0, False)):
+        objective = objective_for(tiny_diffusion(), noise_offset=offset)
+        arguments = samples, torch.tensor([3, 5]), noise
+        assert torch.equal(objective.uniform_noise_target(*arguments), objective.target(*arguments)) == plain
+
+
 def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
     def surrogate_loss(source, target):
         objective = objective_for(tiny_diffusion())

@@ -216,3 +216,6 @@ def test_fitted_pads_mnist_and_resizes_the_rest():
     small = colour.fitted(4, 1).pixels
     assert small.shape == (1, 1, 4, 4)
     assert small.unique().tolist() == [90]
+    wide = torch.zeros(1, 1, 4, 8, dtype=torch.uint8)
+    wide[..., 2:6] = 200
+    assert LabelledImages(wide, torch.tensor([0]), ["0"]).fitted(2, 1).pixels.unique().tolist() == [200]

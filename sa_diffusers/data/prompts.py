@@ -51,7 +51,7 @@ def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str], must_exist
     """
     concepts = [" ".join(concept.split()) for concept in concepts]
     surrogates = [" ".join(surrogate.split()) for surrogate in surrogates]
-    return _pair(concepts, [parse_surrogate(surrogate, must_exist) for surrogate in surrogates], _bare)
+    return _pair(concepts, [parse_surrogate(surrogate, must_exist) for surrogate in surrogates], bare_name)
 
 
 def check_pairs(concepts: Sequence[str], surrogates: Sequence[str]) -> None:
@@ -122,7 +122,8 @@ def image_files(folder: str | Path) -> list[Path]:
     return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _bare(text: str) -> str:
+def bare_name(text: str) -> str:
+    """A phrase in small letters and without its article: what two names have in common that mean the same."""
     words = text.casefold().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in _ARTICLES else words)
 
@@ -150,7 +151,7 @@ def names_concept(prompt: str, concept: str) -> bool:
 
     A hyphenated word is one word: "t-shirt" does not name "shirt".
     """
-    words = _bare(concept).split()
+    words = bare_name(concept).split()
     pattern = r"\s+".join(re.escape(word) for word in words)
     return re.search(rf"(?<![\w-]){pattern}(?:'s|’s|s|es)?(?![\w-])", prompt.casefold()) is not None
 
@@ -158,7 +159,7 @@ def names_concept(prompt: str, concept: str) -> bool:
 def concept_parts(concept: str) -> list[str]:
     """The words of a concept that mean something by themselves: "Brad" and "Pitt"."""
     ignored = {*_ARTICLES, "of", "in", "on", "and", "with", "by", "at", "to", "style", "person", "photo"}
-    return [word for word in _bare(concept).split() if word not in ignored and len(word) > 1]
+    return [word for word in bare_name(concept).split() if word not in ignored and len(word) > 1]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ..data.prompts import bare_name
 from ..models import digit_classifier  # noqa: F401  (it registers itself with transformers)
 from .statistics import moments
 
@@ -95,9 +96,8 @@ class ImageClassifier:
         article."""
         if text in self.labels:
             return self.labels.index(text)
-        bare = _without_article(text)
-        names = [_without_article(label) for label in self.labels]
-        return names.index(bare) if bare in names else None
+        names = [bare_name(label) for label in self.labels]
+        return names.index(bare_name(text)) if bare_name(text) in names else None
 
     def check_classes(self, classes: Sequence[str], concepts: Sequence[str]) -> None:
         """Refuse to score a model of classes that this classifier does not know.
@@ -147,11 +147,6 @@ class ImageClassifier:
             },
             path,
         )
-
-
-def _without_article(text: str) -> str:
-    words = text.casefold().split()
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
 class ClassifierFeatures:
