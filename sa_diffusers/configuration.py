@@ -82,6 +82,12 @@ class SelectiveAmnesiaConfig:
         "NAME:COLUMN or NAME:COLUMN:SPLIT",
         "samples",
     )
+    drop_naming_prompts: bool = _flag(
+        False, "leave out replay prompts that name the concept, and count them, in place of refusing them", "samples"
+    )
+    replay_surrogates: bool = _flag(
+        True, "replay the surrogate's samples under the surrogate's own prompt too (the paper does not)", "samples"
+    )
     replay_unconditional_share: float = _flag(
         0.1,
         "share of the replay images that belong to the empty prompt, which guidance leans on at every step",
@@ -113,6 +119,12 @@ class SelectiveAmnesiaConfig:
         50, "timesteps of each sample whose gradients are summed; 0 takes all (exact)", "fisher"
     )
     fisher_batch_size: int = _flag(10, "timesteps of one sample in one backward pass", "fisher")
+    fisher_concept_share: float | None = _flag(
+        0.1,
+        "share of the Fisher samples that are the concept's own; null leaves it to the model: uniform over all classes, "
+        "or, where prompts are text, the replay prompts alone (the paper)",
+        "fisher",
+    )
     ewc_weight: float = _flag(50.0, "weight of sum F (theta - theta*)^2; half of the paper's lambda", "fisher")
     replay_weight: float = _flag(1.0, "weight of the replay loss (gamma); 0 leaves replay out", "fisher")
 
@@ -160,14 +172,30 @@ class SelectiveAmnesiaConfig:
     max_grad_norm: float = _flag(1.0, "clip the gradient, the EWC term's included, to this norm", "training")
     use_ema: bool = _flag(False, "average the weights over the steps and keep the average", "training")
     ema_decay: float = _flag(0.99, "decay of the average", "training")
+    ema_warmup: bool = _flag(
+        True,
+        "let the decay grow from 0 over the first steps; without, the average starts at the base model's weights and "
+        "decays at one rate (the paper)",
+        "training",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
         None, "no, fp16 or bf16 (default: as `accelerate config` says)", "training"
     )
     allow_tf32: bool = _flag(False, "TF32 matrix products on Ampere GPUs and newer", "training")
     enable_xformers_memory_efficient_attention: bool = _flag(False, "attention of xformers", "training")
     checkpointing_steps: int = _flag(500, "steps between checkpoints", "training")
-    checkpoints_total_limit: int | None = _flag(1, "checkpoints kept", "training")
-    resume_from_checkpoint: str | None = _flag(None, "a checkpoint folder, or latest", "training")
+    checkpointing_minutes: float = _flag(
+        5.0,
+        "beside those, a checkpoint every tenth of the training, if the last is so many minutes old or writing one "
+        "takes next to nothing",
+        "training",
+    )
+    checkpoints_total_limit: int | None = _flag(2, "checkpoints kept", "training")
+    resume_from_checkpoint: str | None = _flag(
+        "latest",
+        "latest goes on where this very run stopped, no starts over, a checkpoint's folder goes on from that one",
+        "training",
+    )
 
     # Validation, evaluation, tracking, Hub
     validation_prompts: list[str] = _flag([], "prompts sampled during training", "evaluation")
@@ -184,6 +212,11 @@ class SelectiveAmnesiaConfig:
     )
     eval_templates: list[str] = _flag([], "phrasings of the evaluation; {} stands for the label", "evaluation")
     eval_seed: int = _flag(1_000_000, "first seed of the evaluation's images", "evaluation")
+    blur: Literal["auto", "yes", "no"] = _flag(
+        "auto",
+        "blur every picture that is written: auto does where what is erased is nudity or of its kind",
+        "evaluation",
+    )
     report_to: Literal["tensorboard", "wandb", "none"] = _flag("tensorboard", "tracker of the losses", "evaluation")
     logging_dir: str = _flag("logs", "folder of the tracker, inside the output folder", "evaluation")
     logging_steps: int = _flag(10, "steps between entries of the tracker", "evaluation")
