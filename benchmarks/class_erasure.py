@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sa_diffusers.checkpoints import PARAMETERS_NAME, checkpoints
 from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.files import read_json, write_json
 from sa_diffusers.objectives import Objective, SamplingSettings, load_pipeline, objective_for
-from sa_diffusers.trainer import checkpoints
 
 # The original's settings. Its VAE sums the loss over a batch of 256, so its weight of 100 is divided by that here.
 ORIGINAL: dict[str, dict[str, Any]] = {
@@ -117,7 +117,8 @@ def on_the_way(concept: str, config: SelectiveAmnesiaConfig, seconds: float) -> 
     classifier = ImageClassifier(config.classifier)
     measured = []
     for folder in checkpoints(config.output_dir):
-        objective.module.load_state_dict(load_file(folder / "model.safetensors"))
+        # Only what was trained is in a checkpoint.
+        objective.module.load_state_dict(load_file(folder / PARAMETERS_NAME), strict=False)
         step = int(folder.name.rpartition("-")[2])
         values = certainty(concept, objective, classifier, config)
         measured.append({"step": step, "seconds": round(seconds * step / config.max_train_steps, 1), **values})

@@ -85,26 +85,43 @@ def main(arguments: Sequence[str] | None = None, build_objective: Callable | Non
     """
     config = parse_config(arguments)
     # Imported late: these take seconds, and a mistake on the command line should not.
+    from .processes import EXIT_INTERRUPTED, Interrupted, is_lost_peer, watching
+
+    try:
+        with watching():
+            _erase(config, build_objective)
+    except Interrupted as stop:
+        print(f"stopped: {stop}. The same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print(f"stopped: another process of this run is gone ({str(error).splitlines()[0]}). The same command goes on "
+              "from what is kept", file=sys.stderr)  # fmt: skip
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> None:
     from .erasure import Erasure
     from .hub import CARD_NAME, repository_name
     from .model_card import push_pipeline, write_model_card
 
-    try:
+    if config.push_to_hub:
+        # A name that the Hub refuses should not come to light after hours.
+        repository_name(config.resolved_output_dir, config.hub_model_id)
+    erasure = Erasure(config, build_objective)
+    say = erasure.accelerator.print
+    say(f"\nPlan\n{erasure.plan()}\n")
+    comparison = erasure.run()
+    say(f"\n{comparison.table()}\n")
+    say(f"pipeline  {erasure.output_dir}")
+    say(f"report    {erasure.output_dir / REPORT_NAME}")
+    say(f"pictures  {erasure.output_dir / GRID_NAME}")
+    if erasure.accelerator.is_main_process:
+        kept = "" if write_model_card(erasure.output_dir) else " (your own; not written)"
+        say(f"card      {erasure.output_dir / CARD_NAME}{kept}")
         if config.push_to_hub:
-            # A name that the Hub refuses should not come to light after hours.
-            repository_name(config.resolved_output_dir, config.hub_model_id)
-        erasure = Erasure(config, build_objective)
-        say = erasure.accelerator.print
-        say(f"\nPlan\n{erasure.plan()}\n")
-        comparison = erasure.run()
-        say(f"\n{comparison.table()}\n")
-        say(f"pipeline  {erasure.output_dir}")
-        say(f"report    {erasure.output_dir / REPORT_NAME}")
-        say(f"pictures  {erasure.output_dir / GRID_NAME}")
-        if erasure.accelerator.is_main_process:
-            kept = "" if write_model_card(erasure.output_dir) else " (your own; not written)"
-            say(f"card      {erasure.output_dir / CARD_NAME}{kept}")
-            if config.push_to_hub:
-                say(f"hub       {push_pipeline(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+            say(f"hub       {push_pipeline(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")
+    erasure.accelerator.end_training()

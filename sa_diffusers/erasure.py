@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
-from .data.generation import CONCEPT_SEEDS, REPLAY_SEEDS, SampleGenerator, surrogate_requests
+from .cache import delete_evaluations
+from .checkpoints import Choice, choose_checkpoint
+from .configuration import REPORT_NAME, SelectiveAmnesiaConfig
+from .data.generation import SampleGenerator, surrogate_requests
 from .data.pictures import read_picture
 from .data.prompts import (
     check_pairs,
@@ -25,21 +27,44 @@ from .data.prompts import (
     pair_concepts,
     replay_prompts,
 )
-from .data.sample_set import MANIFEST_NAME, SampleSet, fingerprint
+from .data.sample_set import MANIFEST_NAME, SampleSet
+from .data.sensitive import must_blur
+from .environment import create_accelerator, precision_in_use
 from .evaluation import Classification, Comparison, ImageClassifier, compare, draw_groups, label_groups, prompt_groups
-from .files import read_json
+from .files import load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
-from .fisher.information import FISHER_CONFIG_NAME
+from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
+from .identity import Identity, fingerprint
 from .objectives import Objective, load_pipeline, objective_for
 from .objectives.base import fingerprint_module
 from .objectives.loading import resolved_revision
+from .output_folder import OutputFolder
 from .parameter_selection import select_parameters
-from .trainer import SelectiveAmnesiaTrainer, checkpoints, create_accelerator, sampling_settings
+from .processes import finishing, say, wait_until
+from .seeds import STREAMS, first_seed
+from .trainer import SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
 
-# Settings that say what an output folder holds: a run that changes one of them needs another folder.
-_IDENTITY = ("concept", "surrogate", "pretrained_model_name_or_path", "revision", "train_method")
-_CONCEPT_SHARE = 10
+# What each artefact depends on. The settings of samples and Fisher information act through prompts and seeds; those of
+# the training are listed beside it (`sa_diffusers.trainer.TRAINING_SETTINGS`).
+MODEL_SETTINGS = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type")
+SURROGATE_SETTINGS = (
+    "concept", "surrogate", "concept_templates", "num_surrogate_images", "naive", "seed", "sampler",
+    "num_inference_steps", "guidance_scale", "surrogate_guidance_scale", "resolution",
+)  # fmt: skip
+REPLAY_SETTINGS = (
+    "concept", "num_replay_images", "replay_prompts", "drop_naming_prompts", "replay_unconditional_share", "seed",
+    "sampler", "num_inference_steps", "guidance_scale", "replay_guidance_scale", "resolution",
+)  # fmt: skip
+FISHER_SETTINGS = (
+    *REPLAY_SETTINGS, "concept_templates", "fisher", "num_fisher_samples", "fisher_timesteps", "fisher_concept_share",
+    "train_method", "snr_gamma", "noise_offset",
+)  # fmt: skip
+EVALUATION_SETTINGS = (
+    "classifier", "reference_features", "num_eval_images", "eval_templates", "eval_seed", "blur", "concept_templates",
+    "sampler", "num_inference_steps", "guidance_scale", "resolution",
+)  # fmt: skip
 REMEMBERED_PROMPTS = 6
+_BYTES_PER_SECOND = 300e6
 
 
 class Erasure:
@@ -67,9 +92,12 @@ class Erasure:
         if config.surrogate:
             # Before the model is loaded: a mistake here should cost no time.
             check_pairs(config.concept, config.surrogate)
+        self.blur = must_blur(config.blur, config.concept)
         self.output_dir = config.resolved_output_dir
-        check_output_dir(config)
+        self.output = OutputFolder(self.output_dir, config.overwrite_output_dir)
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
+        if self.accelerator.is_main_process:
+            self.output.check(self._settings())
         pipeline = load_pipeline(
             config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir
         )
@@ -89,16 +117,67 @@ class Erasure:
             self.classifier = ImageClassifier(config.classifier, self.accelerator.device, config.reference_features)
             if self.objective.labels is not None:
                 self.classifier.check_classes(self.objective.labels, [pair.concept for pair in self.pairs])
-        self.generator = SampleGenerator(self.objective, config.resolved_artifacts_dir, self.accelerator)
-        self.identity = fisher_identity(self.objective, fingerprint_module(self.objective.module), config.train_method)
+        self.base = self.objective.fingerprint()
+        self.generator = SampleGenerator(
+            self.objective, config.resolved_artifacts_dir, self.accelerator, self.base, self.blur
+        )
+        self.fisher_facts = fisher_identity(
+            self.objective, fingerprint_module(self.objective.module), config.train_method, self.base
+        )
         self.given_fisher: FisherInformation | None = None
         if config.fisher and config.ewc_weight > 0:
             self.given_fisher = FisherInformation.from_pretrained(config.fisher, cache_dir=config.cache_dir)
-            self.given_fisher.check(self.identity, self.parameters)
+            self.given_fisher.check(self.fisher_facts, self.parameters)
         self.settings = sampling_settings(config)
         self.surrogate_settings = sampling_settings(config, config.surrogate_guidance_scale)
         self.replay_settings = sampling_settings(config, config.replay_guidance_scale)
+        self._check_seeds()
+        self.identity = self._training_identity()
+        if self.accelerator.is_main_process:
+            self.output.check_identity(self.identity)
+        self._choice: Choice | None = None
+        if config.resume_from_checkpoint not in (None, "latest", "no"):
+            # A checkpoint that will not do is told before anything is sampled.
+            self.choice()
         self.seconds: dict[str, float] = {}
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that the trained weights depend on."""
+        config = self.config
+        names = {*MODEL_SETTINGS, *SURROGATE_SETTINGS, *REPLAY_SETTINGS, *FISHER_SETTINGS}
+        own = {name: getattr(config, name) for name in sorted(names)}
+        return {**own, **settings_facts(config, self.accelerator.num_processes)}
+
+    def _training_identity(self) -> Identity:
+        config = self.config
+        digests = {
+            "base": self.base,
+            "surrogates": self.surrogate_identity().digest,
+            "replay": self.replay_identity().digest if self.replay_prompts and config.replay_weight > 0 else None,
+            "fisher": None,
+        }
+        if self.given_fisher is not None:
+            digests["fisher"] = fingerprint(self.given_fisher.config)
+        elif config.ewc_weight > 0:
+            digests["fisher"] = self.fisher_identity().digest
+        return training_identity(config, self.accelerator, digests)
+
+    def _check_seeds(self) -> None:
+        """Refuse an evaluation that shares its initial noise with what is trained on."""
+        config = self.config
+        groups = self.evaluation_groups()
+        evaluation = range(config.eval_seed, config.eval_seed + sum(len(group.prompts) for group in groups))
+        counts = {"surrogate": config.num_surrogate_images, "replay": len(self.replay_prompts),
+                  "concept": config.num_fisher_samples}  # fmt: skip
+        for stream, count in counts.items():
+            first = first_seed(stream, config.seed)
+            if count > STREAMS[stream].length:
+                raise ValueError(f"{count} {stream} samples: there are seeds for {STREAMS[stream].length}")
+            if first < evaluation.stop and evaluation.start < first + count:
+                raise ValueError(
+                    f"eval_seed={config.eval_seed}: the evaluation's {len(evaluation)} images would have the seeds of "
+                    f"{stream} samples ({first} to {first + count - 1}): leave it at {STREAMS['evaluation'].first}"
+                )
 
     def _build_objective(self, pipeline: DiffusionPipeline) -> Objective:
         config = self.config
@@ -119,14 +198,17 @@ class Erasure:
             if pair.surrogate.kind == "images":
                 for file in image_files(pair.surrogate.value)[: config.num_surrogate_images]:
                     read_picture(file, str(file))
+        self.replay_prompts = self._captions(config.num_replay_images, share)
+
+    def _captions(self, count: int, unconditional_share: float = 0.0) -> list[str]:
+        """Prompts to remember."""
+        config, labels = self.config, self.objective.labels
         concepts = [pair.concept for pair in self.pairs]
-        self.replay_prompts: list[str] = []
-        if config.num_replay_images and labels is None:
-            self.replay_prompts = replay_prompts(
-                config.replay_prompts, config.num_replay_images, config.seed, concepts, share
-            )
-        elif config.num_replay_images:
-            self.replay_prompts = class_replay_prompts(labels, config.num_replay_images, concepts, share)
+        if not count:
+            return []
+        if labels is None:
+            return replay_prompts(config.replay_prompts, count, config.seed, concepts, unconditional_share)
+        return class_replay_prompts(labels, count, concepts, unconditional_share)
 
     def _check_class_settings(self, labels: list[str]) -> None:
         config = self.config
@@ -154,41 +236,69 @@ class Erasure:
         config = self.config
         if config.naive:
             _, prompts, _ = surrogate_requests(self.pairs, config.concept_templates, config.num_surrogate_images)
-            own = self.generator.prompted("naive", prompts, prompts, self._first_seed(0), self.surrogate_settings)
+            own = self.generator.prompted(
+                "naive", prompts, prompts, first_seed("surrogate", config.seed), self.surrogate_settings
+            )
             # It goes away from the noise under either target: a teacher draws no one away from what it knows.
             return replace(own, sources=[None] * len(own))
         return self.generator.surrogates(
             self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )
 
-    def replay(self) -> SampleSet | None:
-        """The replay set: p(x | theta*, c_r) of eq. 4, without the concepts."""
-        if not self.replay_prompts:
-            return None
-        return self.generator.prompted(
-            "replay", self.replay_prompts, self.replay_prompts, self._first_seed(REPLAY_SEEDS), self.replay_settings
+    def surrogate_identity(self) -> Identity:
+        """What the surrogate set depends on."""
+        config = self.config
+        return self.generator.surrogate_identity(
+            self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )
 
-    def _first_seed(self, stream: int) -> int:
-        return stream + self.config.seed * 1000
+    def replay(self) -> SampleSet | None:
+        """The replay set: p(x | theta*, c_r) of eq. 4, without the concepts."""
+        return self._prompted("replay", self.replay_prompts, self._first_replay_seed) if self.replay_prompts else None
 
-    def _concept_prompts(self) -> list[str]:
-        """The concept's part of the Fisher samples: one in ten, at least one for each concept."""
-        count = max(len(self.pairs), round(self.config.num_fisher_samples / _CONCEPT_SHARE))
-        _, conditions, _ = surrogate_requests(self.pairs, self.config.concept_templates, count)
-        return conditions
+    def replay_identity(self) -> Identity:
+        """What the replay set depends on."""
+        return self._prompted_identity("replay", self.replay_prompts, self._first_replay_seed)
+
+    @property
+    def _first_replay_seed(self) -> int:
+        return first_seed("replay", self.config.seed)
+
+    def _prompted(self, name: str, prompts: list[str], first: int) -> SampleSet:
+        return self.generator.prompted(name, prompts, prompts, first, self.replay_settings)
+
+    def _prompted_identity(self, name: str, prompts: list[str], first: int) -> Identity:
+        seeds = list(range(first, first + len(prompts)))
+        return self.generator.identity(name, prompts, prompts, seeds, self.replay_settings)
+
+    def _fisher_parts(self) -> tuple[list[str], int, list[str]]:
+        """What the Fisher samples are: prompts of the concepts, how many of the replay set, and further prompts."""
+        config, labels = self.config, self.objective.labels
+        total, share = config.num_fisher_samples, config.fisher_concept_share
+        if share is None:
+            share = len(self.pairs) / len(labels) if labels else 0.0
+        count = min(total, max(len(self.pairs), round(total * share))) if share else 0
+        _, concepts, _ = surrogate_requests(self.pairs, config.concept_templates, count)
+        from_replay = min(total - count, len(self.replay_prompts))
+        others = self.replay_prompts or self._captions(total - count)
+        further = [others[place % len(others)] for place in range(from_replay, total - count)]
+        return concepts, from_replay, further
 
     def fisher_samples(self) -> SampleSet:
         """Samples of all prompts, the concepts' included."""
-        prompts = self._concept_prompts()
-        concepts = self.generator.prompted(
-            "concept", prompts, prompts, self._first_seed(CONCEPT_SEEDS), self.replay_settings
-        )
-        replay = self.replay()
-        if replay is None:
-            return concepts
-        others = max(self.config.num_fisher_samples - len(concepts), 0)
-        return concepts + replay.subset(list(range(min(others, len(replay)))))
+        concepts, from_replay, further = self._fisher_parts()
+        first = first_seed("concept", self.config.seed)
+        parts = [self._prompted("concept", concepts, first)] if concepts else []
+        if from_replay:
+            replay = self.replay()
+            assert replay is not None
+            parts.append(replay.subset(list(range(from_replay))))
+        if further:
+            parts.append(self._prompted("fisher-samples", further, first + len(concepts)))
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = whole + part
+        return whole
 
     # Fisher information
 
@@ -197,17 +307,26 @@ class Erasure:
         asked = self.config.fisher_timesteps
         return asked if asked and asked < self.objective.num_train_timesteps else None
 
-    def fisher_folder(self) -> Path:
+    def fisher_identity(self) -> Identity:
+        """What the Fisher information depends on."""
         config = self.config
-        key = {
-            **self.identity,
+        concepts, from_replay, further = self._fisher_parts()
+        first = first_seed("concept", config.seed)
+        facts = {
+            **self.fisher_facts,
             "timesteps": self._fisher_timesteps(),
-            "samples": config.num_fisher_samples,
             "seed": config.seed,
-            "prompts": [self._concept_prompts(), self.replay_prompts],
-            "sampling": self.replay_settings.to_dict(),
+            "precision": precision_in_use(self.accelerator),
+            "concepts": self._prompted_identity("concept", concepts, first).digest,
+            "replay": [self.replay_identity().digest, from_replay],
+            "further": self._prompted_identity("fisher-samples", further, first + len(concepts)).digest,
+            "format": FORMAT_VERSION,
         }
-        return config.resolved_artifacts_dir / f"fisher-{fingerprint(key)}"
+        return Identity("fisher", facts)
+
+    def fisher_folder(self) -> Path:
+        """Where the Fisher information is kept."""
+        return self.fisher_identity().folder(self.config.resolved_artifacts_dir)
 
     def fisher(self) -> FisherInformation | None:
         """The Fisher information: the given one, the kept one, or a new one."""
@@ -217,27 +336,31 @@ class Erasure:
         if self.given_fisher is not None:
             return self.given_fisher
         folder = self.fisher_folder()
-        if not (folder / FISHER_CONFIG_NAME).is_file():
-            estimator = FisherEstimator(
-                self.objective,
-                self.parameters,
-                self._fisher_timesteps(),
-                config.fisher_batch_size,
-                config.seed,
-                self.accelerator,
-            )
-            identity = {
-                "base_model": config.pretrained_model_name_or_path,
-                "revision": self.revision,
-                **self.identity,
-            }
-            information = estimator.estimate(self.fisher_samples(), identity)
-            if self.accelerator.is_main_process:
-                information.save_pretrained(folder)
-            self.accelerator.wait_for_everyone()
-        information = FisherInformation.from_pretrained(folder)
-        information.check(self.identity, self.parameters)
+        information = load_kept(folder, FisherInformation.from_pretrained, self.accelerator.is_main_process)
+        # The estimate takes all processes, or none.
+        found = torch.tensor(float(information is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(found, reduction="sum") < self.accelerator.num_processes:
+            information = self._estimated(folder)
+        assert information is not None
+        information.check(self.fisher_facts, self.parameters)
         return information
+
+    def _estimated(self, folder: Path) -> FisherInformation:
+        config = self.config
+        estimator = FisherEstimator(
+            self.objective, self.parameters, self._fisher_timesteps(), config.fisher_batch_size, config.seed,
+            self.accelerator,
+        )  # fmt: skip
+        recorded = {"base_model": config.pretrained_model_name_or_path, "revision": self.revision, **self.fisher_facts}
+        partial = folder.with_name(f".part-{folder.name}")
+        information = estimator.estimate(self.fisher_samples(), recorded, partial)
+        if self.accelerator.is_main_process:
+            with finishing():
+                information.save_pretrained(folder)
+                shutil.rmtree(partial, ignore_errors=True)
+        else:
+            wait_until(folder.is_dir)
+        return FisherInformation.from_pretrained(folder)
 
     # The whole
 
@@ -246,10 +369,10 @@ class Erasure:
         config = self.config
         settings, count = self.surrogate_settings, config.num_surrogate_images
         chosen, conditions, sources = surrogate_requests(self.pairs, config.concept_templates, count)
-        first_seed = self._first_seed(0)
+        first = first_seed("surrogate", config.seed)
         drawn = [i for i, pair in enumerate(chosen) if pair.surrogate.kind == "prompt"]
         reused = self._kept("surrogate", [conditions[i] for i in drawn], [sources[i] for i in drawn],
-                            [first_seed + i for i in drawn], settings) if drawn else ""  # fmt: skip
+                            [first + i for i in drawn], settings) if drawn else ""  # fmt: skip
         lines = [
             f'forget    "{pair.concept}"'
             + (" (eq. 3)" if config.naive else f' -> "{pair.surrogate.value}" ({pair.surrogate.kind})')
@@ -260,7 +383,7 @@ class Erasure:
         lines.append(f"sample    {count} surrogate images, {describe(settings)}{reused}")
         if self.replay_prompts:
             prompts = self.replay_prompts
-            seeds = [self._first_seed(REPLAY_SEEDS) + i for i in range(len(prompts))]
+            seeds = [self._first_replay_seed + i for i in range(len(prompts))]
             reused = self._kept("replay", prompts, prompts, seeds, self.replay_settings)
             source = "classes" if self.objective.labels else config.replay_prompts
             lines.append(f"          {len(prompts)} replay images of {len(set(prompts))} prompts "
@@ -282,6 +405,7 @@ class Erasure:
             f"{config.train_method}: {trained:,} of {total:,} parameters, learning rate {config.learning_rate:g}, "
             f"EWC weight {config.ewc_weight:g}, replay weight {config.replay_weight:g}, target {config.target}"
         )
+        lines += self._checkpoint_plan()
         scored = f"scored by {config.classifier}" if config.classifier else "no classifier: pixel change"
         lines.append(f"evaluate  {config.num_eval_images} images a row, before and after, {scored}")
         lines.append(f"output    {self.output_dir}")
@@ -291,42 +415,111 @@ class Erasure:
         folder = self.generator.folder(name, conditions, sources, seeds, settings)
         return f"; reused: {folder}" if (folder / MANIFEST_NAME).is_file() else ""
 
+    def _checkpoint_plan(self) -> list[str]:
+        """What checkpoints cost, and where the training goes on."""
+        config = self.config
+        size = sum(4 * parameter.numel() for parameter in self.parameters.values()) * (3 + config.use_ema)
+        kept = config.checkpoints_total_limit or "all"
+        lines = [
+            f"keep      {kept} checkpoints of {size / 1e6:,.0f} MB (about {size / _BYTES_PER_SECOND:.1f} s each), one "
+            f"every {config.checkpointing_steps} steps and every tenth of the training"
+        ]
+        choice = self.choice()
+        if choice.folder:
+            lines.append(f"          goes on after step {choice.step}: {choice.folder}")
+        free = shutil.disk_usage(next(path for path in (self.output_dir, *self.output_dir.absolute().parents)
+                                      if path.is_dir())).free  # fmt: skip
+        needed = size * ((config.checkpoints_total_limit or config.max_train_steps // config.checkpointing_steps) + 1)
+        if needed > free:
+            lines.append(
+                f"warning: they may take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on that disk: lower "
+                "--checkpoints_total_limit, or choose another --output_dir"
+            )
+        return lines
+
+    def choice(self) -> Choice:
+        """The checkpoint that the training goes on from."""
+        if self._choice is None:
+            wanted = self.config.resume_from_checkpoint
+            if wanted in (None, "latest") and not self.output.is_of(self.identity):
+                # What lies there belongs to an erasure that this one replaces.
+                return Choice(None)
+            self._choice = choose_checkpoint(self.output_dir, wanted, self.identity, self.config.to_dict())
+        return self._choice
+
     def run(self) -> Comparison:
-        """Run every stage: samples, Fisher information, training, saving, evaluation.
+        """Run every stage: samples, Fisher information, training, saving, evaluation. What an earlier call of the same
+        settings finished is kept; only what is missing is made.
 
         Returns:
-            The comparison with the base model, already saved in the output folder.
+            The comparison with the base model, saved in the output folder.
+
+        Raises:
+            ValueError: Another run is using the output folder.
+            Interrupted: The run is to stop; the same call goes on.
         """
+        if self.generator is None:
+            raise ValueError("this erasure has run, and its base model is gone from memory: make a new one")
+        if not self._is_main:
+            return self._run()
+        with self.output.lock:
+            self.output.begin(self.identity, self._settings(), self.config.resume_from_checkpoint == "no")
+            return self._run()
+
+    def _run(self) -> Comparison:
         config = self.config
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            if differing_settings(config):
-                # Another erasure's checkpoints would be taken up by resume_from_checkpoint=latest.
-                for folder in checkpoints(self.output_dir):
-                    shutil.rmtree(folder)
-            config.save(self.output_dir / CONFIG_NAME)
         self.accelerator.wait_for_everyone()
+        starts_over = config.resume_from_checkpoint == "no"
+        finished = not starts_over and self.output.is_finished(self.identity, say if self._is_main else _say_nothing)
+        if finished and self._is_main:
+            say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
+        if finished and (report := self._kept_report()):
+            return Comparison(report)
         groups = self.evaluation_groups()
         surrogates = self._timed("surrogate samples", self.surrogates)
-        # Without a replay loss the Fisher information alone asks for these samples, and draws them itself.
-        replay = self._timed("replay samples", self.replay) if config.replay_weight > 0 else None
-        if replay is not None and not config.naive:
-            # What lies nearest to the change is the surrogate itself: its samples are at hand, under its own prompt.
-            replay = replay + surrogates.under_their_sources()
-        fisher = self._timed("fisher", self.fisher)
+        if not finished:
+            # Without a replay loss the Fisher information alone asks for these samples, and samples them itself.
+            replay = self._timed("replay samples", self.replay) if config.replay_weight > 0 else None
+            if replay is not None and config.replay_surrogates and not config.naive:
+                # What lies nearest to the change is the surrogate itself: its samples are at hand, under its prompt.
+                replay = replay + surrogates.under_their_sources()
+            fisher = self._timed("fisher", self.fisher)
         before = self._timed("evaluation before", lambda: self._draw(self.objective, groups))
         own = self._surrogates_as_seen(surrogates) if self.classifier else None
-        self._train(surrogates, replay, fisher)
+        if not finished:
+            self._train(surrogates, replay, fisher)
+            del replay, fisher
+        del surrogates
         # The evaluation sees what a user will load, not what is in memory.
-        self.objective = self.generator = None  # type: ignore[assignment]
+        self.objective = self.generator = self.parameters = self.given_fisher = None  # type: ignore[assignment]
+        self.accelerator.free_memory()
         gc.collect()
         erased = self._build_objective(load_pipeline(str(self.output_dir))).to(self.accelerator.device)
         after = self._timed("evaluation after", lambda: self._draw(erased, groups))
         provenance = {**self._provenance(), "erased_module": fingerprint_module(erased.module)}
         comparison = compare(groups, before, after, self.settings, self.classifier, provenance, own)
-        if self.accelerator.is_main_process:
-            comparison.save(self.output_dir)
+        if self._is_main:
+            with finishing():
+                comparison.save(self.output_dir)
+                delete_evaluations(config.resolved_artifacts_dir, erased.fingerprint())
         return comparison
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def evaluation_identity(self) -> Identity:
+        """What the report depends on."""
+        facts = {name: getattr(self.config, name) for name in EVALUATION_SETTINGS}
+        return Identity("report", {**facts, "training": self.identity.digest,
+                                   "precision": precision_in_use(self.accelerator)})  # fmt: skip
+
+    def _kept_report(self) -> dict[str, Any] | None:
+        try:
+            report = read_json(self.output_dir / REPORT_NAME)
+            return report if report["identity"] == self.evaluation_identity().digest else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _surrogates_as_seen(self, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
         """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go.
@@ -354,11 +547,18 @@ class Erasure:
         if self.accelerator.log_with:
             self.accelerator.init_trackers(config.tracker_project_name)
         trainer = SelectiveAmnesiaTrainer(
-            self.objective, config, surrogates, replay, fisher, self.accelerator, self.output_dir
-        )
-        self._timed("training", trainer.train)
-        self._timed("saving", lambda: trainer.save(self.output_dir))
-        self.accelerator.end_training()
+            self.objective, config, surrogates, replay, fisher, self.accelerator, self.output_dir, self.identity,
+            self.blur,
+        )  # fmt: skip
+        trainer.validation_dir = self.output.validation_folder()
+        try:
+            with finishing():
+                self._timed("training", lambda: trainer.train(self.choice()))
+                self._timed("saving", lambda: trainer.save(self.output_dir))
+        finally:
+            # The processes still have the evaluation before them: `end_training` would part them.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def evaluation_groups(self) -> list:
         config = self.config
@@ -389,13 +589,15 @@ class Erasure:
             "sa_diffusers_version": __version__,
             "base_model": self.config.pretrained_model_name_or_path,
             "base_revision": self.revision,
-            "base_module": self.identity["trained_module"],
+            "base_module": self.fisher_facts["trained_module"],
             "erased_model": str(self.output_dir),
             "pairs": [
                 {"concept": pair.concept, "surrogate": pair.surrogate.value, "kind": pair.surrogate.kind}
                 for pair in self.pairs
             ],  # fmt: skip
             "configuration": self.config.to_dict(),
+            "identity": self.evaluation_identity().digest,
+            "blur": self.blur,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": self.seconds,
         }
@@ -420,35 +622,5 @@ def enable_xformers(module: torch.nn.Module) -> None:
         ) from error
 
 
-def differing_settings(config: SelectiveAmnesiaConfig) -> dict[str, Any]:
-    """What the erasure in the output folder was made with, where it differs from the configuration."""
-    path = config.resolved_output_dir / CONFIG_NAME
-    if not path.is_file():
-        return {}
-    earlier = read_json(path)
-    return {name: earlier.get(name) for name in _IDENTITY if earlier.get(name) != getattr(config, name)}
-
-
-def check_output_dir(config: SelectiveAmnesiaConfig) -> None:
-    """Refuse an output folder that holds something other than this erasure.
-
-    Raises:
-        ValueError: The folder is a file, holds foreign files, or another erasure and `overwrite_output_dir` is off.
-    """
-    folder = config.resolved_output_dir
-    if folder.is_file():
-        raise ValueError(f"output_dir={folder} is a file: choose a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"output_dir={folder} already holds something else (no {CONFIG_NAME} in it): choose an empty folder with "
-            "--output_dir"
-        )
-    differing = differing_settings(config)
-    if differing and not config.overwrite_output_dir:
-        changes = ", ".join(f"{name}={old!r} (now {getattr(config, name)!r})" for name, old in differing.items())
-        raise ValueError(
-            f"output_dir={folder} holds another erasure: {changes}. Choose another folder with --output_dir, or "
-            "replace it with --overwrite_output_dir"
-        )
+def _say_nothing(_: str) -> None:
+    """For all processes but the main one."""

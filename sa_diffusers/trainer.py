@@ -2,7 +2,9 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,53 @@ from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm import tqdm
 
-from .configuration import CONFIG_NAME, FISHER_CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
+from .checkpoints import (
+    CHECKPOINT_PREFIX,
+    STATE_NAME,
+    Choice,
+    TrainingState,
+    choose_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from .configuration import CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from .data.prompts import UNIFORM_NOISE
 from .data.sample_set import SampleSet, is_prompt
+from .data.sensitive import blurred
+from .environment import create_accelerator, import_bitsandbytes, precision_in_use
 from .ewc import ElasticWeightConsolidation
-from .files import read_json, replacing_folder, write_json
-from .fisher.information import FisherInformation
-from .hub import drop_local_names
+from .files import replacing_folder, write_json
+from .fisher import FisherInformation, fisher_identity
+from .hub import CARD_NAME, drop_local_names, is_own_card, one_line
+from .identity import Identity, fingerprint
 from .model_card import push_pipeline, write_model_card
 from .objectives.base import (
     Conditions,
     Objective,
     SamplingSettings,
     draw_timesteps,
+    fingerprint_module,
     index_conditions,
 )
+from .output_folder import VALIDATION_NAME, OutputFolder, write_finished
 from .parameter_selection import only_trainable, select_parameters
+from .processes import Interrupted, Pace, finishing, is_lost_peer, say, shrinking, stop_requested, wait_until, warn_once
+from .seeds import first_seed, generator_of, seed_of
 
-CHECKPOINT_PREFIX = "checkpoint-"
-VALIDATION_NAME = "validation"
-VALIDATION_SEED = 500_000
-_STREAMS = {"surrogate": 1, "replay": 2, "noise": 3}
+# What the trained weights depend on, beside their samples, the Fisher information and the base model.
+TRAINING_SETTINGS = (
+    "train_method", "ewc_weight", "replay_weight", "replay_surrogates", "seed", "max_train_steps", "target",
+    "condition_dropout", "naive", "snr_gamma", "noise_offset", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
+    "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+    "use_ema", "ema_decay", "ema_warmup",
+)  # fmt: skip
+# A tenth of the training is the longest that a kill may cost, where a checkpoint is cheap or some minutes have passed.
+_PARTS_OF_A_RUN = 10
+_BYTES_PER_SECOND = 300e6
+# So many steps in a row without a finite gradient end the training. Half precision needs some to find its scale.
+_MAX_SKIPPED = {"fp16": 25}
+_MAX_SKIPPED_ELSE = 10
+_MICRO_BATCHES = 4096
 
 
 class FrozenModule:
@@ -73,9 +101,13 @@ class SelectiveAmnesiaTrainer:
         fisher: Fisher information of the selected parameters; may be None if `ewc_weight` is 0.
         accelerator: Default: one made from the configuration.
         output_dir: Where checkpoints and validation images go; None writes none.
+        identity: What the trained weights depend on, to which checkpoints are bound. Default: found out from what is
+            given here.
+        blur: Whether validation images are blurred.
 
     Raises:
-        ValueError: The selection matches nothing, or replay or Fisher information is missing or does not fit.
+        ValueError: The selection matches nothing, the weights are not float32, or replay or Fisher information is
+            missing or belongs to another model.
     """
 
     def __init__(
@@ -87,9 +119,12 @@ class SelectiveAmnesiaTrainer:
         fisher: FisherInformation | None,
         accelerator: Accelerator | None = None,
         output_dir: str | Path | None = None,
+        identity: Identity | None = None,
+        blur: bool = False,
     ) -> None:
         self.objective = objective
         self.config = config
+        self.blur = blur
         self.accelerator = accelerator or create_accelerator(config)
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.parameters = select_parameters(objective.module, config.train_method)
@@ -102,7 +137,31 @@ class SelectiveAmnesiaTrainer:
         self.surrogates = surrogates
         self.replay = replay if config.replay_weight > 0 else None
         self.fisher = fisher if config.ewc_weight > 0 else None
+        halves = [name for name, parameter in self.parameters.items() if parameter.dtype != torch.float32]
+        if halves:
+            raise ValueError(
+                f"{halves[0]} is {self.parameters[halves[0]].dtype}: load the model in float32, and train it in half "
+                "precision with mixed_precision"
+            )
+        if self.fisher is not None and identity is None:
+            expected = fisher_identity(objective, fingerprint_module(objective.module))
+            self.fisher.check(expected, self.parameters)
+        self.identity = identity or self._identity()
+        self.validation_dir = self.output_dir and self.output_dir / VALIDATION_NAME
         self.history: list[dict[str, float]] = []
+        self.skipped = 0
+        self._has_trained = False
+        self._micro_batch = config.train_batch_size
+        self._drawn: _Draws | None = None
+
+    def _identity(self) -> Identity:
+        given = {
+            name: samples and fingerprint([samples.fingerprint, samples.samples.double().sum().item()])
+            for name, samples in (("surrogates", self.surrogates), ("replay", self.replay))
+        }
+        fisher = self.fisher and fingerprint(self.fisher.config)
+        facts = {"base": self.objective.fingerprint(), **given, "fisher": fisher}
+        return training_identity(self.config, self.accelerator, facts)
 
     # Preparation
 
@@ -110,13 +169,10 @@ class SelectiveAmnesiaTrainer:
         config = self.config
         kind: type[torch.optim.Optimizer] = torch.optim.AdamW
         if config.use_8bit_adam:
-            kind = _import_bitsandbytes().optim.AdamW8bit
-        rate = config.learning_rate
-        if config.scale_lr:
-            rate *= self.accelerator.num_processes * config.gradient_accumulation_steps * config.train_batch_size
+            kind = import_bitsandbytes().optim.AdamW8bit
         return kind(
             list(self.parameters.values()),
-            lr=rate,
+            lr=settings_facts(config, self.accelerator.num_processes)["learning_rate"],
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
@@ -134,23 +190,49 @@ class SelectiveAmnesiaTrainer:
 
     # Batches
 
-    def _indices(self, count: int, step: int, micro: int, stream: str) -> torch.Tensor:
-        """This process's rows of the samples, in reshuffled epochs; a function of the step alone."""
-        size = self.config.train_batch_size
-        position = (step * self.config.gradient_accumulation_steps + micro) * self.accelerator.num_processes
-        start = (position + self.accelerator.process_index) * size
-        rows = []
-        for place in range(start, start + size):
-            epoch, offset = divmod(place, count)
-            if not rows or offset == 0 or place == start:
-                order = torch.randperm(count, generator=self._generator(epoch, stream, shared=True))
-            rows.append(order[offset])
-        return torch.stack(rows)
+    @property
+    def _global_batch(self) -> int:
+        """Surrogate samples, and replay samples, of one optimiser step over all processes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def _generator(self, number: int, stream: str, micro: int = 0, shared: bool = False) -> torch.Generator:
-        rank = 0 if shared else self.accelerator.process_index
-        key = (((self.config.seed * 10 + _STREAMS[stream]) * 1009 + rank) * 1009 + micro) * 10_000_019 + number
-        return torch.Generator().manual_seed(key % (2**63))
+    def _slices(self) -> list[slice]:
+        """The parts of the global batch that this process takes, one forward pass each."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        starts = range(rank * self._micro_batch, self._global_batch, processes * self._micro_batch)
+        return [slice(start, min(start + self._micro_batch, self._global_batch)) for start in starts]
+
+    def _order(self, count: int, step: int, stream: str) -> list[int]:
+        """Rows of the global batch, in reshuffled epochs; a function of the step alone."""
+        start = step * self._global_batch
+        rows = []
+        for place in range(start, start + self._global_batch):
+            epoch, offset = divmod(place, count)
+            if not rows or offset == 0:
+                order = torch.randperm(count, generator=generator_of(f"{stream} order", self.config.seed, epoch))
+            rows.append(int(order[offset]))
+        return rows
+
+    def _indices(self, count: int, step: int, micro: int, stream: str) -> torch.Tensor:
+        """This process's rows of the samples in one forward pass."""
+        return torch.tensor(self._order(count, step, stream)[self._slices()[micro]])
+
+    def _draw(self, step: int) -> "_Draws":
+        """All that is random in a step, for the global batch: every process draws the same, and takes its part."""
+        if self._drawn is not None and self._drawn.step == step:
+            return self._drawn
+        objective, size = self.objective, self._global_batch
+        generator = generator_of("training", self.config.seed, step)
+        sets = [(self.surrogates, "surrogate"), *([(self.replay, "replay")] if self.replay else [])]
+        timesteps = [draw_timesteps(size, objective.num_train_timesteps, generator) for _ in sets]
+        dropped = torch.rand(len(sets) * size, generator=generator) < self.config.condition_dropout
+        like = self.surrogates.samples[:1].expand(len(sets) * size, *self.surrogates.samples.shape[1:])
+        noise = objective.draw_noise(like, generator).cpu()
+        self._drawn = _Draws(
+            step, [self._order(len(samples), step, name) for samples, name in sets], timesteps,
+            list(dropped.split(size)), list(noise.split(size)),
+        )  # fmt: skip
+        return self._drawn
 
     def _conditions_of(self, prompts: list[str]) -> Conditions:
         rows = torch.tensor([self._row[prompt] for prompt in prompts], device=self.objective.device)
@@ -160,20 +242,20 @@ class SelectiveAmnesiaTrainer:
         """Mean surrogate loss and mean replay loss, `[2]`."""
         objective = self.objective
         device = objective.device
-        generator = self._generator(step, "noise", micro)
-        rows = self._indices(len(self.surrogates), step, micro, "surrogate").tolist()
+        draws, part = self._draw(step), self._slices()[micro]
+        rows = draws.rows[0][part]
+        count = len(rows)
         samples = self.surrogates.samples[rows]
         prompts = [self.surrogates.conditions[row] for row in rows]
         sources = [self.surrogates.sources[row] for row in rows]
-        timesteps = draw_timesteps(len(rows), objective.num_train_timesteps, generator)
-        count = len(rows)
         if self.replay:
-            rows = self._indices(len(self.replay), step, micro, "replay").tolist()
+            rows = draws.rows[1][part]
             samples = torch.cat([samples, self.replay.samples[rows]])
             prompts += [self.replay.conditions[row] for row in rows]
             sources += [self.replay.conditions[row] for row in rows]
-            timesteps = torch.cat([timesteps, draw_timesteps(len(rows), objective.num_train_timesteps, generator)])
-        dropped = torch.rand(len(prompts), generator=generator) < self.config.condition_dropout
+        timesteps, dropped, noise = (
+            torch.cat([values[part] for values in drawn]) for drawn in (draws.timesteps, draws.dropped, draws.noise)
+        )
         if self.config.naive:
             dropped[:count] = False
         for place in dropped.nonzero().flatten().tolist():
@@ -185,8 +267,7 @@ class SelectiveAmnesiaTrainer:
                 prompts[place] = sources[place] = ""
         samples = samples.to(device)
         conditions = self._conditions_of(prompts)
-        timesteps = timesteps.to(device)
-        noise = objective.draw_noise(samples, generator)
+        timesteps, noise = timesteps.to(device), noise.to(device)
         target = None
         if frozen is not None:
             # What no prompt drew has no teacher: it keeps the noise's target, or that target's mean where it is known.
@@ -207,21 +288,56 @@ class SelectiveAmnesiaTrainer:
 
     # The loop
 
-    def train(self) -> list[dict[str, float]]:
-        """Train `max_train_steps` optimiser steps.
+    def train(self, checkpoint: Choice | None = None) -> list[dict[str, float]]:
+        """Train `max_train_steps` optimiser steps, from the checkpoint that `resume_from_checkpoint` means.
+
+        The steps are the same for any number of processes and any split of the global batch, to rounding; a run that
+        goes on from a checkpoint ends in the same bits as one that was not stopped.
+
+        Args:
+            checkpoint: Where to go on, if it has been chosen already.
 
         Returns:
             For every logged step: `step`, `surrogate_loss`, `replay_loss`, `ewc_penalty`, `learning_rate`.
 
         Raises:
-            FloatingPointError: A loss is not finite.
-            ValueError: The checkpoint to resume from does not exist.
+            FloatingPointError: No gradient is finite any more. The last checkpoint is from before.
+            ValueError: The checkpoint to resume from does not exist or is of another run, or this trainer has trained.
+            Interrupted: The run is to stop; a checkpoint is written first.
         """
-        config, accelerator = self.config, self.accelerator
-        with only_trainable(self.objective.module, self.parameters):
-            return self._train(config, accelerator)
+        if self._has_trained:
+            raise ValueError("this trainer has trained already, and its weights are no longer theta*: make a new one")
+        config, accelerator, module = self.config, self.accelerator, self.objective.module
+        choice = checkpoint or choose_checkpoint(
+            self.output_dir, config.resume_from_checkpoint, self.identity, config.to_dict()
+        )
+        if accelerator.is_main_process:
+            for note in choice.notes:
+                say(note)
+        self._has_trained = True
+        training, finished = module.training, False
+        checkpointing = getattr(module, "is_gradient_checkpointing", False)
+        prepared: list[nn.Module] = []
+        try:
+            # Dropout is seeded step by step; the caller's own generator stays where it was.
+            with only_trainable(module, self.parameters), torch.random.fork_rng(), finishing():
+                history = self._train(config, accelerator, choice.folder, prepared)
+            finished = True
+            return history
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and is_lost_peer(error):
+                raise Interrupted("another process of this run is gone") from error
+            raise
+        finally:
+            for wrapped in prepared:
+                accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            if config.gradient_checkpointing and not checkpointing:
+                module.disable_gradient_checkpointing()
+            module.train(training and not finished)
+            self._drawn = None
 
-    def _train(self, config: SelectiveAmnesiaConfig, accelerator: Accelerator) -> list[dict[str, float]]:
+    def _train(self, config: SelectiveAmnesiaConfig, accelerator: Accelerator, checkpoint: Path | None,
+               prepared: list[nn.Module]) -> list[dict[str, float]]:  # fmt: skip
         module = self.objective.module
         module.train()
         if config.gradient_checkpointing:
@@ -244,12 +360,13 @@ class SelectiveAmnesiaTrainer:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        ema = EMAModel(list(self.parameters.values()), decay=config.ema_decay) if config.use_ema else None
+        ema = self._average() if config.use_ema else None
         wrapped, optimizer = accelerator.prepare(module, optimizer)
-        accelerator.register_for_checkpointing(schedule)
-        if ema:
-            accelerator.register_for_checkpointing(ema)
-        first = self._resume()
+        prepared.append(wrapped)
+        parameters = list(self.parameters.values())
+        first = self._resume(checkpoint, optimizer, schedule, ema) if checkpoint else 0
+        pace = Pace(seconds=60 * config.checkpointing_minutes, cost=self.checkpoint_bytes() / _BYTES_PER_SECOND)
+        part_of_run = max(1, config.max_train_steps // _PARTS_OF_A_RUN)
         bar = tqdm(
             range(first, config.max_train_steps),
             initial=first,
@@ -258,44 +375,112 @@ class SelectiveAmnesiaTrainer:
             unit="step",
             disable=not accelerator.is_main_process,
         )
+        skipped_in_a_row = 0
         for step in bar:
-            losses = torch.zeros(2, device=self.objective.device)
-            for micro in range(config.gradient_accumulation_steps):
-                last = micro + 1 == config.gradient_accumulation_steps
-                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                    with accelerator.autocast():
-                        part = self._losses(wrapped, frozen, step, micro)
-                    part = part / config.gradient_accumulation_steps
-                    accelerator.backward(part[0] + config.replay_weight * part[1])
-                losses += part.detach()
+            losses = self._backward(wrapped, frozen, step)
             accelerator.unscale_gradients(optimizer)
             logged = (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps
             penalty = ewc.penalty() if ewc and logged else None
             if ewc:
                 ewc.add_gradient_()
-            nn.utils.clip_grad_norm_(list(self.parameters.values()), config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             rate = schedule.get_last_lr()[0]
-            optimizer.step()
+            # The norm of the reduced gradient is the same on all processes, and so is what follows from it.
+            if torch.isfinite(norm):
+                optimizer.step()
+                skipped_in_a_row = 0
+                if ema:
+                    ema.step(parameters)
+                if logged:
+                    self._log(step + 1, accelerator.reduce(losses, reduction="mean"), penalty, rate, bar)
+            else:
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()
+                skipped_in_a_row += 1
+                self._skip(step + 1, skipped_in_a_row)
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            if ema:
-                ema.step(list(self.parameters.values()))
-            if logged:
-                self._log(step + 1, accelerator.reduce(losses, reduction="mean"), penalty, rate, bar)
-            if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.max_train_steps:
-                self._save_checkpoint(step + 1)
+            is_part = (step + 1) % part_of_run == 0
+            stopping, due = self._agree(stop_requested() is not None, is_part and pace.due())
+            due = due or (step + 1) % config.checkpointing_steps == 0
+            if stopping or (due and step + 1 < config.max_train_steps):
+                began = time.monotonic()
+                folder = self._save_checkpoint(step + 1, optimizer, schedule, ema)
+                pace.done(began)
+                if stopping:
+                    kept = f"; it is kept in {folder}" if folder else ""
+                    raise Interrupted(f"{stop_requested() or 'another process'} after step {step + 1}{kept}")
             if config.validation_prompts and (
                 (step + 1) % config.validation_steps == 0 or step + 1 == config.max_train_steps
             ):
-                with _averaged(ema, list(self.parameters.values())):
+                with _averaged(ema, parameters):
                     self._validate(step + 1)
         if ema:
-            ema.copy_to(list(self.parameters.values()))
-        if config.gradient_checkpointing:
-            module.disable_gradient_checkpointing()
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        module.eval()
+            ema.copy_to(parameters)
+        if not all(torch.isfinite(parameter).all() for parameter in parameters):
+            raise FloatingPointError(
+                f"the weights are not finite at step {config.max_train_steps}: lower the learning rate, or the EWC "
+                "weight"
+            )
         return self.history
+
+    def _backward(self, wrapped: nn.Module, frozen: FrozenModule | None, step: int) -> torch.Tensor:
+        """Gradients of one optimiser step, reduced over the processes; returns this process's mean losses, `[2]`."""
+        config, accelerator = self.config, self.accelerator
+
+        def backward(micro_batch: int) -> torch.Tensor:
+            self._micro_batch = micro_batch
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            slices = self._slices()
+            own = sum(part.stop - part.start for part in slices)
+            losses = torch.zeros(2, device=self.objective.device)
+            for micro, part in enumerate(slices):
+                last = micro + 1 == len(slices)
+                slot = part.start // micro_batch % _MICRO_BATCHES
+                torch.manual_seed(seed_of("dropout", config.seed, step * _MICRO_BATCHES + slot))
+                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        loss = self._losses(wrapped, frozen, step, micro)
+                    loss = loss * ((part.stop - part.start) / own)
+                    accelerator.backward(loss[0] + config.replay_weight * loss[1])
+                losses += loss.detach()
+            return losses
+
+        advice = (
+            ", and raise --gradient_accumulation_steps by as much (the steps stay the same, to rounding), or use "
+            "--gradient_checkpointing"
+        )
+        return shrinking(backward, self._micro_batch, "train_batch_size", accelerator.num_processes, advice)
+
+    def _average(self) -> EMAModel:
+        config = self.config
+        if config.ema_warmup:
+            return EMAModel(list(self.parameters.values()), decay=config.ema_decay)
+        # One decay from the first step on: the average that the base model's weights are is continued.
+        return EMAModel(list(self.parameters.values()), decay=config.ema_decay, min_decay=config.ema_decay,
+                        update_after_step=-1)  # fmt: skip
+
+    def _agree(self, stopping: bool, due: bool) -> tuple[bool, bool]:
+        """What any process asks for, all do at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stopping, due
+        # Whether a checkpoint is due is a matter of the main process's clock.
+        due = due and self.accelerator.is_main_process
+        asked = torch.tensor([float(stopping), float(due)], device=self.accelerator.device)
+        asked = self.accelerator.reduce(asked, reduction="sum")
+        return bool(asked[0] > 0), bool(asked[1] > 0)
+
+    def _skip(self, step: int, in_a_row: int) -> None:
+        self.skipped += 1
+        limit = _MAX_SKIPPED.get(str(self.accelerator.mixed_precision), _MAX_SKIPPED_ELSE)
+        if in_a_row >= limit:
+            raise FloatingPointError(
+                f"the gradient is not finite at step {step}, and was not at the {limit - 1} steps before: lower the "
+                "learning rate or the EWC weight, or use bf16 in place of fp16"
+            )
+        if self.accelerator.is_main_process:
+            say(f"warning: the gradient is not finite at step {step}: the step is left out ({self.skipped} so far)")
 
     def _log(self, step: int, losses: torch.Tensor, penalty: torch.Tensor | None, rate: float, bar: tqdm) -> None:
         values = {
@@ -305,70 +490,77 @@ class SelectiveAmnesiaTrainer:
             "learning_rate": rate,
         }
         if not all(torch.isfinite(torch.tensor(value)) for value in values.values()):
-            raise FloatingPointError(
-                f"the loss is not finite at step {step} ({values}): lower the learning rate or the EWC weight, or use "
-                "bf16 in place of fp16"
-            )
+            return
         self.history.append({"step": step, **values})
-        self.accelerator.log(values, step=step)
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:  # a tracker's network errors are its own kinds
+            warn_once(f"the tracker took no entry ({one_line(error)}); the history in the output folder goes on")
         bar.set_postfix(surrogate=f"{losses[0]:.4f}", replay=f"{losses[1]:.4f}", ewc=f"{values['ewc_penalty']:.4f}")
 
     # Checkpoints, validation, saving
 
-    def _save_checkpoint(self, step: int) -> None:
-        if self.output_dir is None:
-            return
-        target = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
-        partial = self.output_dir / f".{CHECKPOINT_PREFIX}{step}-writing"
-        self.accelerator.save_state(str(partial))
-        if self.accelerator.is_main_process:
-            write_json(partial / HISTORY_NAME, self.history)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            limit = self.config.checkpoints_total_limit
-            for old in checkpoints(self.output_dir)[: -limit if limit else 0]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+    def checkpoint_bytes(self) -> int:
+        """About how much one checkpoint takes on disk: parameters, Adam's two moments, and the average."""
+        copies = (1.5 if self.config.use_8bit_adam else 3) + self.config.use_ema
+        return int(copies * sum(4 * parameter.numel() for parameter in self.parameters.values()))
 
-    def _resume(self) -> int:
-        wanted = self.config.resume_from_checkpoint
-        if not wanted:
-            return 0
-        if wanted == "latest":
-            found = checkpoints(self.output_dir) if self.output_dir else []
-            if not found:
-                return 0
-            folder = found[-1]
-        else:
-            folder = Path(wanted)
-            if not folder.is_dir() and self.output_dir:
-                folder = self.output_dir / wanted
-        step = folder.name.removeprefix(CHECKPOINT_PREFIX)
-        if not folder.is_dir() or step == folder.name or not step.isdecimal():
-            raise ValueError(
-                f'resume_from_checkpoint="{wanted}" is not a checkpoint folder (named {CHECKPOINT_PREFIX}STEP): use '
-                "latest for the newest one, or leave the flag out"
-            )
-        self.accelerator.load_state(str(folder))
-        self.history = read_json(folder / HISTORY_NAME)
-        return int(step)
+    def _save_checkpoint(self, step: int, optimizer: Any, schedule: Any, ema: EMAModel | None) -> Path | None:
+        if self.output_dir is None:
+            return None
+        target = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
+        if not self.accelerator.is_main_process:
+            wait_until((target / STATE_NAME).is_file)
+            return target
+        scaler = self.accelerator.scaler
+        state = TrainingState(
+            step=step,
+            parameters={name: parameter.detach() for name, parameter in self.parameters.items()},
+            optimizer=optimizer.state_dict(),
+            schedule=schedule.state_dict(),
+            average=ema.state_dict() if ema else None,
+            scaler=scaler.state_dict() if scaler is not None else None,
+            history=self.history,
+            skipped=self.skipped,
+        )
+        return write_checkpoint(
+            self.output_dir, state, self.identity, self.config.to_dict(), self.config.checkpoints_total_limit
+        )
+
+    def _resume(self, folder: Path, optimizer: Any, schedule: Any, ema: EMAModel | None) -> int:
+        state = read_checkpoint(folder)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.parameters[name])
+        fresh = optimizer.state_dict()["param_groups"]
+        groups = [{**group, **kept} for group, kept in zip(fresh, state.optimizer["param_groups"], strict=True)]
+        optimizer.load_state_dict({"state": state.optimizer["state"], "param_groups": groups})
+        schedule.load_state_dict(state.schedule)
+        if ema and state.average:
+            ema.load_state_dict(state.average)
+            ema.to(device=self.objective.device)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.history, self.skipped = state.history, state.skipped
+        return state.step
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
         config = self.config
+        path = self.validation_dir and self.validation_dir / f"step-{step:06d}.png"
+        if not self.accelerator.is_main_process:
+            if path:
+                wait_until(path.is_file)
+            return
         prompts = [prompt for prompt in config.validation_prompts for _ in range(config.num_validation_images)]
-        seeds = [VALIDATION_SEED + number for _ in config.validation_prompts
-                 for number in range(config.num_validation_images)]  # fmt: skip
+        # The same noise for each prompt, so that only the prompt differs.
+        first = first_seed("validation", config.seed)
+        seeds = [first + number for _ in config.validation_prompts for number in range(config.num_validation_images)]
         with self.accelerator.autocast():
             samples = self.objective.sample(prompts, seeds, sampling_settings(config))
             pictures = self.objective.decode(samples)
-        if self.output_dir is not None:
-            folder = self.output_dir / VALIDATION_NAME
-            folder.mkdir(parents=True, exist_ok=True)
-            grid = make_image_grid(pictures, len(config.validation_prompts), config.num_validation_images)
-            grid.save(folder / f"step-{step:06d}.png")
+        if self.blur:
+            pictures = [blurred(picture) for picture in pictures]
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 import numpy as np
@@ -381,22 +573,38 @@ class SelectiveAmnesiaTrainer:
                 images = [wandb.Image(picture, caption=prompt)
                           for picture, prompt in zip(pictures, prompts, strict=True)]  # fmt: skip
                 tracker.log({"validation": images}, step=step)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp.png")
+            make_image_grid(pictures, len(config.validation_prompts), config.num_validation_images).save(temporary)
+            temporary.replace(path)
 
     def save(self, folder: str | Path) -> None:
-        """Write the erased pipeline, the training history, and what the Fisher information came from; old files of the
-        same names are replaced at the end.
+        """Write the erased pipeline, its settings, the training history, and what the Fisher information came from.
+
+        What belongs to earlier weights in the folder (report, pictures, card) goes in the same step. Files of the
+        user's own stay.
 
         Raises:
             OSError: The disk is full, say; what was there before is unchanged.
         """
-        if self.accelerator.is_main_process:
-            with replacing_folder(folder) as staging:
-                self.objective.save(staging)
-                drop_local_names(staging)
-                write_json(staging / HISTORY_NAME, self.history)
-                if self.fisher is not None:
-                    write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
-        self.accelerator.wait_for_everyone()
+        folder = Path(folder)
+        if not self.accelerator.is_main_process:
+            wait_until(lambda: _holds(folder, self.identity))
+            return
+        leaving = [REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME]
+        if is_own_card(folder):
+            leaving.append(CARD_NAME)
+        with replacing_folder(folder, leaving) as staging:
+            self.objective.save(staging)
+            drop_local_names(staging)
+            write_json(staging / HISTORY_NAME, self.history)
+            if self.fisher is not None:
+                write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
+            self.config.save(staging / CONFIG_NAME)
+            if self.validation_dir and self.validation_dir.is_dir() and self.validation_dir.parent != folder:
+                shutil.copytree(self.validation_dir, staging / VALIDATION_NAME)
+            write_finished(staging, self.identity)
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
         """Save pipeline, settings and model card in `output_dir`, and upload that folder.
@@ -417,17 +625,53 @@ class SelectiveAmnesiaTrainer:
         self.save(self.output_dir)
         if not self.accelerator.is_main_process:
             return None
-        self.config.save(self.output_dir / CONFIG_NAME)
         write_model_card(self.output_dir)
         return push_pipeline(self.output_dir, repo_id, private)
 
 
-def _import_bitsandbytes() -> Any:
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise ValueError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out") from None
-    return bitsandbytes
+@dataclass(frozen=True)
+class _Draws:
+    """What is random in one step, for the global batch; each list holds the surrogates' part and the replay's.
+
+    Attributes:
+        step: The step.
+        rows: Of the samples.
+        timesteps: `int64` `[batch]`.
+        dropped: Whether the condition is left out, `[batch]`.
+        noise: `[batch, ...]`, on the CPU.
+    """
+
+    step: int
+    rows: list[list[int]]
+    timesteps: list[torch.Tensor]
+    dropped: list[torch.Tensor]
+    noise: list[torch.Tensor]
+
+
+def settings_facts(config: SelectiveAmnesiaConfig, processes: int) -> dict[str, Any]:
+    """What the trained weights depend on, as far as it is a setting of the training."""
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    return {
+        **{name: getattr(config, name) for name in TRAINING_SETTINGS},
+        "global_batch": batch,
+        "learning_rate": config.learning_rate * (batch if config.scale_lr else 1),
+    }
+
+
+def training_identity(config: SelectiveAmnesiaConfig, accelerator: Accelerator, given: Mapping[str, Any]) -> Identity:
+    """What trained weights depend on.
+
+    Args:
+        config: The settings.
+        accelerator: Processes and precision in use.
+        given: Digests of the base model, the samples and the Fisher information.
+    """
+    facts = {**settings_facts(config, accelerator.num_processes), **given, "precision": precision_in_use(accelerator)}
+    return Identity("training", facts)
+
+
+def _holds(folder: Path, identity: Identity) -> bool:
+    return OutputFolder(folder).names_finished(identity)
 
 
 @contextlib.contextmanager
@@ -444,13 +688,6 @@ def _averaged(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[
         ema.restore(parameters)
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    steps = {path: path.name.removeprefix(CHECKPOINT_PREFIX) for path in Path(folder).glob(f"{CHECKPOINT_PREFIX}*")}
-    found = [path for path, step in steps.items() if path.is_dir() and step.isdecimal()]
-    return sorted(found, key=lambda path: int(steps[path]))
-
-
 def sampling_settings(config: SelectiveAmnesiaConfig, guidance_scale: float | None = None) -> SamplingSettings:
     """The configuration's sampler; `guidance_scale` overrides its guidance."""
     return SamplingSettings(
@@ -460,32 +697,3 @@ def sampling_settings(config: SelectiveAmnesiaConfig, guidance_scale: float | No
         batch_size=config.sample_batch_size,
         resolution=config.resolution,
     )
-
-
-def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | None = None) -> Accelerator:
-    """An accelerator as the configuration asks for.
-
-    Raises:
-        ValueError: The hardware or a package that a flag needs is missing.
-    """
-    from accelerate.utils import ProjectConfiguration, is_tensorboard_available, is_wandb_available
-
-    has_cuda = torch.cuda.is_available()
-    if config.mixed_precision == "fp16" and not has_cuda:
-        raise ValueError('mixed_precision="fp16" needs a CUDA device and there is none: use "bf16" or "no"')
-    if config.allow_tf32:
-        if not has_cuda:
-            raise ValueError("allow_tf32 needs a CUDA device and there is none: leave the flag out")
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    if config.use_8bit_adam:
-        _import_bitsandbytes()
-    tracker = None if output_dir is None or config.report_to == "none" else config.report_to
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    if tracker and not available[tracker]():
-        raise ValueError(f'report_to="{tracker}" needs the package {tracker}: pip install {tracker}, or use "none"')
-    project = ProjectConfiguration(
-        project_dir=str(output_dir) if output_dir else None,
-        logging_dir=str(Path(output_dir) / config.logging_dir) if output_dir else None,
-    )
-    return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=project)

@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 
 from sa_diffusers import FisherEstimator, FisherInformation, SampleSet, objective_for, select_parameters
 from sa_diffusers.fisher import fisher_identity
-from sa_diffusers.fisher.estimator import _SEED_STREAM
+from sa_diffusers.seeds import generator_of
 
 from .conftest import build_tiny_pipeline
 
@@ -30,7 +30,7 @@ def brute_force(objective, parameters, samples, seed=0):
     """One timestep at a time, each backward by itself: the definition."""
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for index in range(len(samples)):
-        generator = torch.Generator().manual_seed(seed * _SEED_STREAM + index)
+        generator = generator_of("fisher", seed, index)
         sample = samples.samples[index : index + 1]
         conditions = objective.encode_prompts([samples.conditions[index]])
         objective.module.zero_grad()

@@ -131,8 +131,8 @@ def test_a_damaged_or_foreign_set_is_refused(tmp_path):
     made = SampleSet(torch.zeros(1, 2), ["a"], ["a"], [0])
     made.save(tmp_path / "set")
     manifest = tmp_path / "set" / MANIFEST_NAME
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
-    with pytest.raises(ValueError, match="has format 9, this version reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 9'))
+    with pytest.raises(ValueError, match="has format 9, this version reads 2"):
         SampleSet.load(tmp_path / "set")
     manifest.unlink()
     with pytest.raises(ValueError, match="is not a set of samples"):

@@ -16,7 +16,13 @@ PACKAGE = REPOSITORY / "sa_diffusers"
 ORDER = [
     "version",
     "files",
+    "identity",
+    "seeds",
+    "processes",
     "configuration",
+    "environment",
+    "checkpoints",
+    "output_folder",
     "hub",
     "model_card",
     "parameter_selection",
@@ -26,9 +32,11 @@ ORDER = [
     "fisher",
     "ewc",
     "trainer",
+    "cache",
     "evaluation",
     "erasure",
     "command_line",
+    "commands",
 ]
 
 

@@ -139,7 +139,11 @@ def test_several_pairs_from_yaml_then_reuse_and_another_erasure_in_the_same_fold
     assert "Traceback" not in other.stderr
     replaced = run([*arguments, "--concept", "hen", "--surrogate", "cow", "--overwrite_output_dir"], tmp_path)
     assert replaced.returncode == 0, replaced.stderr
-    assert (output / "checkpoint-2").stat().st_mtime > (output / "selective_amnesia.json").stat().st_mtime
+    checkpoint = json.loads((output / "checkpoint-2" / "state.json").read_text())
+    assert checkpoint["settings"]["concept"] == ["hen"]
+    assert json.loads((output / "selective_amnesia.json").read_text())["concept"] == ["hen"]
+    # Settings arrive with the weights that they belong to.
+    assert (output / "selective_amnesia.json").stat().st_mtime > (output / "checkpoint-2").stat().st_mtime
 
 
 def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_does(tiny_folder, tmp_path):

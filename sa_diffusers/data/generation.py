@@ -1,24 +1,34 @@
-"""Drawing the surrogate, replay and Fisher samples from the frozen model."""
+"""Sampling the surrogate, replay and Fisher samples from the frozen model."""
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from tqdm import tqdm
 
+from ..environment import precision_in_use
+from ..files import digest_of, load_kept, write_bytes
+from ..identity import Identity, fingerprint
 from ..objectives.base import Objective, SamplingSettings
+from ..processes import check_stop, finishing, shrinking, wait_until
+from ..seeds import first_seed
 from .pictures import read_picture
 from .prompts import UNIFORM_NOISE, ErasurePair, fill_template, image_files
-from .sample_set import MANIFEST_NAME, SampleSet
+from .sample_set import FORMAT_VERSION, SampleSet, sample_identity
+from .sensitive import blurred
 
 PREVIEW_IMAGES = 16
-# Streams of seeds that never meet: samples of one stage share no initial noise with another's.
-SURROGATE_SEEDS, REPLAY_SEEDS, CONCEPT_SEEDS = 0, 10_000_000, 20_000_000
+_PART = ".part-"
 _BLACK_LEVEL = 4
 
 
@@ -40,14 +50,23 @@ def surrogate_requests(
     return chosen, conditions, sources
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A batch of samples on its way to a set."""
+
+    samples: torch.Tensor
+    black: int
+
+
 class SampleGenerator:
-    """Draws samples from a frozen model, in parallel over processes, and keeps them.
+    """Samples from a frozen model, in parallel over processes, and keeps what it sampled, batch by batch.
 
     Args:
         objective: The model.
         artifacts_dir: Folder under which sets are kept, each named after its kind and fingerprint.
         accelerator: The processes that share the work.
         base_fingerprint: Digest of the base model's weights (default: computed).
+        blur: Whether the pictures of previews are blurred.
     """
 
     def __init__(
@@ -56,11 +75,13 @@ class SampleGenerator:
         artifacts_dir: str | Path,
         accelerator: Accelerator,
         base_fingerprint: str | None = None,
+        blur: bool = False,
     ) -> None:
         self.objective = objective
         self.artifacts_dir = Path(artifacts_dir)
         self.accelerator = accelerator
         self.base_fingerprint = base_fingerprint or objective.fingerprint()
+        self.blur = blur
 
     def prompted(
         self, name: str, conditions: Sequence[str], sources: Sequence[str], first_seed: int, settings: SamplingSettings
@@ -70,7 +91,7 @@ class SampleGenerator:
         Args:
             name: Kind of the set, part of its folder's name.
             conditions: Prompts to train under.
-            sources: Prompts to draw with, as many.
+            sources: Prompts to sample with, as many.
             first_seed: The i-th sample is drawn from seed `first_seed + i`.
             settings: Sampler, steps, guidance.
         """
@@ -80,71 +101,152 @@ class SampleGenerator:
     def surrogates(
         self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings
     ) -> SampleSet:
-        """The surrogate set of all pairs: drawn from prompts, read from folders, or uniform noise."""
+        """The surrogate set of all pairs: sampled from prompts, read from folders, or uniform noise."""
         chosen, conditions, sources = surrogate_requests(pairs, templates, count)
-        first_seed = SURROGATE_SEEDS + seed * 1000
-        by_kind = {kind: [i for i, pair in enumerate(chosen) if pair.surrogate.kind == kind]
-                   for kind in ("prompt", "images", "noise")}  # fmt: skip
+        first = first_seed("surrogate", seed)
+        drawn, others = _by_kind(chosen)
         parts: list[SampleSet] = []
-        if by_kind["prompt"]:
-            index = by_kind["prompt"]
-            seeds = [first_seed + i for i in index]
-            parts.append(
-                self.drawn("surrogate", [conditions[i] for i in index], [sources[i] for i in index], seeds, settings)
-            )
-        for kind in ("images", "noise"):
-            if by_kind[kind]:
-                index = by_kind[kind]
-                parts.append(self._from_pixels([chosen[i] for i in index], [conditions[i] for i in index],
-                                               [first_seed + i for i in index], settings))  # fmt: skip
+        if drawn:
+            parts.append(self.drawn("surrogate", [conditions[i] for i in drawn], [sources[i] for i in drawn],
+                                    [first + i for i in drawn], settings))  # fmt: skip
+        for index in others:
+            parts.append(self._from_pixels([chosen[i] for i in index], [conditions[i] for i in index],
+                                           [first + i for i in index], settings))  # fmt: skip
         whole = parts[0]
         for part in parts[1:]:
             whole = whole + part
         return whole
 
+    def surrogate_identity(
+        self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings
+    ) -> Identity:
+        """What `surrogates` depends on, known before anything is sampled. Images count by their bytes."""
+        chosen, conditions, sources = surrogate_requests(pairs, templates, count)
+        folders = {pair.surrogate.value for pair in pairs if pair.surrogate.kind == "images"}
+        digests = {folder: [digest_of(file) for file in image_files(folder)] for folder in sorted(folders)}
+        kinds = [pair.surrogate.kind for pair in chosen]
+        values = [fingerprint(digests[pair.surrogate.value]) if pair.surrogate.kind == "images" else source
+                  for pair, source in zip(chosen, sources, strict=True)]  # fmt: skip
+        facts = {"conditions": conditions, "kinds": kinds, "sources": values,
+                 "first_seed": first_seed("surrogate", seed), "origin": self._origin(settings)}  # fmt: skip
+        return Identity("surrogates", facts)
+
+    def identity(self, name: str, conditions: Sequence[str], sources: Sequence[str | None], seeds: Sequence[int],
+                 settings: SamplingSettings) -> Identity:  # fmt: skip
+        """What a sampled set depends on. The batch size is no part of it: it changes rounding only."""
+        return sample_identity(name, list(conditions), list(sources), list(seeds), self._origin(settings))
+
     def folder(self, name: str, conditions: Sequence[str], sources: Sequence[str | None], seeds: Sequence[int],
                settings: SamplingSettings) -> Path:  # fmt: skip
         """Where a set is kept; it is reused when it is there."""
-        empty = torch.empty(len(conditions), 0)
-        identity = SampleSet(empty, list(conditions), list(sources), list(seeds), self._origin(settings))
-        return self.artifacts_dir / f"{name}-{identity.fingerprint}"
+        return self.identity(name, conditions, sources, seeds, settings).folder(self.artifacts_dir)
 
-    def _origin(self, settings: SamplingSettings) -> dict:
-        return {"base_model": self.base_fingerprint, "kind": self.objective.kind, **settings.to_dict()}
+    def _origin(self, settings: SamplingSettings) -> dict[str, Any]:
+        sampling = {name: value for name, value in settings.to_dict().items() if name != "batch_size"}
+        return {"base_model": self.base_fingerprint, "kind": self.objective.kind, **sampling,
+                "precision": precision_in_use(self.accelerator), "format": FORMAT_VERSION}  # fmt: skip
 
     def drawn(self, name: str, conditions: Sequence[str], sources: Sequence[str], seeds: Sequence[int],
               settings: SamplingSettings, preview: bool = True) -> SampleSet:  # fmt: skip
-        """As `prompted`, with a seed given for each sample, and a preview of its pictures only if it is asked for."""
-        folder = self.folder(name, conditions, sources, seeds, settings)
-        if (folder / MANIFEST_NAME).is_file():
-            return SampleSet.load(folder)
-        samples = self._draw(name, sources, seeds, settings)
-        result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings))
-        if self.accelerator.is_main_process:
-            pictures = self.objective.decode(samples.to(self.objective.device)) if preview else []
-            result.black_images = count_black(pictures) if preview else None
-            result.save(folder, pictures[:PREVIEW_IMAGES])
-        self.accelerator.wait_for_everyone()
-        return SampleSet.load(folder)
+        """As `prompted`, with a seed given for each sample, and a preview of its pictures only if it is asked for.
 
-    def _draw(
-        self, name: str, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
-    ) -> torch.Tensor:
+        Raises:
+            FloatingPointError: A sample is not finite; none is kept.
+            Interrupted: The run is to stop. What was sampled is kept, and the same call goes on from there.
+        """
+        folder = self.folder(name, conditions, sources, seeds, settings)
+        is_main = self.accelerator.is_main_process
+
+        def kept() -> SampleSet | None:
+            return load_kept(folder, SampleSet.load, is_main)
+
+        result = kept()
+        while result is None and not is_main and folder.is_dir():
+            # A damaged one: the main process sets it aside.
+            check_stop()
+            time.sleep(0.1)
+            result = kept()
+        if result is not None:
+            return result
+        # The batch size changes rounding, and what goes on must end in the same bits.
+        parts = folder.with_name(f"{_PART}{folder.name}-{settings.batch_size}")
+        self._sample(name, sources, seeds, settings, parts, folder, preview)
+        starts = range(0, len(sources), settings.batch_size)
+        if is_main:
+            # Parts go away when another run with the same set is done with it.
+            wait_until(lambda: all(_part(parts, start).is_file() for start in starts) or folder.is_dir())
+            if not folder.is_dir():
+                with finishing():
+                    batches = [_read_part(_part(parts, start)) for start in starts]
+                    if None not in batches:
+                        self._keep(folder, batches, conditions, sources, seeds, settings, preview)
+            if folder.is_dir():
+                shutil.rmtree(parts, ignore_errors=True)
+        else:
+            wait_until(folder.is_dir)
+        result = kept()
+        return result if result is not None else self.drawn(name, conditions, sources, seeds, settings, preview)
+
+    def _keep(self, folder: Path, parts: Iterable[_Part | None], conditions: Sequence[str], sources: Sequence[str],
+              seeds: Sequence[int], settings: SamplingSettings, preview: bool) -> None:  # fmt: skip
+        whole = [part for part in parts if part is not None]
+        samples = torch.cat([part.samples for part in whole])
+        result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings))
+        pictures = []
+        if preview:
+            result.black_images = sum(part.black for part in whole)
+            pictures = self._decoded(samples[:PREVIEW_IMAGES], settings)
+        result.save(folder, [blurred(picture) for picture in pictures] if self.blur else pictures)
+
+    def _decoded(self, samples: torch.Tensor, settings: SamplingSettings) -> list[Image.Image]:
+        def decode(size: int) -> list[Image.Image]:
+            return [picture for part in samples.split(size)
+                    for picture in self.objective.decode(part.to(self.objective.device))]  # fmt: skip
+
+        return shrinking(decode, max(len(samples), 1), "sample_batch_size")
+
+    def _sample(self, name: str, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings,
+                parts: Path, folder: Path, preview: bool) -> None:  # fmt: skip
+        """Sample this process's batches into files of their own, those that are not there yet."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         # Whole batches go to processes, so that a batch holds the same images however many processes there are.
-        starts = range(0, len(prompts), settings.batch_size)
-        mine = list(starts)[rank::processes]
-        parts: list[tuple[int, torch.Tensor]] = []
-        with tqdm(total=len(prompts), desc=f"sampling {name}", unit="image", disable=rank > 0) as bar:
-            for start in mine:
+        mine = list(range(0, len(prompts), settings.batch_size))[rank::processes]
+        missing = [start for start in mine if _read_part(_part(parts, start)) is None]
+        done = min((len(mine) - len(missing)) * settings.batch_size * processes, len(prompts))
+        with (
+            tqdm(total=len(prompts), initial=done, desc=f"sampling {name}", unit="image", disable=rank > 0) as bar,
+            finishing(),
+        ):
+            for start in missing:
+                check_stop()
+                if folder.is_dir():
+                    return
                 batch = slice(start, start + settings.batch_size)
+                samples = self._batch(list(prompts[batch]), list(seeds[batch]), settings)
+                black = count_black(self._decoded(samples, settings)) if preview else 0
+                _write_part(_part(parts, start), _Part(samples, black))
+                bar.update(min(len(samples) * processes, len(prompts) - bar.n))
+
+    def _batch(self, prompts: list[str], seeds: list[int], settings: SamplingSettings) -> torch.Tensor:
+        def sample(size: int) -> torch.Tensor:
+            pieces = []
+            for start in range(0, len(prompts), size):
+                piece = slice(start, start + size)
                 with self.accelerator.autocast():
-                    drawn = self.objective.sample(prompts[batch], seeds[batch], settings)
-                parts.append((start, drawn.float().cpu()))
-                bar.update(min(len(drawn) * processes, len(prompts) - bar.n))
-        if processes > 1:
-            parts = gather_object(parts)
-        return torch.cat([drawn for _, drawn in sorted(parts, key=lambda part: part[0])])
+                    pieces.append(self.objective.sample(prompts[piece], seeds[piece], settings).float().cpu())
+            return torch.cat(pieces)
+
+        samples = shrinking(sample, settings.batch_size, "sample_batch_size")
+        if not torch.isfinite(samples).all():
+            precision = precision_in_use(self.accelerator)
+            cause = (
+                f"the precision in use is {precision}: sample with --mixed_precision no, or bf16 in place of fp16"
+                if precision != "no"
+                else f"precision is not the cause; look at the model's weights and at --sampler {settings.sampler}, "
+                "which may not suit the model's noise schedule"
+            )
+            raise FloatingPointError(f'samples of "{prompts[0]}" are not finite, and none is kept. {cause}')
+        return samples
 
     def _from_pixels(self, pairs: Sequence[ErasurePair], conditions: Sequence[str], seeds: Sequence[int],
                      settings: SamplingSettings) -> SampleSet:  # fmt: skip
@@ -153,21 +255,59 @@ class SampleGenerator:
         turn: dict[str, int] = {}
         latents = []
         digest = hashlib.blake2b(digest_size=8)
-        for pair, seed in zip(tqdm(pairs, desc="encoding surrogates", unit="image"), seeds, strict=True):
-            if pair.surrogate.kind == "noise":
-                generator = torch.Generator().manual_seed(seed)
-                # In the model's own channels: the grey of three would be their mean, which is not uniform.
-                image = torch.rand(1, self.objective.channels, size, size, generator=generator) * 2 - 1
-            else:
-                folder = pair.surrogate.value
-                paths = files.setdefault(folder, image_files(folder))
-                image = load_image(paths[turn.get(folder, 0) % len(paths)], size)
-                turn[folder] = turn.get(folder, 0) + 1
-            digest.update(image.numpy().tobytes())
-            latents.append(self.objective.encode_images(image.to(self.objective.device), seed).cpu())
+        with finishing():
+            for pair, seed in zip(tqdm(pairs, desc="encoding surrogates", unit="image"), seeds, strict=True):
+                check_stop()
+                if pair.surrogate.kind == "noise":
+                    generator = torch.Generator().manual_seed(seed)
+                    # In the model's own channels: the grey of three would be their mean, which is not uniform.
+                    image = torch.rand(1, self.objective.channels, size, size, generator=generator) * 2 - 1
+                else:
+                    folder = pair.surrogate.value
+                    paths = files.setdefault(folder, image_files(folder))
+                    image = load_image(paths[turn.get(folder, 0) % len(paths)], size)
+                    turn[folder] = turn.get(folder, 0) + 1
+                digest.update(image.numpy().tobytes())
+                latents.append(self.objective.encode_images(image.to(self.objective.device), seed).cpu())
         origin = {**self._origin(settings), "pixels": digest.hexdigest()}
         sources = [UNIFORM_NOISE if pair.surrogate.kind == "noise" else None for pair in pairs]
         return SampleSet(torch.cat(latents), list(conditions), sources, list(seeds), origin, 0)
+
+
+def _by_kind(pairs: Sequence[ErasurePair]) -> tuple[list[int], list[list[int]]]:
+    """Places of the pairs whose surrogate a prompt samples, and of the others, images and noise apart."""
+    places = {kind: [i for i, pair in enumerate(pairs) if pair.surrogate.kind == kind]
+              for kind in ("prompt", "images", "noise")}  # fmt: skip
+    return places["prompt"], [places[kind] for kind in ("images", "noise") if places[kind]]
+
+
+def _part(parts: Path, start: int) -> Path:
+    return parts / f"{start:09d}.safetensors"
+
+
+def _write_part(path: Path, part: _Part) -> None:
+    samples = part.samples.contiguous()
+    content = {"black": str(part.black), "digest": _tensor_digest(samples)}
+    write_bytes(path, save({"samples": samples}, metadata=content), flush=False)
+
+
+def _read_part(path: Path) -> _Part | None:
+    """None if it is not there or not whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            content = file.metadata() or {}
+        samples = load(path.read_bytes())["samples"]
+        if content.get("digest") == _tensor_digest(samples) and torch.isfinite(samples).all():
+            return _Part(samples, int(content["black"]))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(memoryview(raw), digest_size=16).hexdigest()
 
 
 def load_image(path: str | Path, size: int) -> torch.Tensor:

@@ -1,22 +1,22 @@
 """Samples of the frozen model, with the prompts and seeds that they came from, as a folder."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import read_json, replacing_folder, write_json
+from ..files import DamagedArtefact, new_folder, read_sealed, replacing_folder, write_sealed
+from ..identity import Identity, fingerprint
 from .prompts import UNIFORM_NOISE
 
 SAMPLES_NAME = "samples.safetensors"
 MANIFEST_NAME = "manifest.json"
 PREVIEW_NAME = "preview"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -51,9 +51,7 @@ class SampleSet:
     @property
     def fingerprint(self) -> str:
         """What identifies these samples before they are drawn."""
-        return fingerprint(
-            {"conditions": self.conditions, "sources": self.sources, "seeds": self.seeds, "origin": self.origin}
-        )
+        return fingerprint(sample_facts(self.conditions, self.sources, self.seeds, self.origin))
 
     def subset(self, index: list[int]) -> "SampleSet":
         return SampleSet(
@@ -81,56 +79,61 @@ class SampleSet:
 
     def save(self, folder: str | Path, pictures: list[Image.Image] | None = None) -> None:
         """Write `samples.safetensors`, `manifest.json` and, if given, pictures under `preview/`."""
-        with replacing_folder(folder) as staging:
+        with (replacing_folder if Path(folder).is_dir() else new_folder)(folder) as staging:
             save_file({"samples": self.samples.contiguous()}, staging / SAMPLES_NAME)
             for index, picture in enumerate(pictures or []):
                 (staging / PREVIEW_NAME).mkdir(exist_ok=True)
                 picture.save(staging / PREVIEW_NAME / f"{index:04d}.png")
-            write_json(
-                staging / MANIFEST_NAME,
-                {
-                    "format_version": FORMAT_VERSION,
-                    "fingerprint": self.fingerprint,
-                    "origin": self.origin,
-                    "black_images": self.black_images,
-                    "conditions": self.conditions,
-                    "sources": self.sources,
-                    "seeds": self.seeds,
-                },
-            )
+            values = {
+                "fingerprint": self.fingerprint,
+                "origin": self.origin,
+                "black_images": self.black_images,
+                "conditions": self.conditions,
+                "sources": self.sources,
+                "seeds": self.seeds,
+            }
+            write_sealed(staging, MANIFEST_NAME, FORMAT_VERSION, values)
 
     @classmethod
     def load(cls, folder: str | Path) -> "SampleSet":
-        """Read what `save` wrote.
+        """Read what `save` wrote, and compare its digests.
 
         Raises:
-            ValueError: The folder is not whole, or of another format.
+            DamagedArtefact: The folder is not whole, or not what was written.
+            ValueError: It is of another format.
         """
         folder = Path(folder)
-        for name in (SAMPLES_NAME, MANIFEST_NAME):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} is not a set of samples: it has no {name}")
-        manifest = read_json(folder / MANIFEST_NAME)
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}: delete "
-                "the folder, it will be made again"
+        manifest = read_sealed(folder, MANIFEST_NAME, FORMAT_VERSION, "a set of samples")
+        try:
+            result = cls(
+                samples=load_file(folder / SAMPLES_NAME)["samples"],
+                conditions=manifest["conditions"],
+                sources=manifest["sources"],
+                seeds=manifest["seeds"],
+                origin=manifest["origin"],
+                black_images=manifest["black_images"],
             )
-        return cls(
-            samples=load_file(folder / SAMPLES_NAME)["samples"],
-            conditions=manifest["conditions"],
-            sources=manifest["sources"],
-            seeds=manifest["seeds"],
-            origin=manifest["origin"],
-            black_images=manifest["black_images"],
-        )
+        except (KeyError, ValueError, TypeError, FileNotFoundError, SafetensorError) as error:
+            raise DamagedArtefact(f"{folder} is not a set of samples ({error})") from error
+        if not torch.isfinite(result.samples).all():
+            raise DamagedArtefact(f"{folder} holds samples that are not finite")
+        return result
+
+
+def sample_facts(
+    conditions: list[str], sources: list[str | None], seeds: list[int], origin: dict[str, Any]
+) -> dict[str, Any]:
+    """What samples depend on: the facts of their identity."""
+    return {"conditions": conditions, "sources": sources, "seeds": seeds, "origin": origin}
+
+
+def sample_identity(
+    kind: str, conditions: list[str], sources: list[str | None], seeds: list[int], origin: dict[str, Any]
+) -> Identity:
+    """The identity of a set that is kept; its digest is the set's `fingerprint`."""
+    return Identity(kind, sample_facts(conditions, sources, seeds, origin))
 
 
 def is_prompt(source: str | None) -> TypeGuard[str]:
     """Whether a sample's source is the prompt that drew it."""
     return source not in (None, UNIFORM_NOISE)
-
-
-def fingerprint(value: Any) -> str:
-    """A short digest of plain data."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

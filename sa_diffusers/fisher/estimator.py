@@ -1,19 +1,27 @@
 """Estimating the diagonal Fisher information from samples of the frozen model."""
 
+import contextlib
+import hashlib
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import nn
 from tqdm import tqdm
 
-from ..data.sample_set import SampleSet, fingerprint
-from ..objectives.base import Objective
+from ..data.sample_set import SampleSet
+from ..environment import precision_in_use
+from ..files import write_bytes
+from ..objectives.base import Objective, fingerprint_module
 from ..parameter_selection import only_trainable
+from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
+from ..seeds import generator_of
 from .information import FisherInformation
-
-_SEED_STREAM = 7_919
 
 
 class FisherEstimator:
@@ -58,50 +66,87 @@ class FisherEstimator:
         self.seed = seed
         self.accelerator = accelerator or Accelerator()
 
-    def estimate(self, samples: SampleSet, identity: Mapping[str, Any] | None = None) -> FisherInformation:
+    def estimate(
+        self, samples: SampleSet, identity: Mapping[str, Any] | None = None, partial_dir: str | Path | None = None
+    ) -> FisherInformation:
         """Estimate from samples of all prompts, the concept's included.
 
         Args:
             samples: At least one.
-            identity: Further fields to record, as `fisher_identity` gives them.
+            identity: Fields to record, as `fisher_identity` gives them. Default: those of this objective, whose
+                weights are digested for it.
+            partial_dir: Where sums over the samples so far are kept, so that a run that was stopped goes on from them
+                to the same bits. The caller deletes it.
 
         Raises:
             ValueError: There are no samples.
             FloatingPointError: A gradient is not finite (the message names the sample).
+            Interrupted: The run is to stop.
         """
         if not len(samples):
             raise ValueError("Fisher information needs at least one sample")
-        device = self.objective.device
+        recorded = dict(identity or {})
+        if "trained_module" not in recorded:
+            recorded = {**fisher_identity(self.objective, fingerprint_module(self.objective.module)), **recorded}
+        module, device = self.objective.module, self.objective.device
         values = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        module = self.objective.module
         training = module.training
         module.eval()
         try:
             with only_trainable(module, self.parameters):
-                for index in tqdm(
-                    range(rank, len(samples), processes), desc="Fisher information", unit="sample", disable=rank > 0
-                ):
-                    gradient = self._summed_gradient(samples, index, device)
-                    for value, part in zip(values.values(), gradient, strict=True):
-                        value.addcmul_(part, part)
+                self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
         finally:
             module.train(training)
         for name in values:
             values[name] = self.accelerator.reduce(values[name], reduction="sum") / len(samples)
         config = {
-            **(identity or {}),
+            **recorded,
             "timesteps": self.timesteps,
             "num_samples": len(samples),
             "seed": self.seed,
-            "samples": fingerprint([samples.conditions, samples.sources, samples.seeds, samples.origin]),
+            "precision": precision_in_use(self.accelerator),
+            "samples": samples.fingerprint,
             "sample_origin": samples.origin,
         }
         return FisherInformation({name: value.cpu() for name, value in values.items()}, config)
 
+    def _add_squares(
+        self, values: dict[str, torch.Tensor], samples: SampleSet, device: torch.device, partial_dir: Path | None
+    ) -> None:
+        """Add the squared gradients of this process's samples."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = list(range(rank, len(samples), processes))
+        partial = _PartialSum(partial_dir, rank, processes, self.batch_size)
+        first = partial.read(values, len(mine))
+        pace = Pace()
+        with (
+            tqdm(mine, initial=first, total=len(mine), desc="Fisher information", unit="sample",
+                 disable=rank > 0) as bar,
+            finishing(),
+        ):  # fmt: skip
+            for done, index in enumerate(mine[first:], start=first + 1):
+                gradient = self._gradient_that_fits(samples, index, device)
+                for value, part in zip(values.values(), gradient, strict=True):
+                    value.addcmul_(part, part)
+                bar.update()
+                began = time.monotonic()
+                stopping = stop_requested() is not None
+                if done < len(mine) and (stopping or pace.due()):
+                    partial.write(values, done)
+                    pace.done(began)
+                if stopping:
+                    check_stop()
+
+    def _gradient_that_fits(self, samples: SampleSet, index: int, device: torch.device) -> list[torch.Tensor]:
+        def gradient(batch_size: int) -> list[torch.Tensor]:
+            self.batch_size = batch_size
+            return self._summed_gradient(samples, index, device)
+
+        return shrinking(gradient, self.batch_size, "fisher_batch_size", self.accelerator.num_processes)
+
     def _summed_gradient(self, samples: SampleSet, index: int, device: torch.device) -> list[torch.Tensor]:
         objective = self.objective
-        generator = torch.Generator().manual_seed(self.seed * _SEED_STREAM + index)
+        generator = generator_of("fisher", self.seed, index)
         sample = samples.samples[index : index + 1].to(device)
         conditions = objective.encode_prompts([samples.conditions[index]])
         timesteps = self._draw_timesteps(generator)
@@ -141,20 +186,62 @@ class FisherEstimator:
         return drawn.long().clamp(max=total - 1)
 
 
-def fisher_identity(objective: Objective, module_fingerprint: str, train_method: str) -> dict[str, Any]:
-    """What Fisher information is bound to: the trained module's weights and the loss.
+class _PartialSum:
+    """A process's sum over its samples so far, on disk."""
+
+    def __init__(self, folder: Path | None, rank: int, processes: int, batch_size: int) -> None:
+        self.path = folder and folder / f"{rank}-of-{processes}-batch-{batch_size}.safetensors"
+
+    def write(self, values: dict[str, torch.Tensor], done: int) -> None:
+        if self.path is None:
+            return
+        tensors = {name: value.cpu().contiguous() for name, value in values.items()}
+        content = save(tensors, metadata={"done": str(done), "digest": _digest(tensors)})
+        write_bytes(self.path, content, flush=False)
+
+    def read(self, values: dict[str, torch.Tensor], count: int) -> int:
+        """Fill in the sum, if there is a whole one, and say how many of the process's samples it holds."""
+        if self.path is None or not self.path.is_file():
+            return 0
+        with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
+            with safe_open(self.path, "pt") as file:
+                content = file.metadata() or {}
+            tensors = load(self.path.read_bytes())
+            done = int(content["done"])
+            if content["digest"] == _digest(tensors) and tensors.keys() == values.keys() and 0 < done <= count:
+                for name, value in values.items():
+                    value.copy_(tensors[name])
+                return done
+        return 0
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def fisher_identity(
+    objective: Objective, module_fingerprint: str, train_method: str | None = None, base: str | None = None
+) -> dict[str, Any]:
+    """What Fisher information is bound to: the model's weights and the loss.
 
     Args:
         objective: The model.
         module_fingerprint: Digest of the trained module's weights.
-        train_method: The selection.
+        train_method: The selection, if it has a name.
+        base: Digest of the whole model. Default: computed.
     """
     return {
         "trained_module": module_fingerprint,
+        "base": base or objective.fingerprint(),
         "train_method": train_method,
         "kind": objective.kind,
         "prediction_type": objective.prediction_type,
         "reduction": objective.reduction,
         "num_train_timesteps": objective.num_train_timesteps,
         "snr_gamma": objective.snr_gamma,
+        "noise_offset": objective.noise_offset,
     }

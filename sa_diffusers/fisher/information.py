@@ -7,23 +7,26 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..configuration import FISHER_CONFIG_NAME
-from ..files import read_json, replacing_folder, write_json
+from ..files import DamagedArtefact, new_folder, read_sealed, replacing_folder, write_sealed
 from ..hub import CARD_MARKER, inherited_licence, push_folder, shown_name
 
 FISHER_NAME = "fisher.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TAGS = ["selective-amnesia", "fisher-information"]
 # Fields that must agree with a run; the others say where the information came from.
 _BINDING = {
     "trained_module": "the weights that it was computed from",
+    "base": "the model's other parts (text encoder, tokenizer, autoencoder, noise schedule)",
     "kind": "the kind of model",
     "prediction_type": "the prediction type",
     "reduction": "the reduction of the loss",
     "num_train_timesteps": "the number of timesteps in the ELBO's sum",
     "snr_gamma": "the min-SNR weighting",
+    "noise_offset": "the offset of the noise",
 }
 
 
@@ -32,8 +35,8 @@ class FisherInformation:
 
     Attributes:
         values: Name and `F_i`, float32, non-negative, in the parameter's shape.
-        config: What it was computed from: base model and revision, fingerprint of the trained module, selection,
-            prediction type, reduction, timesteps, samples, seeds.
+        config: What it was computed from: base model and revision, fingerprints of the trained module and of the whole
+            model, selection, prediction type, reduction, timesteps, samples, seeds, precision.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -41,10 +44,10 @@ class FisherInformation:
         self.config = dict(config)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `fisher.safetensors` and `fisher_config.json`."""
-        with replacing_folder(folder) as staging:
+        """Write `fisher.safetensors` and `fisher_config.json`, which holds the digest of the other."""
+        with (replacing_folder if Path(folder).is_dir() else new_folder)(folder) as staging:
             save_file({name: value.cpu().contiguous() for name, value in self.values.items()}, staging / FISHER_NAME)
-            write_json(staging / FISHER_CONFIG_NAME, {"format_version": FORMAT_VERSION, **self.config})
+            write_sealed(staging, FISHER_CONFIG_NAME, FORMAT_VERSION, self.config)
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Upload it to the Hub, with a card that says what it was computed from; see `sa_diffusers.hub.push_folder`.
@@ -123,6 +126,7 @@ The numbers say how much each weight matters to what the model draws, and hold n
         """Load from a folder or from the Hub.
 
         Raises:
+            DamagedArtefact: It is not whole, or not what was written.
             ValueError: There is no Fisher information there, or it is of another format.
         """
         folder = Path(name_or_path)
@@ -141,14 +145,15 @@ The numbers say how much each weight matters to what the model draws, and hold n
                     f'Fisher information "{name_or_path}" is neither a folder nor could it be had from the Hub '
                     f"({error})"
                 ) from error
-        for file in (FISHER_NAME, FISHER_CONFIG_NAME):
-            if not (folder / file).is_file():
-                raise ValueError(f"{name_or_path} holds no Fisher information: it has no {file}")
-        config = read_json(folder / FISHER_CONFIG_NAME)
-        version = config.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{name_or_path} has format {version}, this version reads {FORMAT_VERSION}")
-        return cls(load_file(folder / FISHER_NAME), config)
+        config = read_sealed(folder, FISHER_CONFIG_NAME, FORMAT_VERSION, "Fisher information")
+        try:
+            values = load_file(folder / FISHER_NAME)
+        except (SafetensorError, OSError) as error:
+            raise DamagedArtefact(f"{folder / FISHER_NAME} could not be read ({error}): compute it again") from error
+        for name, value in values.items():
+            if not torch.isfinite(value).all() or (value < 0).any():
+                raise DamagedArtefact(f"{folder / FISHER_NAME}: {name} is negative or not finite: compute it again")
+        return cls(values, config)
 
     def check(self, expected: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> None:
         """Refuse information that does not fit a run.

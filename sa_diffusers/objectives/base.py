@@ -57,6 +57,7 @@ class Objective(ABC):
         reduction: How a sample's squared error is reduced over its elements, `"mean"` or `"sum"`. The weight of the
             EWC term does not carry over between the two.
         snr_gamma: Min-SNR weighting of the ELBO's terms, if any.
+        noise_offset: Scale of a further noise that is constant over each channel's pixels.
         labels: Names of the classes, where conditions are classes; None where they are text.
         unconditional: Whether the empty prompt is a condition of its own.
         channels: Channels of its images.
@@ -69,6 +70,7 @@ class Objective(ABC):
     prediction_type: str
     reduction: str
     snr_gamma: float | None = None
+    noise_offset: float = 0.0
     labels: list[str] | None = None
     unconditional: bool = True
     channels: int = 3

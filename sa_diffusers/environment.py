@@ -1,0 +1,125 @@
+"""What the machine and the launcher offer a run, and what of it is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from .configuration import SelectiveAmnesiaConfig
+
+_SUPPORTED_TYPES = (
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU, DistributedType.MULTI_MLU, DistributedType.MULTI_MUSA, DistributedType.MULTI_HPU,
+)  # fmt: skip
+
+
+def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | None = None) -> Accelerator:
+    """An accelerator as the configuration asks for.
+
+    Raises:
+        ValueError: The hardware or a package that a flag needs is missing, or the environment asks for processes,
+            sharding or accumulation otherwise than is in use.
+    """
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        ProjectConfiguration,
+        is_tensorboard_available,
+        is_wandb_available,
+    )
+
+    has_cuda = torch.cuda.is_available()
+    if config.mixed_precision == "fp16" and not has_cuda:
+        raise ValueError('mixed_precision="fp16" needs a CUDA device and there is none: use "bf16" or "no"')
+    if config.allow_tf32:
+        if not has_cuda:
+            raise ValueError("allow_tf32 needs a CUDA device and there is none: leave the flag out")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if config.use_8bit_adam:
+        import_bitsandbytes()
+    tracker = None if output_dir is None or config.report_to == "none" else config.report_to
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if tracker and not available[tracker]():
+        raise ValueError(f'report_to="{tracker}" needs the package {tracker}: pip install {tracker}, or use "none"')
+    if tracker == "wandb":
+        _check_wandb_key()
+    _check_environment(config)
+    project = ProjectConfiguration(
+        project_dir=str(output_dir) if output_dir else None,
+        logging_dir=str(Path(output_dir) / config.logging_dir) if output_dir else None,
+    )
+    accelerator = Accelerator(
+        # Without it two processes on a machine that has no accelerator do not find each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=tracker,
+        project_config=project,
+        # The trainer divides; the environment's ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Buckets that are rebuilt after the first step would sum in another order than those of a resumed run.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={processes} in the environment, but {accelerator.num_processes} in use: launch with torchrun "
+            "or `accelerate launch --multi_gpu --num_processes N`, or unset WORLD_SIZE"
+        )
+    if accelerator.distributed_type not in _SUPPORTED_TYPES:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} shards the model, which is not supported: launch with "
+            "`accelerate launch --multi_gpu`, or on one device"
+        )
+    return accelerator
+
+
+def _check_environment(config: SelectiveAmnesiaConfig) -> None:
+    """Refuse what the environment asks for and nobody would get."""
+    given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if given and given not in ("1", str(config.gradient_accumulation_steps)):
+        raise ValueError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={given} in the environment differs from "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: give --gradient_accumulation_steps "
+            f"{given}, or unset the variable"
+        )
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"{name} is asked for ({variable}), and sharded parameters are not supported: launch without it, as "
+                "with `accelerate launch --multi_gpu`, or unset the variable"
+            )
+    ranks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+    if os.environ.get("MASTER_ADDR") and not any(os.environ.get(name) for name in ranks):
+        raise ValueError(
+            "MASTER_ADDR is in the environment, so several processes are wanted, but no RANK says which this one is: "
+            "launch with torchrun or `accelerate launch --multi_gpu --num_processes N` (on a machine without a GPU "
+            "too), or unset MASTER_ADDR"
+        )
+
+
+def _check_wandb_key() -> None:
+    import wandb
+
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline and not wandb.Api.api_key and not os.environ.get("WANDB_API_KEY"):
+        raise ValueError(
+            'report_to="wandb" needs a key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline'
+        )
+
+
+def import_bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out") from None
+    return bitsandbytes
+
+
+def precision_in_use(accelerator: Accelerator) -> str:
+    """The precision that forward passes run in: what was asked for, what `accelerate config` says, or TF32."""
+    tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
+    return f"{accelerator.mixed_precision}+tf32" if tf32 else str(accelerator.mixed_precision)

@@ -1,0 +1,166 @@
+"""The folder of an erased pipeline: whose it is, what is finished in it, and who may write into it."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
+from .configuration import CONFIG_NAME
+from .files import digest_of, digests_of, finish_interrupted, read_json, write_json
+from .identity import Identity, plain
+from .processes import Lock
+
+# Beside the pipeline, not part of it: hidden, and not published.
+STATE_FOLDER = ".selective_amnesia"
+VALIDATION_NAME = "validation"
+_RUN_NAME, _FINISHED_NAME, _LOCK_NAME = "run.json", "finished.json", "lock"
+FORMAT_VERSION = 1
+
+
+class OutputFolder:
+    """An output folder.
+
+    Args:
+        path: The folder; it need not be there.
+        overwrite: Whether another erasure in it may be replaced.
+    """
+
+    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self.state = self.path / STATE_FOLDER
+        self.lock = Lock(
+            self.state / _LOCK_NAME, f"output_dir={self.path} is in use by another run: wait for it, or choose another"
+        )
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a folder that holds something other than this erasure, as far as settings tell.
+
+        Args:
+            settings: All that the trained weights depend on, by name.
+
+        Raises:
+            ValueError: The folder is a file, holds foreign files, another erasure and `overwrite` is off, or is in use.
+        """
+        if self.path.is_file():
+            raise ValueError(f"output_dir={self.path} is a file: choose a folder")
+        if not self.path.is_dir():
+            return
+        self.lock.check()
+        if not any(entry.name != STATE_FOLDER for entry in self.path.iterdir()) and not self._run_file.is_file():
+            return
+        if not self._run_file.is_file() and not (self.path / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"output_dir={self.path} already holds something else (no {CONFIG_NAME} in it): choose an empty folder "
+                "with --output_dir"
+            )
+        recorded = self._recorded()
+        if recorded is None and (self.path / CONFIG_NAME).is_file():
+            earlier = read_json(self.path / CONFIG_NAME)
+            known = {name: value for name, value in settings.items() if name in earlier}
+            differing = Identity("erasure", known).differences({name: earlier[name] for name in known})
+            self._refuse(differing or ["it was written by an earlier version, which did not record all it depends on"])
+        elif recorded is not None:
+            self._refuse(self._differences(settings, recorded["settings"]))
+
+    def check_identity(self, identity: Identity) -> None:
+        """As `check`, by everything that the trained weights depend on."""
+        recorded = self._recorded()
+        if recorded is not None:
+            self._refuse(self._differences(identity.facts, recorded["facts"]))
+
+    def _differences(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+        left_out = set()
+        if not self._finished_file.is_file() and ours.get("lr_scheduler") in CONSTANT_SCHEDULES:
+            # A run that was stopped may go on to another step.
+            left_out = {"max_train_steps"}
+        known = {name: value for name, value in ours.items() if name not in left_out}
+        return Identity("erasure", known).differences({name: theirs.get(name) for name in known})
+
+    def _refuse(self, differing: list[str]) -> None:
+        if differing and not self.overwrite:
+            raise ValueError(
+                f"output_dir={self.path} holds another erasure: {', '.join(differing)}. Choose another folder with "
+                "--output_dir, or replace it with --overwrite_output_dir"
+            )
+
+    @property
+    def _run_file(self) -> Path:
+        return self.state / _RUN_NAME
+
+    @property
+    def _finished_file(self) -> Path:
+        return self.state / _FINISHED_NAME
+
+    def _recorded(self) -> dict[str, Any] | None:
+        try:
+            recorded = read_json(self._run_file)
+            return recorded if {"facts", "settings"} <= recorded.keys() else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def is_of(self, identity: Identity) -> bool:
+        """Whether the last run that took the folder is this one, killed or not."""
+        recorded = self._recorded()
+        return recorded is not None and not self._differences(identity.facts, recorded["facts"])
+
+    def begin(self, identity: Identity, settings: Mapping[str, Any], anew: bool = False) -> None:
+        """Take the folder for a run: what an interrupted one left is finished or removed, checkpoints of another go.
+
+        The weights of an earlier erasure, its settings, report and card stay until the new weights are there.
+
+        Args:
+            identity: All that the trained weights depend on.
+            settings: As for `check`.
+            anew: Whether this run's own checkpoints go too.
+        """
+        recorded = self._recorded()
+        if anew or not self.is_of(identity):
+            for folder in checkpoints(self.path):
+                shutil.rmtree(folder)
+        if recorded is None or recorded["facts"] != plain(identity.facts):
+            values = {"format_version": FORMAT_VERSION, "facts": dict(identity.facts), "settings": dict(settings)}
+            write_json(self._run_file, values)
+        finish_interrupted(self.path)
+        sweep_checkpoints(self.path)
+
+    def is_finished(self, identity: Identity, tell: Callable[[str], None] = print) -> bool:
+        """Whether the weights of this very run are in the folder, every file as it was written."""
+        try:
+            values = read_json(self._finished_file)
+            if values["facts"] != plain(identity.facts):
+                return False
+            damaged = [name for name, digest in values["weights"].items()
+                       if not (self.path / name).is_file() or digest_of(self.path / name) != digest]  # fmt: skip
+            if damaged:
+                tell(f"warning: {self.path / damaged[0]} is not what was written: it is made again")
+            return not damaged
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return False
+
+    def names_finished(self, identity: Identity) -> bool:
+        """As `is_finished`, without a look at the weights."""
+        try:
+            return read_json(self._finished_file)["facts"] == plain(identity.facts)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def holds_weights(self) -> bool:
+        """Whether there are weights of an erasure, whichever."""
+        return (self.path / CONFIG_NAME).is_file()
+
+    def validation_folder(self) -> Path:
+        """Where images of the training go: they join the earlier erasure's neither before nor without the weights."""
+        return (self.state if self.holds_weights() else self.path) / VALIDATION_NAME
+
+
+def write_finished(staging: Path, identity: Identity) -> None:
+    """Record in a folder that is about to become an output folder what its weights depend on, and their digests."""
+    weights = {name: digest for name, digest in digests_of(staging).items()
+               if name == "model_index.json" or Path(name).parts[0] not in (name, VALIDATION_NAME)}  # fmt: skip
+    (staging / STATE_FOLDER).mkdir()
+    write_json(
+        staging / STATE_FOLDER / _FINISHED_NAME,
+        {"format_version": FORMAT_VERSION, "facts": dict(identity.facts), "weights": weights},
+    )
