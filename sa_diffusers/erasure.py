@@ -42,27 +42,36 @@ from .output_folder import OutputFolder
 from .parameter_selection import select_parameters
 from .processes import finishing, say, wait_until
 from .seeds import STREAMS, first_seed
-from .trainer import SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
+from .trainer import TRAINING_SETTINGS, SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
 
-# What each artefact depends on. The settings of samples and Fisher information act through prompts and seeds; those of
-# the training are listed beside it (`sa_diffusers.trainer.TRAINING_SETTINGS`).
-MODEL_SETTINGS = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type")
-SURROGATE_SETTINGS = (
-    "concept", "surrogate", "concept_templates", "num_surrogate_images", "naive", "seed", "sampler",
-    "num_inference_steps", "guidance_scale", "surrogate_guidance_scale", "resolution",
-)  # fmt: skip
-REPLAY_SETTINGS = (
-    "concept", "num_replay_images", "replay_prompts", "drop_naming_prompts", "replay_unconditional_share", "seed",
-    "sampler", "num_inference_steps", "guidance_scale", "replay_guidance_scale", "resolution",
-)  # fmt: skip
-FISHER_SETTINGS = (
-    *REPLAY_SETTINGS, "concept_templates", "fisher", "num_fisher_samples", "fisher_timesteps", "fisher_concept_share",
-    "train_method", "snr_gamma", "noise_offset",
-)  # fmt: skip
-EVALUATION_SETTINGS = (
-    "classifier", "reference_features", "num_eval_images", "eval_templates", "eval_seed", "blur", "concept_templates",
-    "sampler", "num_inference_steps", "guidance_scale", "resolution",
-)  # fmt: skip
+# What each artefact depends on: settings, which act through weights, prompts, seeds and the identities below. Each
+# stands here or among those that no artefact depends on.
+_MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32")
+_SAMPLING = ("concept", "seed", "sampler", "num_inference_steps", "guidance_scale", "resolution")
+_SURROGATES = (*_MODEL, *_SAMPLING, "surrogate", "concept_templates", "num_surrogate_images", "naive",
+               "surrogate_guidance_scale")  # fmt: skip
+_REPLAY = (*_MODEL, *_SAMPLING, "num_replay_images", "replay_prompts", "drop_naming_prompts",
+           "replay_unconditional_share", "replay_guidance_scale")  # fmt: skip
+_FISHER = (*_REPLAY, "concept_templates", "num_fisher_samples", "fisher_timesteps", "fisher_concept_share",
+           "train_method", "snr_gamma", "noise_offset")  # fmt: skip
+_TRAINING = (*_SURROGATES, *_FISHER, "fisher", *TRAINING_SETTINGS, "train_batch_size", "gradient_accumulation_steps",
+             "learning_rate", "scale_lr")  # fmt: skip
+_REPORT = ("classifier", "reference_features", "num_eval_images", "eval_templates", "eval_seed", "blur")
+DEPENDENCIES = {
+    "surrogates": frozenset(_SURROGATES),
+    "replay": frozenset(_REPLAY),
+    "fisher": frozenset(_FISHER),
+    "training": frozenset(_TRAINING),
+    "report": frozenset((*_TRAINING, *_REPORT)),
+}
+# Places, rounding and speed, what is kept on the way, and what happens afterwards.
+IRRELEVANT = frozenset((
+    "cache_dir", "artifacts_dir", "output_dir", "overwrite_output_dir", "sample_batch_size", "fisher_batch_size",
+    "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "checkpointing_steps",
+    "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
+    "validation_steps", "num_validation_images", "report_to", "logging_dir", "logging_steps", "tracker_project_name",
+    "push_to_hub", "hub_model_id", "hub_private_repo",
+))  # fmt: skip
 REMEMBERED_PROMPTS = 6
 _BYTES_PER_SECOND = 300e6
 
@@ -144,9 +153,11 @@ class Erasure:
     def _settings(self) -> dict[str, Any]:
         """The settings that the trained weights depend on."""
         config = self.config
-        names = {*MODEL_SETTINGS, *SURROGATE_SETTINGS, *REPLAY_SETTINGS, *FISHER_SETTINGS}
-        own = {name: getattr(config, name) for name in sorted(names)}
-        return {**own, **settings_facts(config, self.accelerator.num_processes)}
+        # The precision is that in use, and the batch that of all processes together.
+        left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr"}
+        own = {name: getattr(config, name) for name in sorted(DEPENDENCIES["training"] - left_out)}
+        precision = precision_in_use(self.accelerator)
+        return {**own, **settings_facts(config, self.accelerator.num_processes), "precision": precision}
 
     def _training_identity(self) -> Identity:
         config = self.config
@@ -235,7 +246,7 @@ class Erasure:
         """The surrogate set: q(x | c_f) of eq. 4; for eq. 3 the concept's own samples."""
         config = self.config
         if config.naive:
-            _, prompts, _ = surrogate_requests(self.pairs, config.concept_templates, config.num_surrogate_images)
+            prompts = self._naive_prompts()
             own = self.generator.prompted(
                 "naive", prompts, prompts, first_seed("surrogate", config.seed), self.surrogate_settings
             )
@@ -245,9 +256,18 @@ class Erasure:
             self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )
 
+    def _naive_prompts(self) -> list[str]:
+        config = self.config
+        return surrogate_requests(self.pairs, config.concept_templates, config.num_surrogate_images)[1]
+
     def surrogate_identity(self) -> Identity:
         """What the surrogate set depends on."""
         config = self.config
+        if config.naive:
+            prompts = self._naive_prompts()
+            first = first_seed("surrogate", config.seed)
+            seeds = list(range(first, first + len(prompts)))
+            return self.generator.identity("naive", prompts, prompts, seeds, self.surrogate_settings)
         return self.generator.surrogate_identity(
             self.pairs, config.concept_templates, config.num_surrogate_images, config.seed, self.surrogate_settings
         )
@@ -510,9 +530,8 @@ class Erasure:
 
     def evaluation_identity(self) -> Identity:
         """What the report depends on."""
-        facts = {name: getattr(self.config, name) for name in EVALUATION_SETTINGS}
-        return Identity("report", {**facts, "training": self.identity.digest,
-                                   "precision": precision_in_use(self.accelerator)})  # fmt: skip
+        facts = {name: getattr(self.config, name) for name in (*_REPORT, *_SAMPLING)}
+        return Identity("report", {**facts, "training": self.identity.digest})
 
     def _kept_report(self) -> dict[str, Any] | None:
         try:
