@@ -238,6 +238,103 @@ def test_ema_keeps_the_average():
     assert 0 < kept < moved
 
 
+def test_an_average_without_warm_up_is_continued_from_the_base_model():
+    """The original's decay of .9999 acts from the first step on; with warm-up it never does in a run of ours."""
+    plain, averaged = trainer_for(), trainer_for(use_ema=True, ema_decay=0.9, ema_warmup=False)
+    start, steps = weights(plain), []
+    plain._log = lambda *_: steps.append({name: value.clone() for name, value in plain.parameters.items()})
+    plain.train(), averaged.train()
+    expected = dict(start)
+    for step in steps:
+        expected = {name: 0.9 * expected[name] + 0.1 * step[name] for name in step}
+    for name, value in weights(averaged).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_fisher_information_of_another_model_is_refused():
+    trainer = trainer_for()
+    other = objective_for(build_tiny_pipeline())
+    with torch.no_grad():
+        next(other.module.parameters()).add_(1)
+    config = SelectiveAmnesiaConfig(**BASE)
+    with pytest.raises(ValueError, match="differs in the weights that it was computed from"):
+        SelectiveAmnesiaTrainer(other, config, trainer.surrogates, trainer.replay, trainer.fisher)
+
+
+def test_a_second_training_of_the_same_trainer_is_refused():
+    """Its anchor would be the erased weights."""
+    trainer = trainer_for()
+    trainer.train()
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="has trained already"):
+        trainer.train()
+    assert_equal(before, weights(trainer))
+
+
+def test_an_exception_leaves_the_module_as_it_was():
+    trainer = trainer_for(gradient_checkpointing=True, learning_rate=1e30, max_train_steps=20)
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    module = trainer.objective.module
+    assert not module.training and not module.is_gradient_checkpointing
+    assert not hasattr(module, "_original_forward")
+
+
+def test_a_model_in_half_precision_is_refused():
+    trainer = trainer_for()
+    trainer.objective.module.half()
+    with pytest.raises(ValueError, match="is torch.float16: load the model in float32"):
+        SelectiveAmnesiaTrainer(trainer.objective, trainer.config, trainer.surrogates, trainer.replay, trainer.fisher)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_step_out():
+    """Weights, moments and average stay as they were; the others go on as without it."""
+    trainer = trainer_for(max_train_steps=4, use_ema=True)
+    backward, seen = trainer._backward, []
+
+    def broken(*arguments):
+        losses = backward(*arguments)
+        seen.append(weights(trainer))
+        if len(seen) == 2:
+            next(iter(trainer.parameters.values())).grad.fill_(float("nan"))
+        return losses
+
+    trainer._backward = broken
+    trainer.train()
+    assert trainer.skipped == 1
+    assert_equal(seen[1], seen[2])
+    assert_different(seen[0], seen[1])
+    assert_different(seen[2], seen[3])
+
+
+def test_memory_that_runs_out_halves_the_batch_and_keeps_the_steps():
+    plain, short = trainer_for(train_batch_size=4), trainer_for(train_batch_size=4)
+    losses, sizes = short._losses, []
+
+    def starved(module, frozen, step, micro):
+        part = short._slices()[micro]
+        sizes.append(part.stop - part.start)
+        if part.stop - part.start > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return losses(module, frozen, step, micro)
+
+    short._losses = starved
+    first, second = plain.train(), short.train()
+    assert sizes[:3] == [4, 2, 1] and set(sizes[3:]) == {1}
+    assert [row["surrogate_loss"] for row in first] == pytest.approx(
+        [row["surrogate_loss"] for row in second], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("split", [(1, 4), (2, 2), (4, 1)])
+def test_any_split_of_the_global_batch_takes_the_same_steps(split):
+    batch, accumulation = split
+    history = trainer_for(train_batch_size=batch, gradient_accumulation_steps=accumulation).train()
+    whole = trainer_for(train_batch_size=4).train()
+    for name in ("surrogate_loss", "replay_loss", "ewc_penalty"):
+        assert [row[name] for row in history] == pytest.approx([row[name] for row in whole], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
