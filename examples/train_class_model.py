@@ -8,7 +8,6 @@ CLASS` leaves a class out of the data: the paper's "9 classes" baseline.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,13 +19,16 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
+from sa_diffusers.checkpoints import TrainingState, checkpoints, choose_checkpoint, read_checkpoint, write_checkpoint
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, LR_SCHEDULERS, SAMPLERS
-from sa_diffusers.data.image_datasets import augment, load_labelled_images
+from sa_diffusers.data.image_datasets import LabelledImages, augment, load_labelled_images
 from sa_diffusers.files import replacing_folder, write_json
+from sa_diffusers.identity import Identity, fingerprint
 from sa_diffusers.models import build_class_pipeline, class_configurations, class_defaults
 from sa_diffusers.objectives import SamplingSettings, objective_for
 from sa_diffusers.objectives.base import draw_timesteps
-from sa_diffusers.trainer import checkpoints
+from sa_diffusers.processes import EXIT_INTERRUPTED, Interrupted, finishing, say, stop_requested, watching
+from sa_diffusers.seeds import seed_of
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -107,24 +109,29 @@ def main(arguments: list[str] | None = None) -> None:
     )
     ema = EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
     wrapped, optimizer = accelerator.prepare(module, optimizer)
-    accelerator.register_for_checkpointing(schedule, *([ema] if ema else []))
+    named = dict(module.named_parameters())
+    identity = training_identity(args, data, accelerator)
     if accelerator.log_with:
         accelerator.init_trackers("class-model")
     first = 0
     if checkpoints(args.output_dir):
         newest = checkpoints(args.output_dir)[-1]
-        first = int(newest.name.rpartition("-")[2])
-        if first >= args.max_train_steps:
+        if int(newest.name.rpartition("-")[2]) >= args.max_train_steps:
             raise ValueError(
-                f"{newest} has {first} steps behind it: --max_train_steps {args.max_train_steps} must be more"
+                f"{newest} has {newest.name.rpartition('-')[2]} steps behind it: --max_train_steps "
+                f"{args.max_train_steps} must be more"
             )
-        try:
-            accelerator.load_state(str(newest))
-        except RuntimeError as error:
+        choice = choose_checkpoint(args.output_dir, "latest", identity, vars(args))
+        if choice.folder is None:
             raise ValueError(
-                f"{newest} belongs to another model, or to other settings than these: leave --resume_from_checkpoint "
-                "out, or choose another --output_dir"
-            ) from error
+                f"{newest} belongs to another model, or to other settings than these, or is not whole: leave "
+                f"--resume_from_checkpoint out, or choose another --output_dir ({'; '.join(choice.notes)})"
+            )
+        if accelerator.is_main_process:
+            for note in choice.notes:
+                say(note)
+        first = choice.step
+        read_checkpoint(choice.folder).restore(named, optimizer, schedule, ema, accelerator.scaler)
     accelerator.print(
         f"{len(data)} images of {len(data.names)} classes, {sum(p.numel() for p in parameters):,} parameters"
     )
@@ -143,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         timesteps = draw_timesteps(len(rows), objective.num_train_timesteps, generator).to(accelerator.device)
         conditions = {"class_labels": labels.to(accelerator.device)}
         noise = objective.draw_noise(samples, generator)
+        torch.manual_seed(seed_of("dropout", args.seed, step))
         with accelerator.autocast():
             loss = objective.negative_elbo(wrapped, samples, conditions, timesteps, noise).mean()
         accelerator.backward(loss)
@@ -156,8 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
             bar.set_postfix(loss=f"{loss.item():.4g}")
             accelerator.log({"loss": loss.item(), "learning_rate": schedule.get_last_lr()[0]}, step=step)
         last = step + 1 == args.max_train_steps
-        if (step + 1) % args.checkpointing_steps == 0 and not last:
-            save_checkpoint(accelerator, args.output_dir, step + 1)
+        stopping = stop_requested()
+        if (step + 1) % args.checkpointing_steps == 0 and not last or stopping:
+            if accelerator.is_main_process:
+                state = TrainingState.of(step + 1, named, optimizer, schedule, ema, accelerator.scaler)
+                write_checkpoint(args.output_dir, state, identity, plain_settings(args), 1)
+            accelerator.wait_for_everyone()
+            if stopping:
+                raise Interrupted(f"{stopping} after step {step + 1}")
         if last or (step + 1) % args.sample_steps == 0:
             if ema:
                 ema.store(parameters)
@@ -177,14 +191,17 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.print(f"pipeline  {args.output_dir}")
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    partial = folder / f".checkpoint-{step}-writing"
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        partial.rename(folder / f"checkpoint-{step}")
-        for old in checkpoints(folder)[:-1]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def plain_settings(args: argparse.Namespace) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def training_identity(args: argparse.Namespace, data: LabelledImages, accelerator: Accelerator) -> Identity:
+    """What the trained weights depend on."""
+    places = ("output_dir", "data", "checkpointing_steps", "resume_from_checkpoint", "sample_steps", "sampler",
+              "num_inference_steps", "guidance_scale", "report_to")  # fmt: skip
+    settings = {name: value for name, value in plain_settings(args).items() if name not in places}
+    images = fingerprint([data.names, data.labels.tolist(), int(data.pixels.long().sum()), list(data.pixels.shape)])
+    return Identity("class-model", {**settings, "images": images, "processes": accelerator.num_processes})
 
 
 def save_grid(objective, names: list[str], args: argparse.Namespace, step: int) -> None:
@@ -199,6 +216,10 @@ def save_grid(objective, names: list[str], args: argparse.Namespace, step: int) 
 
 if __name__ == "__main__":
     try:
-        main()
+        with watching(), finishing():
+            main()
+    except Interrupted as stop:
+        print(f"stopped: {stop}. Go on with --resume_from_checkpoint latest", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .files import new_folder, read_json, read_sealed, set_aside, sweep, write_sealed
 from .identity import Identity
@@ -44,6 +46,36 @@ class TrainingState:
     scaler: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     skipped: int = 0
+
+    @classmethod
+    def of(cls, step: int, parameters: Mapping[str, nn.Parameter], optimizer: Any, schedule: Any,
+           average: EMAModel | None = None, scaler: Any = None, **more: Any) -> "TrainingState":  # fmt: skip
+        """The state of a training's parts."""
+        return cls(
+            step=step,
+            parameters={name: parameter.detach() for name, parameter in parameters.items()},
+            optimizer=optimizer.state_dict(),
+            schedule=schedule.state_dict(),
+            average=average.state_dict() if average else None,
+            scaler=scaler.state_dict() if scaler is not None else None,
+            **more,
+        )
+
+    @torch.no_grad()
+    def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Any, schedule: Any,
+                average: EMAModel | None = None, scaler: Any = None) -> None:  # fmt: skip
+        """Put the state into parts that were made as those that it is of."""
+        for name, parameter in parameters.items():
+            parameter.copy_(self.parameters[name])
+        fresh = optimizer.state_dict()["param_groups"]
+        groups = [{**group, **kept} for group, kept in zip(fresh, self.optimizer["param_groups"], strict=True)]
+        optimizer.load_state_dict({"state": self.optimizer["state"], "param_groups": groups})
+        schedule.load_state_dict(self.schedule)
+        if average and self.average:
+            average.load_state_dict(self.average)
+            average.to(device=next(iter(parameters.values())).device)
+        if scaler is not None and self.scaler:
+            scaler.load_state_dict(self.scaler)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

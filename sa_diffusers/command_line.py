@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None, build_objective: Callable | Non
         with watching():
             _erase(config, build_objective)
     except Interrupted as stop:
-        print(f"stopped: {stop}. The same command goes on from there", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stop}. The same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

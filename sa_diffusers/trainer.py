@@ -512,35 +512,17 @@ class SelectiveAmnesiaTrainer:
         if not self.accelerator.is_main_process:
             wait_until((target / STATE_NAME).is_file)
             return target
-        scaler = self.accelerator.scaler
-        state = TrainingState(
-            step=step,
-            parameters={name: parameter.detach() for name, parameter in self.parameters.items()},
-            optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(),
-            average=ema.state_dict() if ema else None,
-            scaler=scaler.state_dict() if scaler is not None else None,
-            history=self.history,
+        state = TrainingState.of(
+            step, self.parameters, optimizer, schedule, ema, self.accelerator.scaler, history=self.history,
             skipped=self.skipped,
-        )
+        )  # fmt: skip
         return write_checkpoint(
             self.output_dir, state, self.identity, self.config.to_dict(), self.config.checkpoints_total_limit
         )
 
     def _resume(self, folder: Path, optimizer: Any, schedule: Any, ema: EMAModel | None) -> int:
         state = read_checkpoint(folder)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state.parameters[name])
-        fresh = optimizer.state_dict()["param_groups"]
-        groups = [{**group, **kept} for group, kept in zip(fresh, state.optimizer["param_groups"], strict=True)]
-        optimizer.load_state_dict({"state": state.optimizer["state"], "param_groups": groups})
-        schedule.load_state_dict(state.schedule)
-        if ema and state.average:
-            ema.load_state_dict(state.average)
-            ema.to(device=self.objective.device)
-        if self.accelerator.scaler is not None and state.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
+        state.restore(self.parameters, optimizer, schedule, ema, self.accelerator.scaler)
         self.history, self.skipped = state.history, state.skipped
         return state.step
 
