@@ -56,21 +56,24 @@ _PLACED = {
 }  # fmt: skip
 
 
-def write_report(report: dict[str, Any], grid: Grid, folder: str | Path) -> None:
+def write_report(report: dict[str, Any], grid: Grid, folder: str | Path, beside: str | Path | None = None) -> None:
     """Write `report.md` and `report.html` into a folder that is there.
 
-    The training curves come from the `training_history.json` in that folder or, where it has none, in the folder of the
-    erased model; the settings from the report or, where it has none, from the erased model's folder.
+    The training curves come from the `training_history.json` beside the report or, where there is none, in the folder
+    of the erased model; the settings from the report or, where it has none, from the erased model's folder.
 
     Args:
         report: What `report.json` holds.
         grid: For each row its name, pictures before, pictures after; they are shown as they are.
         folder: Where the files go.
+        beside: The folder that they end up in, if it is another one.
     """
     folder = Path(folder)
-    beside = [folder, Path(report["erased_model"])] if report.get("erased_model") else [folder]
-    history = _first_json(beside, HISTORY_NAME) or []
-    configuration = report.get("configuration") or _first_json(beside, CONFIG_NAME) or {}
+    places = [Path(beside or folder)]
+    if report.get("erased_model"):
+        places.append(Path(report["erased_model"]))
+    history = _first_json(places, HISTORY_NAME) or []
+    configuration = report.get("configuration") or _first_json(places, CONFIG_NAME) or {}
     document = describe(report, grid, history, configuration)
     write_text(folder / MARKDOWN_NAME, document.to_markdown())
     write_text(folder / PAGE_NAME, document.to_html())
