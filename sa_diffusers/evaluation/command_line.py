@@ -1,7 +1,6 @@
 """From the command line of `examples/evaluate_sa.py` to a report."""
 
 import argparse
-import contextlib
 import shlex
 import sys
 import time
@@ -11,16 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from ..configuration import CONFIG_NAME, REPORT_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_defaults
+from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_defaults
 from ..data.image_datasets import load_labelled_images
 from ..data.prompts import pair_classes, pair_concepts, read_prompts, read_templates
 from ..data.sensitive import BLUR_CHOICES, must_blur
-from ..files import read_json
-from ..hub import HUB_TIMEOUT_SECONDS, one_line
+from ..hub import one_line
 from ..model_card import write_model_card
 from ..objectives import Objective, SamplingSettings, load_pipeline, objective_for
 from ..objectives.base import fingerprint_module
@@ -46,6 +42,7 @@ from .detector_protocols import (
     format_nudity,
     nudity_protocol,
 )
+from .erased import erasure_settings
 from .faces import CelebrityDetector
 from .memory import batch_size_for
 from .nudity import NudityDetector, read_i2p
@@ -167,17 +164,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def erasure_of(args: argparse.Namespace) -> SelectiveAmnesiaConfig:
     """The settings of the erasure, with what the command line says otherwise."""
-    path = _erased_file(args, CONFIG_NAME)
-    values = read_json(path) if path else base_defaults({"pretrained_model_name_or_path": args.base})
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings: give the folder that an erasure wrote")
-    # The precision in use, which the settings may have left to the machine.
-    report = _erased_file(args, REPORT_NAME)
-    recorded = read_json(report) if report else {}
-    if isinstance(recorded, dict) and recorded.get("mixed_precision"):
-        values["mixed_precision"] = recorded["mixed_precision"]
+    values = erasure_settings(args.erased, args.erased_revision)
+    values = values or base_defaults({"pretrained_model_name_or_path": args.base})
     # Where samples are kept is a matter of this machine, not of the one that erased.
-    for name in ("sa_diffusers_version", "artifacts_dir", "cache_dir"):
+    for name in ("artifacts_dir", "cache_dir"):
         values.pop(name, None)
     if args.base != values.get("pretrained_model_name_or_path"):
         # They are of another place than this one.
@@ -188,18 +178,7 @@ def erasure_of(args: argparse.Namespace) -> SelectiveAmnesiaConfig:
     values |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not values.get("concept"):
         raise ValueError(f"{args.erased} has no {CONFIG_NAME} that says what was erased: give --concept")
-    return SelectiveAmnesiaConfig.from_dict(values, str(path or args.erased))
-
-
-def _erased_file(args: argparse.Namespace, name: str) -> Path | None:
-    """A file of the erased model's folder or repository, if it has one."""
-    path = Path(args.erased) / name
-    if not Path(args.erased).exists():
-        with contextlib.suppress(HfHubHTTPError, OSError, ValueError):
-            return Path(
-                hf_hub_download(args.erased, name, revision=args.erased_revision, etag_timeout=HUB_TIMEOUT_SECONDS)
-            )
-    return path if path.is_file() else None
+    return SelectiveAmnesiaConfig.from_dict(values, f"{args.erased}/{CONFIG_NAME}")
 
 
 class Evaluation:

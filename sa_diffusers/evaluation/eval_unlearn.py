@@ -1,21 +1,16 @@
 """Erased pipelines as a technique of the benchmark package eval-unlearn, found through its entry-point group."""
 
-import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from ..configuration import CONFIG_NAME, REPORT_NAME
-from ..files import read_json
-from ..hub import HUB_TIMEOUT_SECONDS
 from ..objectives import SamplingSettings, load_pipeline, objective_for
+from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"
 _TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,15 +54,13 @@ class SelectiveAmnesiaTechnique:
         erase_concept: str | None = None,
         **unused: Any,
     ) -> None:
-        erasure = _recorded(model_id, CONFIG_NAME, revision)
-        precision = mixed_precision or _recorded(model_id, REPORT_NAME, revision).get("mixed_precision")
-        precision = precision or erasure.get("mixed_precision")
+        erasure = erasure_settings(model_id, revision)
         given = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
                  "resolution": resolution}  # fmt: skip
         known = {name: erasure[name] if value is None else value for name, value in given.items()
                  if value is not None or name in erasure}  # fmt: skip
         self.settings = SamplingSettings(**known, batch_size=batch_size)
-        self._autocast = _autocast(precision)
+        self._autocast = _autocast(mixed_precision or erasure.get("mixed_precision"))
         self.objective = objective_for(
             load_pipeline(model_id, revision, variant), prediction_type or erasure.get("prediction_type")
         ).to(Accelerator().device)
@@ -84,17 +77,7 @@ class SelectiveAmnesiaTechnique:
         return self.objective.decode(samples)
 
 
-def _recorded(model_id: str, name: str, revision: str | None) -> dict[str, Any]:
-    """What a JSON file of an erased pipeline holds, in its folder or on the Hub; empty if it has none."""
-    path = Path(model_id) / name
-    if not Path(model_id).exists():
-        with contextlib.suppress(HfHubHTTPError, OSError, ValueError):
-            path = Path(hf_hub_download(model_id, name, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS))
-    values = read_json(path) if path.is_file() else {}
-    return values if isinstance(values, dict) else {}
-
-
-def _autocast(precision: str | None) -> Callable[[], contextlib.AbstractContextManager]:
+def _autocast(precision: str | None) -> Callable[[], AbstractContextManager]:
     """What to draw in. The benchmark's own accelerate may be in another precision, which is none of ours to change."""
     if precision is None:
         return Accelerator().autocast
