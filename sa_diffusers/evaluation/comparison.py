@@ -20,6 +20,7 @@ from ..data.generation import SampleGenerator, count_black
 from ..data.prompts import ErasurePair, fill_template
 from ..data.sample_set import SampleSet
 from ..files import write_json
+from ..hub import visible
 from ..objectives import Objective, SamplingSettings
 from .classification import Classification, ImageClassifier
 from .memory import in_batches
@@ -572,6 +573,7 @@ def format_table(report: dict[str, Any]) -> str:
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of cells, the header first, as lines of text with a rule under the header."""
+    lines = [[visible(cell) for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled]

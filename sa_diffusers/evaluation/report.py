@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from ..files import read_json, write_text
+from ..hub import requoted
 from .charts import curve_svg, histogram, histogram_svg, tick_text
 from .document import (
     Block,
@@ -784,7 +784,7 @@ def _reproduce(report: dict[str, Any], configuration: dict[str, Any], trained: b
     command = report.get("command")
     if command:
         blocks += [Paragraph("The command that made this report:"),
-                   Command(command if isinstance(command, str) else shlex.join(command))]  # fmt: skip
+                   Command(requoted(command))]  # fmt: skip
     elif report.get("configuration"):
         blocks += [
             Paragraph(
