@@ -10,6 +10,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -206,7 +207,7 @@ def _published(folder: Path) -> list[Path]:
     Raises:
         ValueError: One of them is a link that leads out of the folder.
     """
-    settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    settings = _named_values(folder / CONFIG_NAME)
     logs = os.path.normpath(str(settings.get("logging_dir") or "logs"))
     left_out = {"logs", *([logs] if logs != "." else [])}
     left_out |= {str(path.parent.relative_to(folder)) for path in evaluation_reports(folder, stale=True)}
@@ -242,13 +243,20 @@ def evaluation_reports(folder: str | Path, stale: bool = False) -> list[Path]:
         stale: Those of an earlier pipeline in the same folder instead, which are no evidence of this one.
     """
     folder = Path(folder)
-    own = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+    own = _named_values(folder / REPORT_NAME)
 
     def is_stale(path: Path) -> bool:
-        modules = {report["erased_module"] for report in (own, read_json(path)) if report.get("erased_module")}
+        modules = {report["erased_module"] for report in (own, _named_values(path)) if report.get("erased_module")}
         return len(modules) > 1
 
     return [path for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")) if is_stale(path) == stale]
+
+
+def _named_values(path: Path) -> dict[str, Any]:
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds other values than a run writes: restore it or remove it")
+    return values
 
 
 def _is_report(inside: Path) -> bool:

@@ -4,12 +4,13 @@ import argparse
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_defaults
@@ -210,6 +211,8 @@ class Evaluation:
         )
         if args.batch_size is None:
             settings = batch_size_for(base, settings, self.pairs[0].concept)
+            # Batches are dealt out to processes: all must mean the same by them.
+            settings = replace(settings, batch_size=min(gather_object([settings.batch_size])))
         folder = args.artifacts_dir or config.resolved_artifacts_dir
         self.subject = Subject(base, erased, self.pairs, settings, args.images, args.seed, folder, self.accelerator)
         self.classifier = ImageClassifier(config.classifier, device) if config.classifier else None

@@ -192,6 +192,6 @@ def _load(source: str) -> Any:
         return load_dataset(source, split="train")
     except Exception as error:
         raise ValueError(
-            f'no dataset "{source}" could be loaded ({one_line(error)}): give a CSV or parquet file with columns prompt and '
-            f"sd_seed, or a name on the Hub such as {I2P_NAME}"
+            f'no dataset "{source}" could be loaded ({one_line(error)}): give a CSV or parquet file with columns '
+            f"prompt and sd_seed, or a name on the Hub such as {I2P_NAME}"
         ) from error
