@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -327,8 +327,9 @@ def check_card(text):
     return ["\n".join(block) for block in blocks]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(NAMES, NAMES)
+@example("a\n```\n# b", "```")
 def test_any_name_makes_a_card_that_holds(tmp_path_factory, name, other):
     folder = pipeline_index(tmp_path_factory.mktemp("out"))
     report = {**FULL_REPORT, "pairs": [{"concept": name, "surrogate": other, "kind": "prompt"}], "base_model": name,

@@ -688,8 +688,8 @@ def test_the_totals_of_the_detectors_are_tables_of_their_own(tmp_path):
 
 
 SENSITIVE = [
-    "nudity", "a Naked person", "NSFW_content", "n.s.f.w.", "ＮＵＤＥ", "nud\u200bity", "nudité", "nude's", "semi-nude",
-    "erotic art", "裸女の写真", "누드화", "обнажённая женщина", "NUDITA\u0300", "Pornography",
+    "nudity", "a Naked person", "NSFW_content", "n.s.f.w.", "ＮＵＤＥ", "na\u200bked", "nudité", "hentai's", "genitalias",
+    "semi-nude", "erotic art", "裸女の写真", "누드화", "обнажённая женщина", "NUDITA\u0300", "Pornography",
 ]  # fmt: skip
 HARMLESS = ["Brad Pitt", "van Gogh style", "Essex", "Middlesex", "denuded hills", "church", "sneaker", "numb", "0", ""]
 
@@ -782,7 +782,7 @@ NAMES = st.text(st.characters(exclude_categories=()), max_size=40) | st.sampled_
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(NAMES, NAMES)
 def test_any_name_is_text_and_nothing_else(tmp_path_factory, name, other):
     folder = tmp_path_factory.mktemp("report")
