@@ -324,6 +324,7 @@ def check_card(text):
     # No heading, list or rule but those of the card itself.
     headings = [line for line in prose if line.startswith("#")]
     assert all(re.match("# |## [A-Z]|### (Protocol: |At the end)", line) for line in headings)
+    assert sum(line.startswith("# ") for line in headings) == 1
     return ["\n".join(block) for block in blocks]
 
 
@@ -345,7 +346,8 @@ def test_any_name_makes_a_card_that_holds(tmp_path_factory, name, other):
                "fisher": other, "ewc_weight": 1.0}  # fmt: skip
     write_json(folder / "selective_amnesia.json", written)
     assert write_model_card(folder)
-    loading, commands, _ = check_card((folder / "README.md").read_text(encoding="utf-8"))
+    loading, commands, citation = check_card((folder / "README.md").read_text(encoding="utf-8"))
+    assert citation.startswith("@inproceedings")
     assert loading.startswith("from diffusers import DiffusionPipeline\n\npipeline = ")
     assert commands.startswith("accelerate launch examples/train_sa.py --config selective_amnesia.json")
     assert "\npython examples/evaluate_sa.py --concept " in commands
