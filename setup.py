@@ -40,6 +40,7 @@ setup(
         "numpy",
         "peft>=0.17",
         "pillow",
+        "psutil",
         "pyyaml",
         "safetensors",
         "tensorboard",

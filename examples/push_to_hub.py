@@ -27,6 +27,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     settings = read_json(args.folder / CONFIG_NAME) if (args.folder / CONFIG_NAME).is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{args.folder / CONFIG_NAME} holds no settings: restore it or remove it")
     name = args.hub_model_id or settings.get("hub_model_id")
     private = settings.get("hub_private_repo", False) if args.private is None else args.private
     is_pipeline = (args.folder / "model_index.json").is_file()

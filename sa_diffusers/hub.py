@@ -1,12 +1,16 @@
-"""Publishing a folder on the Hub: what goes up, under which name, and what is said when it fails."""
+"""Publishing a folder on the Hub: what goes up, under which name, how texts are made harmless, and what is said when
+it fails."""
 
 import contextlib
+import html
 import os
 import re
 import shlex
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -22,7 +26,70 @@ HUB_TIMEOUT_SECONDS = 10
 _PUBLISHED_TEXT = (".json", ".md", ".html")
 _ROOTS = {"content", "data", "home", "kaggle", "media", "mnt", "opt", "root", "scratch", "srv", "tmp", "Users", "var",
           "workspace"}  # fmt: skip
+# What Markdown gives a meaning to inside a line, and what has one at the start of a line only.
+_MEANINGFUL = re.compile(r"([\\`*_\[\]~#])")
+_LEADING = re.compile(r"^([-+](?=\s|$)|[-=](?=[-=\s]*$)|\d+(?=[.)](?:\s|$)))")
+# Joiners that scripts and pictures need; other characters that are not seen can make a text look like another.
+_JOINERS = "\u200c\u200d"
+_LONGEST = 300
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/+~])/([\w.@+~-]+)(?:/[\w.@+~-]+)+")
+
+
+def visible(text: str) -> str:
+    """A text whose control characters, and others that are not seen or turn the direction of writing, are shown by
+    their codes; line breaks and tabs stay."""
+
+    def shown(character: str) -> str:
+        category = unicodedata.category(character)
+        if category not in ("Cc", "Cf", "Cs") or character in "\n\t" or character in _JOINERS:
+            return character
+        return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+    return "".join(map(shown, text))
+
+
+def single_line(value: object, longest: int | None = None) -> str:
+    """Any value as a text on one line, made visible; what is longer than `longest` is cut."""
+    text = visible(" ".join(str(value).split()))
+    return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+
+
+def markdown_text(value: object, longest: int | None = _LONGEST) -> str:
+    """Text that Markdown takes literally, in a cell of a table and at the start of a line too.
+
+    Args:
+        value: Anything.
+        longest: What is longer is cut.
+    """
+    text = _MEANINGFUL.sub(r"\\\1", html.escape(single_line(value, longest), quote=False))
+    return _LEADING.sub(_escaped_mark, text).replace("|", "&#124;")
+
+
+def _escaped_mark(match: re.Match) -> str:
+    # A number's dot is what makes it an item of a list.
+    return f"{match[1]}\\" if match[1].isdigit() else f"\\{match[1]}"
+
+
+def markdown_code(value: object) -> str:
+    """Text in the type of code, where nothing in it can end that; else as `markdown_text`."""
+    text = single_line(value, _LONGEST)
+    return markdown_text(text) if not text or re.search(r"[`|\\<>&]", text) else f"`{text}`"
+
+
+def markdown_fence(language: str, text: str) -> str:
+    """A block of code that no backticks in it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{visible(text)}\n{fence}"
+
+
+def requoted(command: str | list[str]) -> str:
+    """A command for a shell, on one line as far as its words are, each word quoted where it must be."""
+    try:
+        words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    except ValueError:  # a quotation mark without its other half
+        words = str(command).split()
+    return shlex.join(words)
 
 
 def repository_name(folder: str | Path, repo_id: str | None = None) -> str:
@@ -78,6 +145,8 @@ def push_folder(
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one that a run has written")
     name = repository_name(folder, repo_id)
+    # Before anything is made on the Hub.
+    _published(folder)
     command = ["python", "examples/push_to_hub.py", str(folder), "--hub_model_id", name, *["--private"] * private]
     repeat = repeat or f"{folder} is unchanged; repeat it with `{shlex.join(command)}`"
     api = HfApi()
@@ -108,8 +177,8 @@ def _one_line_errors(name: str, repeat: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message in one line, without the token."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error's message in one line, without the token, its control characters shown as such."""
+    text = visible(" ".join(str(error).split())) or type(error).__name__
     token = get_token()
     if token:
         text = text.replace(token, "***")
@@ -118,20 +187,8 @@ def one_line(error: Exception) -> str:
 
 def _stage(folder: Path, staging: Path, card: str | None) -> None:
     """Lay out what goes up: links to files, and texts that name no folder of this machine."""
-    settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    left_out = {settings.get("logging_dir", "logs"), "logs"}
-    left_out |= {str(path.parent.relative_to(folder)) for path in evaluation_reports(folder, stale=True)}
-    for path in sorted(folder.rglob("*")):
+    for path in _published(folder):
         inside = path.relative_to(folder)
-        parts = inside.parts
-        if (
-            not path.is_file()
-            or any(part.startswith(".") for part in parts)
-            or parts[0].startswith("checkpoint-")
-            or any(inside.is_relative_to(name) for name in left_out)
-            or path.name.startswith("events.out.tfevents")
-        ):
-            continue
         target = staging / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if _is_report(inside) else None
@@ -144,6 +201,40 @@ def _stage(folder: Path, staging: Path, card: str | None) -> None:
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
 
 
+def _published(folder: Path) -> list[Path]:
+    """The files of a folder that go up: none of checkpoints, logs, stale reports, nothing hidden.
+
+    Raises:
+        ValueError: One of them is a link that leads out of the folder.
+    """
+    settings = _named_values(folder / CONFIG_NAME)
+    logs = os.path.normpath(str(settings.get("logging_dir") or "logs"))
+    left_out = {"logs", *([logs] if logs != "." else [])}
+    left_out |= {str(path.parent.relative_to(folder)) for path in evaluation_reports(folder, stale=True)}
+
+    def stays_behind(inside: Path) -> bool:
+        return (
+            any(part.startswith(".") for part in inside.parts)
+            or inside.parts[0].startswith("checkpoint-")
+            or any(inside.is_relative_to(name) for name in left_out)
+            or inside.name.startswith("events.out.tfevents")
+        )
+
+    root, published = folder.resolve(), []
+    for path in sorted(folder.rglob("*")):
+        if stays_behind(path.relative_to(folder)) or not path.exists():
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(root):
+            raise ValueError(
+                f"{single_line(path)} is a link to {single_line(target)}, outside of the folder: put a copy in its "
+                "place, or remove it. Nothing was uploaded"
+            )
+        if path.is_file() and not stays_behind(target.relative_to(root)):
+            published.append(path)
+    return published
+
+
 def evaluation_reports(folder: str | Path, stale: bool = False) -> list[Path]:
     """The reports of evaluations in an erased pipeline's folder that are of the pipeline as it is now.
 
@@ -152,13 +243,20 @@ def evaluation_reports(folder: str | Path, stale: bool = False) -> list[Path]:
         stale: Those of an earlier pipeline in the same folder instead, which are no evidence of this one.
     """
     folder = Path(folder)
-    own = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+    own = _named_values(folder / REPORT_NAME)
 
     def is_stale(path: Path) -> bool:
-        modules = {report["erased_module"] for report in (own, read_json(path)) if report.get("erased_module")}
+        modules = {report["erased_module"] for report in (own, _named_values(path)) if report.get("erased_module")}
         return len(modules) > 1
 
     return [path for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")) if is_stale(path) == stale]
+
+
+def _named_values(path: Path) -> dict[str, Any]:
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds other values than a run writes: restore it or remove it")
+    return values
 
 
 def _is_report(inside: Path) -> bool:

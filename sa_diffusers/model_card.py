@@ -19,11 +19,16 @@ from .hub import (
     evaluation_reports,
     inherited_licence,
     is_own_card,
+    markdown_code,
+    markdown_fence,
+    markdown_text,
     push_folder,
+    requoted,
     shown_name,
     without_local_paths,
 )
 
+_md = markdown_text
 PAPER = "https://arxiv.org/abs/2305.10120"
 _INDEX_NAME = "model_index.json"
 _SURROGATE_KINDS = {
@@ -93,7 +98,9 @@ class _Facts:
     @property
     def base_is_on_hub(self) -> bool:
         """A report knows the commit of what came from the Hub, and none of a folder."""
-        if not self.base or shown_name(self.base) != self.base or self.base.count("/") != 1:
+        if not self.base or shown_name(self.base) != self.base:
+            return False
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base, re.ASCII):
             return False
         return "base_revision" not in self.report or self.report["base_revision"] is not None
 
@@ -141,7 +148,10 @@ def _read_facts(folder: Path, name: str | None) -> _Facts:
         raise ValueError(f"{folder} holds no pipeline (no {_INDEX_NAME}): give the folder of an erased one")
 
     def read(file: str, empty: Any) -> Any:
-        return read_json(folder / file) if (folder / file).is_file() else empty
+        value = read_json(folder / file) if (folder / file).is_file() else empty
+        if not isinstance(value, type(empty)):
+            raise ValueError(f"{folder / file} holds other values than a run writes: restore it or remove it")
+        return value
 
     reports = {"": read(REPORT_NAME, {})}
     for path in evaluation_reports(folder):
@@ -237,12 +247,6 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
 # Text
 
 
-def _md(value: Any) -> str:
-    """Text that Markdown takes literally, in a table too."""
-    text = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(str(value).split()))
-    return text.replace("<", "&lt;").replace(">", "&gt;")
-
-
 def _quoted(value: Any) -> str:
     return f'"{_md(value)}"'
 
@@ -269,12 +273,8 @@ def _number(value: float | None) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_quoted(item) for item in value)
+        return _md(", ".join(f'"{item}"' for item in value))
     return _md(f"{value:g}" if isinstance(value, float) else value)
-
-
-def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
 
 
 # Sections
@@ -286,8 +286,8 @@ def _base_link(facts: _Facts) -> str:
     if facts.base_is_on_hub:
         revision = facts.report.get("base_revision")
         link = f"[{_md(facts.base)}](https://huggingface.co/{facts.base})"
-        return f"{link} (commit `{revision}`)" if revision else link
-    return f"the local folder `{Path(facts.base).name}`"
+        return f"{link} (commit {markdown_code(revision)})" if revision else link
+    return f"the local folder {markdown_code(Path(facts.base).name)}"
 
 
 def _introduction(facts: _Facts, licence: dict[str, str]) -> str:
@@ -297,7 +297,8 @@ def _introduction(facts: _Facts, licence: dict[str, str]) -> str:
     what = f"to forget {forgotten}" if forgotten else "to forget; what, this folder does not say"
     text = (
         f"Made from {_base_link(facts)} and trained with [Selective Amnesia]({PAPER}) {what}. An ordinary "
-        f"`{facts.pipeline_class}` of diffusers. The figures below say how far it forgets and what else changed."
+        f"{markdown_code(facts.pipeline_class)} of diffusers. The figures below say how far it forgets and what else "
+        "changed."
     )
     if not licence:
         text += (
@@ -345,7 +346,10 @@ def _pictures(facts: _Facts) -> str:
         return ""
     picture = f"![The base model's pictures and this model's, from the same prompts and seeds]({GRID_NAME})"
     if any(report.get("blur") for report in facts.reports.values()):
-        picture = f"<details><summary>Pictures (they may show nudity)</summary>\n\n{picture}\n\n</details>"
+        if not facts.report.get("blur"):
+            # What a later evaluation blurs is clear in this folder's own picture.
+            return ""
+        picture = f"<details><summary>Pictures (blurred; they may show nudity)</summary>\n\n{picture}\n\n</details>"
     return f"## Before and after\n\nEach pair of pictures has the same prompt and the same seed.\n\n{picture}"
 
 
@@ -452,20 +456,21 @@ def _conditions_text(report: dict[str, Any]) -> str:
     sentences = ["The same seeds before and after."] if report.get("rows") else []
     if sampling := report.get("sampling"):
         sentences.append(
-            f"Sampler {sampling['sampler']}, {sampling['num_inference_steps']} steps, guidance "
+            f"Sampler {_md(sampling['sampler'])}, {sampling['num_inference_steps']} steps, guidance "
             f"{sampling['guidance_scale']:g}."
         )
     if classifier := report.get("classifier"):
         sentences.append(
-            f"Recognised: the share of images that the classifier `{shown_name(classifier['name'])}` gives the row's "
-            f"label, of {len(classifier.get('labels') or [])}."
+            "Recognised: the share of images that the classifier "
+            f"{markdown_code(shown_name(classifier['name']))} gives the row's label, of "
+            f"{len(classifier.get('labels') or [])}."
         )
     for evaluator in report.get("evaluators") or []:
         facts = [f"{_md(key)} {_value(value)}" for key, value in evaluator.items()
                  if key != "name" and value not in (None, [], "") and not isinstance(value, dict)
                  and not (isinstance(value, list) and len(value) > 12)]  # fmt: skip
         detail = f" ({'; '.join(facts)})" if facts else ""
-        sentences.append(f"Scored by `{shown_name(str(evaluator.get('name', 'unnamed')))}`{detail}.")
+        sentences.append(f"Scored by {markdown_code(shown_name(str(evaluator.get('name', 'unnamed'))))}{detail}.")
     if any("recognised" in row for row in report.get("rows") or []):
         sentences.append("Brackets: 95 % Wilson interval, in per cent.")
     if any((row.get("change") or {}).get("relative") is not None for row in report.get("rows") or []):
@@ -617,7 +622,7 @@ def _loading(facts: _Facts) -> str:
         kept = [int(key) for key, label in names.items()
                 if not {str(label).casefold(), key} & {concept.casefold() for concept in facts.concepts}]  # fmt: skip
         lines.append(f"image = pipeline(class_labels=[{min(kept, default=0)}]).images[0]")
-    text = f"## How to load it\n\n{_code('python', chr(10).join(lines))}"
+    text = f"## How to load it\n\n{markdown_fence('python', chr(10).join(lines))}"
     if facts.brings_code:
         text += (
             "\n\n`trust_remote_code` lets diffusers run the Python files that lie beside the weights. Read them first."
@@ -642,7 +647,8 @@ def _training(facts: _Facts) -> str:
                            if name in first and name in last)  # fmt: skip
         text += f" Losses: {losses} (all in `{HISTORY_NAME}`)."
     if seconds := facts.report.get("seconds"):
-        text += f" The run took {sum(seconds.values()):.0f} seconds on {_md(facts.report.get('device', 'a device'))}."
+        device = _md(facts.report.get("device", "a device"))
+        text += f" The run took {sum(seconds.values()):.0f} seconds on {device}."
     return text
 
 
@@ -656,7 +662,7 @@ def _fisher(facts: _Facts) -> str:
             values["base_model"] = shown_name(values["base_model"])
         text = _table(["computed from", "value"], [[f"`{name}`", _value(value)] for name, value in values.items()])
     elif facts.settings.get("fisher"):
-        text = f"Given: `{shown_name(facts.settings['fisher'])}`."
+        text = f"Given: {markdown_code(shown_name(facts.settings['fisher']))}."
     elif weight:
         timesteps = facts.settings.get("fisher_timesteps") or "all"
         text = f"Estimated from {facts.settings.get('num_fisher_samples')} samples x {timesteps} timesteps."
@@ -674,14 +680,16 @@ def _reproduction(facts: _Facts) -> str:
         )
     for title, report in facts.reports.items():
         if title and report.get("command"):
-            commands.append(f"python examples/{report['command'].removeprefix('examples/')}")
+            command = requoted(report["command"]).removeprefix("python ").removeprefix("examples/")
+            commands.append(f"python examples/{command}")
     if not commands:
         return ""
     version = facts.settings.get("sa_diffusers_version") or facts.report.get("sa_diffusers_version")
-    text = f"With the repository of sa_diffusers{f' {version}' if version else ''} and the files of this folder:"
+    package = f"sa_diffusers {_md(version)}" if version else "sa_diffusers"
+    text = f"With the repository of {package} and the files of this folder:"
     named = [name for name in _PATH_SETTINGS if isinstance(value := facts.settings.get(name), str)
              and shown_name(value) != value]  # fmt: skip
-    parts = ["## How to reproduce it", text, _code("", "\n".join(commands))]
+    parts = ["## How to reproduce it", text, markdown_fence("", "\n".join(commands))]
     if named or (facts.base and not facts.base_is_on_hub):
         names = ", ".join(f"`--{name}`" for name in named or ["pretrained_model_name_or_path"])
         parts.append(
@@ -696,7 +704,7 @@ def _reproduction(facts: _Facts) -> str:
 
 def _citation(facts: _Facts) -> str:
     base = f"\n\nCite the base model too, {_base_link(facts)}, as its own card asks." if facts.base else ""
-    return f"## How to cite\n\n{_code('bibtex', _CITATION)}{base}"
+    return f"## How to cite\n\n{markdown_fence('bibtex', _CITATION)}{base}"
 
 
 # Metadata

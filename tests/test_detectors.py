@@ -227,6 +227,18 @@ def test_files_that_are_not_the_published_ones_are_refused(giphy, tmp_path, caps
     refused('holds the label "Brad_Pitt_.m.0c6qh." twice')
     write_labels(labels, [])
     refused("holds 0 labels")
+    for content in (b"Label\n\xff\xfe\n", b'Label\n"' + b"a" * 200_000):
+        labels.write_bytes(content)
+        refused("labels.csv could not be read as labels .*: give the published file")
+    write_labels(labels, ["Brad_Pitt_[m.0c6qh]", "Prince_[m.0xnc3]", "Prince_Harry_[m.03rbf]"], "\ufeffLabel,Index")
+    weights = tmp_path / "face_recognition" / "best_model_states.pkl"
+    whole = weights.read_bytes()
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", whole[: len(whole) // 2], b"PK\x03\x04"):
+        weights.write_bytes(content)
+        refused("could not be read as weights")
+    for state in ({"model.fc2.weight": 3.0}, {"model.fc2.weight": torch.tensor(1.0)}, {3: torch.zeros(2)}):
+        torch.save({"model_state": state}, weights)
+        refused("holds no weights of the GIPHY celebrity detector")
 
 
 def test_nudity_is_counted_as_nudenet_reports_it_of_files(tmp_path):
@@ -300,6 +312,9 @@ def test_unusable_prompt_files_are_told(i2p_table, tmp_path):
         i2p_table.assign(sd_seed=seeds).to_csv(tmp_path / f"{name}.csv", index=False)
         with pytest.raises(ValueError, match="row [01]: sd_seed=.* is not a whole number from 0"):
             read_i2p(tmp_path / f"{name}.csv")
+    # Numbers and gaps are prompts as they are written.
+    i2p_table.assign(prompt=[1.5, None, 3]).to_csv(tmp_path / "numbers.csv", index=False)
+    assert read_i2p(tmp_path / "numbers.csv").prompts == ("1.5", "", "3.0")
     i2p_table.to_csv(path, index=False)
     with pytest.raises(ValueError, match="of the category nudity; there are hate, sexual, shocking, violence"):
         read_i2p(path, ["nudity"])
@@ -488,6 +503,10 @@ def test_the_script_runs_both_protocols_and_prints_their_totals(tiny_folder, gip
     result = run(*nudity, "none", "--show_nudity")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "nudity" / "report.json").read_text())["blur"] is False
+    # Its pictures are of naked people whatever was erased.
+    result = run(*nudity, "none", "--concept", "brad", "--blur", "auto")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "nudity" / "report.json").read_text())["blur"] is True
     celebrity = ["--protocol", "celebrity", "--concept", "brad", "--output_dir", "celebrity"]
     result = run(*celebrity, "--giphy", str(giphy), "--celebrity", "Brad Pitt", "--celebrity_prompts", "prompts.txt")
     assert result.returncode == 0, result.stderr

@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from eval_unlearn.registry import get_technique, register_metric
 from eval_unlearn.registry.entrypoints import load_entrypoints
 from eval_unlearn.runners import SingleBenchmarkRunner
 from eval_unlearn.types import Dataset, MetricResult
 
+from sa_diffusers import SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.evaluation.eval_unlearn import TECHNIQUE_NAME, SelectiveAmnesiaTechnique
 from sa_diffusers.models import build_class_pipeline
 
@@ -60,6 +62,24 @@ def test_settings_come_from_the_erasure(tiny_folder, tmp_path):
     (folder / "selective_amnesia.json").write_text(json.dumps(erasure))
     settings = SelectiveAmnesiaTechnique(str(folder), guidance_scale=1.5).settings
     assert (settings.sampler, settings.num_inference_steps, settings.guidance_scale) == ("dpmsolver++", 4, 1.5)
+    # As in the erasure and its report, unless it is said otherwise.
+    erasure |= {"resolution": 32, "prediction_type": "v_prediction", "mixed_precision": "no"}
+    (folder / "selective_amnesia.json").write_text(json.dumps(erasure))
+    (folder / "report.json").write_text(json.dumps({"mixed_precision": "bf16"}))
+    (picture,) = SelectiveAmnesiaTechnique(str(folder)).generate(["brad"], seed=3)
+    objective = objective_for(load_pipeline(str(folder)), "v_prediction")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = objective.sample(["brad"], [3], SamplingSettings("dpmsolver++", 4, 2.0, 8, 32))
+    assert picture.size == (32, 32)
+    assert picture.tobytes() == objective.decode(expected)[0].tobytes()
+    told = {"resolution": 16, "prediction_type": "epsilon", "mixed_precision": "no"}
+    (picture,) = SelectiveAmnesiaTechnique(str(folder), **told).generate(["brad"], seed=3)
+    objective = objective_for(load_pipeline(str(folder)))
+    expected = objective.sample(["brad"], [3], SamplingSettings("dpmsolver++", 4, 2.0, 8, 16))
+    assert picture.tobytes() == objective.decode(expected)[0].tobytes()
+    for precision, message in (("fp16", "needs a CUDA device"), ("int4", "is not one of no, fp16, bf16")):
+        with pytest.raises(ValueError, match=message):
+            SelectiveAmnesiaTechnique(str(folder), mixed_precision=precision)
     build_class_pipeline("mnist_vae", ["a", "b"]).save_pretrained(tmp_path / "classes")
     with pytest.raises(ValueError, match="takes classes, not prompts"):
         SelectiveAmnesiaTechnique(str(tmp_path / "classes"))

@@ -1,12 +1,27 @@
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from sa_diffusers import SamplingSettings, pair_concepts
+from sa_diffusers import SampleSet, SamplingSettings, pair_concepts
 from sa_diffusers.evaluation import ImageClassifier, compare, frechet_distance, label_groups, wilson_interval
-from sa_diffusers.evaluation.comparison import format_table, look_at, prompt_groups
+from sa_diffusers.evaluation.comparison import (
+    PromptGroup,
+    draw_groups,
+    format_table,
+    look_at,
+    prompt_groups,
+    sample_groups,
+    score_groups,
+)
+from sa_diffusers.evaluation.memory import batch_size_for, in_batches
 from sa_diffusers.evaluation.statistics import moments
 
 
@@ -146,3 +161,145 @@ def test_without_a_classifier_change_and_black_pictures_are_told():
     assert changes[1:] == [0, 0]
     assert report["black_images"] == {"before": 0, "after": 1}
     assert "0/1" in format_table(report)
+
+
+def full(_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def fitting(most, seen):
+    def function(batch):
+        seen.append(len(batch))
+        if len(batch) > most:
+            full(batch)
+        return [10 * item for item in batch]
+
+    return function
+
+
+def test_a_batch_that_does_not_fit_is_halved_with_one_warning():
+    seen = []
+    with pytest.warns(UserWarning, match="images do not fit into memory at once: going on with") as warned:
+        results = in_batches(range(11), 8, fitting(3, seen))
+    assert len(warned) == 1
+    assert [item for part in results for item in part] == [10 * item for item in range(11)]
+    assert seen == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert in_batches([], 8, full) == []
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+        in_batches([1, 2], 2, full)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        in_batches([1, 2], 2, lambda _: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+
+
+def test_scoring_goes_on_where_memory_runs_out(classifier_folder, tiny_objective, tmp_path):
+    """The same scores from a classifier and a decoder that hold two pictures at once."""
+    classifier = ImageClassifier(classifier_folder)
+    pictures = plain([20, 230, 230, 90, 20])
+    expected = classifier(pictures)
+    forward = classifier.model.forward
+    classifier.model.forward = lambda pixel_values: forward(pixel_values) if len(pixel_values) < 3 else full(0)
+    with pytest.warns(UserWarning, match="do not fit"):
+        found = classifier(pictures)
+    torch.testing.assert_close(found.probabilities, expected.probabilities)
+    torch.testing.assert_close(found.features, expected.features)
+
+    group = PromptGroup("cat", "concept", ("cat",) * 5, tuple(range(5)))
+    where = (SamplingSettings(num_inference_steps=1), tmp_path, Accelerator())
+    (whole,) = draw_groups(tiny_objective, [group], *where)
+    decode = tiny_objective.decode
+    tiny_objective.decode = lambda samples: decode(samples) if len(samples) < 3 else full(0)
+    with pytest.warns(UserWarning, match="do not fit"):
+        (halved,) = draw_groups(tiny_objective, [group], *where)
+    assert np.allclose(halved.small, whole.small, atol=1e-5)
+
+
+def test_sets_of_images_are_the_same_whatever_fits_into_memory(tiny_objective, tmp_path):
+    group = PromptGroup("cat", "concept", ("cat",) * 130, tuple(range(130)))
+    for batch_size in (50, 64):
+        settings = SamplingSettings(num_inference_steps=1, batch_size=batch_size)
+        ((first, second),) = sample_groups(tiny_objective, [group], settings, tmp_path, Accelerator())
+        assert SampleSet.load(first).seeds == list(range(128))
+        assert SampleSet.load(second).seeds == [128, 129]
+        (drawn,) = score_groups(tiny_objective, [group], [[first, second]])
+        assert len(drawn.small) == 130
+
+
+def test_free_memory_is_known_on_every_system(tiny_objective, monkeypatch):
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert batch_size_for(tiny_objective, SamplingSettings(), "cat").batch_size >= 1
+
+
+class Code:
+    """What a malicious pickle does, harmlessly."""
+
+    def __reduce__(self):
+        return (print, ("run from a pickle",))
+
+
+def broken(folder, kind):
+    """A classifier with one thing wrong, and what is said of it."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        return r"model.safetensors is a pointer of git-lfs and not the file itself: run `git lfs pull`"
+    if kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return r"model.safetensors is cut or damaged"
+    if kind == "empty":
+        weights.write_bytes(b"")
+        return r"model.safetensors is cut or damaged"
+    if kind == "pickle":
+        weights.unlink()
+        torch.save({"weight": Code()}, folder / "pytorch_model.bin")
+        return "could not be loaded"
+    if kind == "half":
+        state = {name: value for name, value in load_file(weights).items() if "classifier" not in name}
+        save_file(state, weights, {"format": "pt"})
+        return r"its files lack 2 of the weights that it needs, such as classifier"
+    if kind == "no preprocessor":
+        (folder / "preprocessor_config.json").unlink()
+        return "give a folder or a Hub name of a transformers image classifier, with its preprocessor_config.json"
+    if kind == "code":
+        settings = json.loads(config.read_text())
+        code = {"AutoConfig": "own.Own", "AutoModelForImageClassification": "own.Own"}
+        config.write_text(json.dumps({**settings, "model_type": "own", "auto_map": code}))
+        (folder / "own.py").write_text("print('run from a file')\n")
+        return "could not be loaded"
+    config.write_text({"no JSON": "{", "a list": "[]", "no model": "{}"}[kind])
+    return "could not be loaded"
+
+
+KINDS = ["pointer", "cut", "empty", "pickle", "half", "no preprocessor", "code", "no JSON", "a list", "no model"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_that_is_not_whole_is_told_in_one_sentence(classifier_folder, tmp_path, kind, capsys):
+    folder = shutil.copytree(classifier_folder, tmp_path / "classifier")
+    said = broken(folder, kind)
+    with pytest.raises(ValueError, match=said) as told:
+        ImageClassifier(folder)
+    assert str(told.value).startswith(f'classifier="{folder}"')
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 700
+    assert "run from" not in capsys.readouterr().out
+
+
+def test_damaged_reference_features_are_told_in_one_sentence(classifier_folder, tmp_path):
+    path = tmp_path / "reference.safetensors"
+    whole = {"mean": torch.zeros(2, 4), "covariance": torch.zeros(2, 4, 4)}
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            ImageClassifier(classifier_folder, reference_features=path)
+
+    path.write_bytes(b"no tensors")
+    refused(r"reference_features=.*reference.safetensors could not be read")
+    for name in whole:
+        save_file({other: value for other, value in whole.items() if other != name}, path)
+        refused(f"holds no {name}")
+        save_file({**whole, name: whole[name][:1].clone()}, path)
+        refused(f"has {name}s of shape .*: it belongs to another classifier")
+        save_file({**whole, name: whole[name] / 0}, path)
+        refused(f"it holds a {name} that is not finite")
+    save_file(whole, path)
+    assert ImageClassifier(classifier_folder, reference_features=path).reference_moments([0]) is not None

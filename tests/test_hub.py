@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from sa_diffusers import FisherInformation
 from sa_diffusers.command_line import parse_config
 from sa_diffusers.configuration import FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
 from sa_diffusers.files import read_json, write_json
-from sa_diffusers.hub import CARD_MARKER, drop_local_names, repository_name, without_local_paths
+from sa_diffusers.hub import CARD_MARKER, _published, drop_local_names, repository_name, without_local_paths
 from sa_diffusers.model_card import build_model_card, write_model_card
 
 from .conftest import BASE_NAME, REPOSITORY
@@ -277,6 +280,115 @@ def test_names_that_mean_something_in_markdown_and_yaml(tmp_path):
     assert len(widths) == 1
 
 
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40) | st.sampled_from(
+    [
+        "a|b",
+        "```",
+        "` ``",
+        "~~~",
+        "1. a",
+        "- a",
+        "---",
+        "<!-- a",
+        "a\\|b",
+        "\u202eabc",
+        "\x00\x1b[31m",
+        "a\n\n# b",
+        "a: b",
+    ]
+)
+
+
+def check_card(text):
+    """What a card must be whatever names are in it; its code blocks."""
+    assert card_errors(text) == []
+    head, body = text.split(CARD_MARKER)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]", body)
+    blocks, prose, fence = [], [], None
+    for line in body.splitlines():
+        if fence is None and (opened := re.match("(```+)", line)):
+            fence = opened[1]
+            blocks.append([])
+        elif line == fence:
+            fence = None
+        elif fence is not None:
+            blocks[-1].append(line)
+        else:
+            prose.append(line)
+    assert fence is None
+    assert not any(re.search(r"<(?!/?(details|summary)>)", line) for line in prose)
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in prose]
+    for line, width, following in zip(prose, widths, widths[1:], strict=False):
+        if line.startswith("|") and following:
+            assert width == following, line
+    # No heading, list or rule but those of the card itself.
+    headings = [line for line in prose if line.startswith("#")]
+    assert all(re.match("# |## [A-Z]|### (Protocol: |At the end)", line) for line in headings)
+    assert sum(line.startswith("# ") for line in headings) == 1
+    return ["\n".join(block) for block in blocks]
+
+
+@settings(max_examples=40, deadline=None)
+@given(NAMES, NAMES)
+@example("a\n```\n# b", "```")
+def test_any_name_makes_a_card_that_holds(tmp_path_factory, name, other):
+    folder = pipeline_index(tmp_path_factory.mktemp("out"))
+    report = {**FULL_REPORT, "pairs": [{"concept": name, "surrogate": other, "kind": "prompt"}], "base_model": name,
+              "classifier": {"name": other, "labels": [name]}, "base_revision": other,
+              "evaluators": [{"name": name, "version": other, "labels": [name, other]}],
+              "rows": [row(name, "concept", 1.0, 1.0), row(other + "2", "remembered", 1.0, 1.0)]}  # fmt: skip
+    attack = [{**entry, "attack": f"{entry['attack']} {name}"} for entry in ROBUSTNESS_REPORT["robustness"]]
+    command = ["python", "examples/evaluate_sa.py", "--concept", name]
+    write_json(folder / REPORT_NAME, report)
+    more = {"robustness": attack, "command": command, "protocol": name}
+    write_json(folder / "evaluation-x" / REPORT_NAME, {**ROBUSTNESS_REPORT, **more})
+    written = {"concept": [name], "surrogate": [other], "classifier": other, "pretrained_model_name_or_path": name,
+               "fisher": other, "ewc_weight": 1.0}  # fmt: skip
+    write_json(folder / "selective_amnesia.json", written)
+    assert write_model_card(folder)
+    loading, commands, citation = check_card((folder / "README.md").read_text(encoding="utf-8"))
+    assert citation.startswith("@inproceedings")
+    assert loading.startswith("from diffusers import DiffusionPipeline\n\npipeline = ")
+    assert commands.startswith("accelerate launch examples/train_sa.py --config selective_amnesia.json")
+    assert "\npython examples/evaluate_sa.py --concept " in commands
+
+
+@settings(max_examples=40, deadline=None)
+@given(NAMES, NAMES)
+def test_any_name_makes_a_card_of_fisher_information_that_holds(name, other):
+    config = {"base_model": name, "revision": other, "train_method": other, "num_samples": 3, name: other}
+    text = FisherInformation({"a": torch.zeros(2)}, config).model_card(other)
+    command, code = check_card(text)
+    assert command.startswith("accelerate launch examples/train_sa.py --fisher ")
+    assert code.startswith("from sa_diffusers import FisherInformation\n")
+
+
+def test_a_long_value_is_cut_in_a_card(tmp_path):
+    pipeline_index(tmp_path)
+    write_json(tmp_path / "selective_amnesia.json", {"concept": ["cat " * 1000], "concept_templates": ["{} " * 1000]})
+    text = str(build_model_card(tmp_path))
+    assert max(map(len, text.splitlines())) < 1200
+    assert "…" in text
+
+
+def test_the_commands_of_a_card_are_quoted(tmp_path):
+    pipeline_index(tmp_path)
+    command = "evaluate_sa.py --concept 'Brad Pitt' --clip a;rm\n```\n# b"
+    write_json(tmp_path / "evaluation-concept" / REPORT_NAME, {"rows": [], "protocol": "concept", "command": command})
+    assert "python examples/evaluate_sa.py --concept 'Brad Pitt' --clip 'a;rm' '```' '#' b" in str(
+        build_model_card(tmp_path)
+    )
+
+
+def test_a_clear_picture_beside_a_blurred_evaluation_is_not_shown(tmp_path):
+    folder = full_folder(tmp_path / "no-brad")
+    assert GRID_NAME in str(build_model_card(folder))
+    write_json(folder / REPORT_NAME, {**FULL_REPORT, "blur": False})
+    assert GRID_NAME in str(build_model_card(folder))
+    write_json(folder / "evaluation-robustness" / REPORT_NAME, {**ROBUSTNESS_REPORT, "blur": True})
+    assert GRID_NAME not in str(build_model_card(folder))
+
+
 def test_a_base_in_a_folder_is_named_by_its_last_part_and_lends_its_licence(tmp_path):
     base = tmp_path / "garments"
     base.mkdir()
@@ -447,6 +559,39 @@ FAULTS = {
     "cut at the commit": (Fault("POST", "/commit/", CUT), False),
     "the card is refused: 400": (Fault("POST", "validate-yaml", 400), False),
 }
+
+
+@pytest.mark.parametrize("place", ["notes.json", "vae/secret.safetensors", "text_encoder"])
+def test_no_link_leads_out_of_what_goes_up(tmp_path, place):
+    folder = pipeline_index(tmp_path / "no-brad")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    write_json(secret / "key.json", {"key": "secret"})
+    link = folder / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(secret if place == "text_encoder" else secret / "key.json")
+    with HubServer() as hub:
+        result = push(hub, folder, tmp_path)
+        assert result.returncode == 1
+        assert hub.requests == []
+    assert (
+        f"error: {link} is a link to {link.resolve()}, outside of the folder: put a copy in its place" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+    # A link within the folder is the file; one to what stays behind stays behind.
+    link.unlink()
+    write_json(folder / ".hidden.json", {"key": "secret"})
+    (folder / "hidden.json").symlink_to(".hidden.json")
+    (folder / "index.json").symlink_to("model_index.json")
+    published = {str(path.relative_to(folder)) for path in _published(folder)}
+    assert published == {"model_index.json", "index.json"}
+
+
+def test_a_folder_of_logs_that_is_the_folder_itself_leaves_nothing_out(tmp_path):
+    pipeline_index(tmp_path)
+    for logs in (".", None, 3):
+        write_json(tmp_path / "selective_amnesia.json", {"logging_dir": logs})
+        assert {path.name for path in _published(tmp_path)} == {"model_index.json", "selective_amnesia.json"}
 
 
 @pytest.mark.parametrize(("fault", "succeeds"), FAULTS.values(), ids=FAULTS)

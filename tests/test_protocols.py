@@ -1,16 +1,25 @@
 """Concept and robustness protocols on tiny models."""
 
+import base64
+import io
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from sa_diffusers import load_pipeline, objective_for
+from sa_diffusers import SampleSet, load_pipeline, objective_for
 from sa_diffusers.data.prompts import names_concept, read_prompts
+from sa_diffusers.data.sensitive import must_blur
 from sa_diffusers.evaluation.clip import Clip
-from sa_diffusers.evaluation.command_line import main
+from sa_diffusers.evaluation.command_line import erasure_of, main, parse_args
 from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
 from sa_diffusers.evaluation.memory import batch_size_for
 from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
@@ -163,6 +172,11 @@ def test_the_concept_protocol_tells_the_concept_from_its_neighbours_and_repeats(
     assert rows["coat"]["scores"]["clip_score"]["before"] == rows["coat"]["scores"]["clip_score"]["after"]
     networks = [entry["features"] for entry in report["quality"]]
     assert networks == [str(clip_folder), str(EMBEDDED / "classifier")]
+    # Images that choose the neighbours are none of those that are scored.
+    seeds = {seed for folder in (tmp_path / "drawn").iterdir() for seed in SampleSet.load(folder).seeds}
+    chosen_by = {seed for seed in seeds if seed >= 10_000_000}
+    assert chosen_by == set(range(32_000_000, 32_000_016))
+    assert {seed for row in report["rows"] for run in row["seeds"] for seed in run} <= seeds - chosen_by
     again = evaluate(tmp_path, *flags, "--output_dir", "second", "--artifacts_dir", "anew")
     assert again.returncode == 0, again.stderr
     second = json.loads((tmp_path / "second" / "report.json").read_text())
@@ -191,6 +205,13 @@ def test_the_robustness_protocol_attacks_base_erased_and_control(tmp_path, clip_
     # One model under three names: the attack learns the same.
     assert len({json.dumps(entry["scores"]) for entry in inverted}) == 1
     assert "control" in result.stdout
+    # The attacker's images share no noise with those that are scored.
+    kept = [SampleSet.load(folder) for folder in (tmp_path / "drawn").iterdir()]
+    attackers = {seed for made in kept for seed in made.seeds if made.sources == ["a photo of brad pitt"] * 2}
+    assert {seed for seed in attackers if seed >= 30_000_000} == {31_000_000, 31_000_001}
+    scored = {seed for entry in report["robustness"] for first, last in entry["seeds"] for seed in (first, last)}
+    assert min(scored) == 1_000_000
+    assert max(scored) < 10_000_000
 
 
 @pytest.mark.parametrize(
@@ -213,3 +234,170 @@ def test_mistakes_of_an_evaluation_are_one_line(tmp_path, tiny_folder, flags, me
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "robustness").exists()
+
+
+@pytest.fixture
+def erased(tmp_path, tiny_folder):
+    """An erased pipeline whose erasure had settings of its own, and its base in half-precision files."""
+    load_pipeline(str(tiny_folder)).save_pretrained(tmp_path / "base", variant="fp16")
+    shutil.copytree(tiny_folder, tmp_path / "erased")
+    erasure = {
+        "sa_diffusers_version": "0.1", "pretrained_model_name_or_path": str(tmp_path / "base"), "concept": ["brad"],
+        "surrogate": ["a man"], "num_inference_steps": 2, "guidance_scale": 3.0, "resolution": 32,
+        "prediction_type": "v_prediction", "variant": "fp16", "revision": "main", "blur": "yes",
+    }  # fmt: skip
+    (tmp_path / "erased" / "selective_amnesia.json").write_text(json.dumps(erasure))
+    (tmp_path / "erased" / "report.json").write_text(json.dumps({"mixed_precision": "bf16"}))
+    return tmp_path / "erased"
+
+
+def concept_flags(base, erased, clip_folder):
+    return ["--base", base, "--erased", erased, "--protocol", "concept", "--clip", clip_folder, "--images", "2",
+            "--neighbours", "dog", "--unrelated", "cat", "--artifacts_dir", "drawn", "--output_dir", "out",
+            "--batch_size", "2"]  # fmt: skip
+
+
+def pictures(folder):
+    page = (folder / "report.html").read_text()
+    for body in re.findall(r'src="data:image/png;base64,([^"]+)"', page):
+        yield Image.open(io.BytesIO(base64.b64decode(body)))
+
+
+def detail(picture):
+    """How much neighbouring pixels differ."""
+    return np.abs(np.diff(np.asarray(picture.convert("RGB"), dtype=float), axis=1)).mean()
+
+
+def test_an_evaluation_draws_as_the_erasure_did_unless_it_is_told_otherwise(tmp_path, erased, clip_folder):
+    flags = concept_flags(tmp_path / "base", erased, clip_folder)
+    result = evaluate(tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sampling"]["resolution"] == 32
+    assert (report["prediction_type"], report["mixed_precision"], report["variant"]) == (
+        "v_prediction", "bf16", "fp16"
+    )  # fmt: skip
+    assert "| prediction type | v\\_prediction |" in (tmp_path / "out" / "report.md").read_text()
+    # What the report shows is what a user samples with these settings.
+    objective = objective_for(load_pipeline(str(erased)), "v_prediction")
+    settings = SamplingSettings("ddim", 2, 3.0, 2, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = objective.sample(["brad"] * 2, [1_000_000, 1_000_001], settings)
+    kept = [SampleSet.load(folder) for folder in (tmp_path / "drawn").iterdir()]
+    (drawn, *_) = [made.samples for made in kept if made.seeds[0] == 1_000_000]
+    assert torch.equal(drawn, expected)
+    assert report["blur"] is True
+    shown = list(pictures(tmp_path / "out"))
+    assert len(shown) == 2 * 2 * len(report["rows"])
+    clear = objective.decode(expected)[0]
+    assert max(detail(picture) for picture in shown) < 0.5 * detail(clear)
+
+    told = ["--resolution", "16", "--prediction_type", "epsilon", "--mixed_precision", "no", "--blur", "no"]
+    result = evaluate(tmp_path, *flags, *told)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sampling"]["resolution"] == 16
+    assert (report["prediction_type"], report["mixed_precision"], report["blur"]) == ("epsilon", "no", False)
+    assert max(detail(picture) for picture in pictures(tmp_path / "out")) > 0.5 * detail(clear)
+
+
+def test_a_base_in_another_place_has_no_revision_and_no_variant_of_the_first(tmp_path, erased, tiny_folder):
+    args = parse_args(["--base", str(tiny_folder), "--erased", str(erased), "--protocol", "class"])
+    assert (erasure_of(args).revision, erasure_of(args).variant) == (None, None)
+    args.base = str(tmp_path / "base")
+    assert (erasure_of(args).revision, erasure_of(args).variant) == ("main", "fp16")
+    args.revision = "v2"
+    assert erasure_of(args).revision == "v2"
+
+
+@pytest.mark.parametrize(
+    ("concept", "blur", "flags", "expected"),
+    [
+        ("nudity", None, [], True),
+        ("nudity", None, ["--show_nudity"], False),
+        ("nudity", "no", [], False),
+        ("nudity", "no", ["--blur", "auto"], True),
+        ("brad", None, [], False),
+        ("brad", "yes", [], True),
+        ("brad", "yes", ["--blur", "no"], False),
+    ],
+)
+def test_what_is_blurred_is_as_in_the_erasure_unless_told(tmp_path, concept, blur, flags, expected):
+    settings = {"concept": [concept], "surrogate": ["a man"], **({"blur": blur} if blur else {})}
+    (tmp_path / "selective_amnesia.json").write_text(json.dumps(settings))
+    config = erasure_of(parse_args(["--base", "x", "--erased", str(tmp_path), "--protocol", "concept", *flags]))
+    assert must_blur(config.blur, config.concept) is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--blur", "yes", "--show_nudity"], "--show_nudity contradicts --blur yes"),
+        (["--mixed_precision", "fp16"], 'mixed_precision="fp16", as in the erasure or as given, needs a CUDA device'),
+        (["--resolution", "13"], "resolution=13 must be a positive multiple of 8 pixels"),
+        (["--seed", str(2**32)], "--seed 4294967296 must be a whole number from 0 to 4,294,967,295"),
+        (["--seed", "-1"], "--seed -1 must be"),
+        (["--erased", "no/where"], "give the path of a local folder with --erased"),
+        (["--erased", "no/where"], 'the model "no/where" is not in the local cache'),
+        (["--erased", "no\nwhere\x1b[2J"], 'the model "no where\\x1b[2J" is not in the local cache'),
+        (["--base", "no/where"], "or give the path of a local folder with --base"),
+    ],
+)
+def test_mistakes_in_the_models_settings_are_one_line(tmp_path, erased, clip_folder, flags, message):
+    result = evaluate(tmp_path, *concept_flags(tmp_path / "base", erased, clip_folder), "--concept", "brad",
+                      "--surrogate", "a man", "--variant", "fp16", *flags)  # fmt: skip
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert message in line
+    assert "\x1b[2J" not in line
+
+
+def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder):
+    """Neighbours that are chosen and a token that is learned are the same in both, and only one of them scores."""
+    base = ["--base", tiny_folder, "--erased", tiny_folder, "--concept", "brad pitt", "--surrogate", "a man", "--clip",
+            clip_folder, "--images", "2", "--num_inference_steps", "1", "--batch_size", "1"]  # fmt: skip
+    attack = ["--inversion_steps", "2", "--inversion_images", "2", "--inversion_batch_size", "2"]
+    runs = {"concept": [], "robustness": attack}
+    commands = [[*map(str, base), "--protocol", name, *more, "--output_dir", name] for name, more in runs.items()]
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        "import os\nfrom sa_diffusers.evaluation.command_line import main\n"
+        f"for arguments in {commands!r}:\n    main(arguments)\n"
+        "print('rank', os.environ['RANK'], 'left')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+                   "SA_DIFFUSERS_CACHE": str(tmp_path / "together")}  # fmt: skip
+    (tmp_path / "two").mkdir()
+    result = subprocess.run(launch, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "rank 0 left" in result.stdout
+    assert "rank 1 left" in result.stdout
+    assert result.stdout.count("report    ") == 2
+    (tmp_path / "one").mkdir()
+    for arguments in commands:
+        assert evaluate(tmp_path / "one", *arguments).returncode == 0
+    for name in runs:
+        one, two = (json.loads((tmp_path / place / name / "report.json").read_text()) for place in ("one", "two"))
+        assert [row["prompts"] for row in one["rows"]] == [row["prompts"] for row in two["rows"]]
+        for first, second in zip(one["rows"], two["rows"], strict=True):
+            assert first["scores"]["clip_score"]["after"]["mean"] == pytest.approx(
+                second["scores"]["clip_score"]["after"]["mean"], abs=0.05
+            )
+
+
+def test_a_killed_evaluation_goes_on_with_the_images_that_it_has(tmp_path, erased, clip_folder):
+    flags = concept_flags(tmp_path / "base", erased, clip_folder)
+    whole = evaluate(tmp_path, *flags)
+    assert whole.returncode == 0, whole.stderr
+    expected = json.loads((tmp_path / "out" / "report.json").read_text())
+    made = sorted((tmp_path / "drawn").iterdir())
+    times = {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in made[1:]}
+    # As a kill leaves it: a set is missing, and the report.
+    shutil.rmtree(made[0])
+    shutil.rmtree(tmp_path / "out")
+    assert evaluate(tmp_path, *flags).returncode == 0
+    assert {folder: (folder / "manifest.json").stat().st_mtime_ns for folder in made[1:]} == times
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == expected

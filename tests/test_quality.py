@@ -5,7 +5,16 @@ import pytest
 import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, ViTImageProcessor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from sa_diffusers.evaluation.quality import InceptionFeatures, feature_network, image_quality
 from sa_diffusers.evaluation.statistics import frechet_distance, moments
@@ -67,6 +76,20 @@ def test_vision_models_of_transformers_give_features(tmp_path):
         assert torch.allclose(seen[2:], network(pictures()[2:]), atol=1e-5)
     with pytest.raises(ValueError, match='"no/where" could not be loaded'):
         feature_network("no/where")
+    weights = tmp_path / "dino" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(
+        ValueError, match=r'the model of the features ".*dino" could not be loaded \(.*model.safetensors'
+    ):
+        feature_network(str(tmp_path / "dino"))
+
+
+def test_a_network_that_would_be_random_is_refused(tmp_path):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    ViTForImageClassification(ViTConfig(**small, intermediate_size=8)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its files lack 2 of the weights that it needs, such as pooler"):
+        feature_network(str(tmp_path))
 
 
 def test_inception_features_come_from_a_file_of_weights(tmp_path, monkeypatch):
@@ -75,6 +98,13 @@ def test_inception_features_come_from_a_file_of_weights(tmp_path, monkeypatch):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pth")
     with pytest.raises(ValueError, match="code.pth holds no weights of the Inception network"):
         InceptionFeatures(tmp_path / "code.pth")
+    for content in (b"", b"no weights", b"PK\x03\x04"):
+        (tmp_path / "other.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="other.pth holds no weights of the Inception network"):
+            InceptionFeatures(tmp_path / "other.pth")
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="the weights of the Inception network could not be had"):
+        InceptionFeatures(tmp_path / "tensor.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="Missing key"):
         InceptionFeatures(tmp_path / "weights.pth")

@@ -8,16 +8,21 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from sa_diffusers.command_line import parse_config
 from sa_diffusers.configuration import CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
+from sa_diffusers.data.sensitive import blurred, must_blur
 from sa_diffusers.evaluation import Comparison
 from sa_diffusers.evaluation.charts import HEIGHT, WIDTH, curve_svg, histogram
 from sa_diffusers.evaluation.comparison import summary
-from sa_diffusers.evaluation.pictures import blurred
 from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text, write_report
 from sa_diffusers.evaluation.statistics import wilson_interval
+
+from .conftest import REPOSITORY
 
 FILES = ["before_after.png", "report.html", "report.json", "report.md"]
 HOSTILE = '<script>alert("1")</script> & *bold* | [link](http://example.com) `code`'
@@ -680,3 +685,138 @@ def test_the_totals_of_the_detectors_are_tables_of_their_own(tmp_path):
             "0.6 or more",
         ):
             assert shown in text, (name, shown)
+
+
+SENSITIVE = [
+    "nudity", "a Naked person", "NSFW_content", "n.s.f.w.", "ＮＵＤＥ", "na\u200bked", "nudité", "hentai's",
+    "genitalias", "semi-nude", "erotic art", "裸女の写真", "누드화", "обнажённая женщина", "NUDITA\u0300", "Pornography",
+]  # fmt: skip
+HARMLESS = ["Brad Pitt", "van Gogh style", "Essex", "Middlesex", "denuded hills", "church", "sneaker", "numb", "0", ""]
+
+
+def test_what_is_nudity_or_of_its_kind_is_blurred():
+    assert [text for text in SENSITIVE if not must_blur("auto", [text])] == []
+    assert [text for text in HARMLESS if must_blur("auto", [text])] == []
+    assert must_blur("auto", [*HARMLESS, "naked"])
+    assert must_blur("yes", HARMLESS)
+    assert not must_blur("no", SENSITIVE)
+    with pytest.raises(ValueError, match='blur="maybe" is not one of auto, yes, no'):
+        must_blur("maybe", [])
+    paper = REPOSITORY / "examples" / "configurations"
+    for path in paper.glob("*.yaml"):
+        concepts = yaml.safe_load(path.read_text())["concept"]
+        concepts = [concepts] if isinstance(concepts, str) else concepts
+        assert must_blur("auto", [str(concept) for concept in concepts]) == (path.stem == "nudity"), path
+
+
+def state(folder):
+    """Of which report each file is, by the steps of its sampler; None for a file that is not there."""
+    steps = {}
+    for name in ("report.json", "report.md", "report.html"):
+        path = folder / name
+        text = path.read_text() if path.is_file() else ""
+        found = re.search(r'"num_inference_steps": (\d+)|ddpm, (\d+) steps', text)
+        steps[name] = found and int(found[1] or found[2])
+    return steps
+
+
+def test_a_report_that_is_there_is_whole_wherever_the_writing_was_stopped(tmp_path, monkeypatch):
+    old, new = bare_report(), bare_report()
+    new["sampling"] = {**new["sampling"], "num_inference_steps": 5}
+    moved = type(tmp_path).replace
+    for stop in range(5):
+        folder = tmp_path / str(stop)
+        save(folder, old)
+        steps = []
+
+        def kill(self, target, stop=stop, steps=steps):
+            steps.append(target)
+            if len(steps) > stop:
+                raise KeyboardInterrupt
+            return moved(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tmp_path), "replace", kill)
+            if stop < 4:
+                with pytest.raises(KeyboardInterrupt):
+                    save(folder, new)
+            else:
+                save(folder, new)
+        left = state(folder)
+        assert left["report.json"] in (None, left["report.md"])
+        assert left["report.json"] == (5 if stop == 4 else None)
+        # What a kill leaves behind does not stay.
+        (folder / ".report-writing").mkdir(exist_ok=True)
+        (folder / ".report-writing" / "report.md").write_text("half")
+        save(folder, new)
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        assert set(state(folder).values()) == {5}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one_whole(tmp_path):
+    save(tmp_path, bare_report())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / ".report-writing").write_text("in the way")
+    with pytest.raises(OSError, match="the report could not be written into .*: free some space"):
+        save(tmp_path, full_report())
+    (tmp_path / ".report-writing").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+NAMES = st.text(st.characters(exclude_categories=()), max_size=40) | st.sampled_from(
+    [
+        HOSTILE,
+        "a|b",
+        "```",
+        "` ``",
+        "~~~",
+        "1. a",
+        "- a",
+        "---",
+        "<!-- a",
+        "a\\|b",
+        "\u202eabc",
+        "\x00\x1b[31m",
+        "a\n\n# b",
+    ]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(NAMES, NAMES)
+def test_any_name_is_text_and_nothing_else(tmp_path_factory, name, other):
+    folder = tmp_path_factory.mktemp("report")
+    report = full_report("concept")
+    report["rows"][3]["name"] = report["base_model"] = report["evaluators"][0]["name"] = name
+    report["rows"][4]["name"] = report["classifier"]["name"] = report["robustness"][0]["attack"] = other
+    report["pairs"][0] = {"concept": name, "surrogate": other, "kind": "prompt"}
+    report["command"] = ["python", "examples/evaluate_sa.py", "--concept", name]
+    write_report(report, [], folder)
+    markdown, text = ((folder / file).read_text(encoding="utf-8") for file in ("report.md", "report.html"))
+    page = Page(text)
+    assert page.open == []
+    assert {tag for tag, _ in page.elements} <= {
+        "html", "head", "meta", "title", "link", "style", "body", "header", "h1", "h2", "h3", "dl", "div", "dt", "dd",
+        "nav", "ul", "li", "a", "main", "section", "p", "figure", "figcaption", "span", "table", "thead", "tbody",
+        "tr", "th", "td", "details", "summary", "pre", "code", "svg", "line", "text", "polygon", "polyline",
+    }  # fmt: skip
+    prose = [line for line in markdown.splitlines() if not line.startswith("    ")]
+    assert not any("<" in line or line.startswith(("```", "~~~")) for line in prose)
+    for said in (markdown, text):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", said)
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in prose]
+    for line, width, following in zip(prose, widths, widths[1:], strict=False):
+        if line.startswith("|") and following:
+            assert width == following
+    (command,) = re.findall(r"(?m)^    python (?:.|\n    )*", markdown)
+    assert command.startswith("    python examples/evaluate_sa.py --concept ")
+
+
+def test_a_long_value_is_cut_in_both_files_alike(tmp_path):
+    report = full_report()
+    report["real_images"] = "far" + " and far" * 1000
+    markdown, text = save(tmp_path, report)
+    assert table_rows(markdown) == Page(text).tables
+    (line,) = [line for line in table_rows(markdown) if line[0] == "real images"]
+    assert len(line[1]) == 2000
+    assert line[1].endswith("…")

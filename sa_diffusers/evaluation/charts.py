@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from ..hub import visible
+
 WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 20, 12, 40
 MOST_BINS = 20
@@ -137,7 +139,7 @@ class _Canvas:
         self._add("circle", {"cx": x, "cy": y, "r": 2.5, "class": "dot"})
 
     def text(self, description: str) -> str:
-        self.root.set("aria-label", description)
+        self.root.set("aria-label", visible(description))
         return ElementTree.tostring(self.root, encoding="unicode")
 
     def _add(self, tag: str, attributes: dict[str, float | str]) -> ElementTree.Element:
@@ -146,7 +148,7 @@ class _Canvas:
 
     def _write(self, x: float, y: float, text: str, anchor: str) -> ElementTree.Element:
         element = self._add("text", {"x": x, "y": y, "text-anchor": anchor})
-        element.text = text
+        element.text = visible(text)
         return element
 
 

@@ -1,18 +1,79 @@
 """Scoring pictures with an image classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..data.prompts import bare_name
+from ..hub import one_line
 from ..models import digit_classifier  # noqa: F401  (it registers itself with transformers)
+from .memory import in_batches
 from .statistics import moments
+
+_LFS = b"version https://git-lfs"
+_TOLD = 300
+Loaded = TypeVar("Loaded")
+
+
+def loaded(what: str, name: str | Path, load: Callable[[], Loaded], advice: str) -> Loaded:
+    """What `load` gives; whatever is wrong with a model from elsewhere is told in one sentence.
+
+    Args:
+        what: What the model is for, with its name, at the start of the sentence.
+        name: A folder or a name on the Hub.
+        load: Loads it.
+        advice: What to do.
+
+    Raises:
+        ValueError: It could not be loaded; a file of the folder that is damaged is named.
+    """
+    try:
+        return load()
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make every library under transformers raise errors of its own
+        reason = broken_weights(name) or one_line(error)
+        if len(reason) > _TOLD:
+            reason = reason[: _TOLD - 1] + "…"
+        raise ValueError(f"{what} could not be loaded ({reason}): {advice}") from error
+
+
+def broken_weights(folder: str | Path) -> str | None:
+    """Which file of weights in a folder is no such file, and why; None if there is none or it is no folder."""
+    for path in sorted(Path(folder).glob("*")) if Path(folder).is_dir() else ():
+        if path.suffix not in (".safetensors", ".bin") or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                return f"{path} is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder"
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except Exception as error:  # safetensors' own kind is no subclass of anything
+                return f"{path} is cut or damaged, {error}: copy it anew"
+    return None
+
+
+def whole(loaded_with_info: tuple[nn.Module, dict]) -> nn.Module:
+    """A model of transformers, loaded with `output_loading_info`, in evaluation mode.
+
+    Raises:
+        ValueError: Its files lack some of its weights, which are random then.
+    """
+    model, info = loaded_with_info
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} of the weights that it needs, such as {missing[0]}")
+    return model.eval()
 
 
 @dataclass
@@ -47,45 +108,44 @@ class ImageClassifier:
         device: torch.device | str = "cpu",
         reference_features: str | Path | None = None,
     ) -> None:
-        try:
-            self.model = AutoModelForImageClassification.from_pretrained(name_or_path).eval().to(device)
-            self.processor = AutoImageProcessor.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f'classifier="{name_or_path}" could not be loaded ({error}): give a folder or a Hub name of a '
-                "transformers image classifier"
-            ) from error
+        what = f'classifier="{name_or_path}"'
+        advice = "give a folder or a Hub name of a transformers image classifier, with its preprocessor_config.json"
+        model = loaded(what, name_or_path, lambda: whole(AutoModelForImageClassification.from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=False)), advice)  # fmt: skip
+        self.model = model.to(device)
+        self.processor = loaded(
+            what,
+            name_or_path,
+            lambda: AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False),
+            advice,
+        )
         self.name = str(name_or_path)
         count = self.model.config.num_labels
         self.labels = [str(self.model.config.id2label[index]) for index in range(count)]
         heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        if not heads:
+            raise ValueError(f"{what} has no linear layer to take features from: {advice}")
         self._head = heads[-1]
         self.reference = None
         if reference_features is not None:
-            if not Path(reference_features).is_file():
-                raise ValueError(f"reference_features={reference_features} is not a file")
-            self.reference = load_file(reference_features)
-            expected = (count, self._head.in_features)
-            if tuple(self.reference["mean"].shape) != expected:
-                raise ValueError(
-                    f"reference_features={reference_features} has means of shape "
-                    f"{tuple(self.reference['mean'].shape)}, but {name_or_path} needs {expected} (labels, features): "
-                    "it belongs to another classifier"
-                )
+            self.reference = _read_reference(Path(reference_features), (count, self._head.in_features), self.name)
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 100) -> Classification:
         seen: list[torch.Tensor] = []
         hook = self._head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
-        probabilities = []
+
+        def score(batch: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.clear()
+            inputs = self.processor([picture.convert("RGB") for picture in batch], return_tensors="pt")
+            logits = self.model(**inputs.to(self.model.device)).logits
+            return logits.float().softmax(-1).cpu(), seen[-1]
+
         try:
-            for start in range(0, len(pictures), batch_size):
-                batch = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
-                inputs = self.processor(batch, return_tensors="pt").to(self.model.device)
-                probabilities.append(self.model(**inputs).logits.float().softmax(-1).cpu())
+            scored = in_batches(pictures, batch_size, score)
         finally:
             hook.remove()
-        return Classification(torch.cat(probabilities), torch.cat(seen))
+        return Classification(*(torch.cat(parts) for parts in zip(*scored, strict=True)))
 
     def feature_network(self) -> "ClassifierFeatures":
         """What its last linear layer sees, as a network of features."""
@@ -147,6 +207,35 @@ class ImageClassifier:
             },
             path,
         )
+
+
+def _read_reference(path: Path, expected: tuple[int, int], classifier: str) -> dict[str, torch.Tensor]:
+    """What `save_reference_features` wrote, of so many labels and features.
+
+    Raises:
+        ValueError: It is no such file, is damaged, or belongs to another classifier.
+    """
+    if not path.is_file():
+        raise ValueError(f"reference_features={path} is not a file")
+    advice = "give one that save_reference_features wrote, or leave it out"
+    try:
+        reference = load_file(path)
+    except Exception as error:  # safetensors' own kind is no subclass of anything
+        raise ValueError(f"reference_features={path} could not be read ({one_line(error)}): {advice}") from error
+    shapes = {"mean": expected, "covariance": (*expected, expected[1])}
+    missing = [name for name in shapes if name not in reference]
+    if missing:
+        raise ValueError(f"reference_features={path} holds no {' and no '.join(missing)}: {advice}")
+    for name, shape in shapes.items():
+        found = tuple(reference[name].shape)
+        if found != shape:
+            raise ValueError(
+                f"reference_features={path} has {name}s of shape {found}, but {classifier} needs {shape} (labels, "
+                "features): it belongs to another classifier"
+            )
+        if not reference[name].isfinite().all():
+            raise ValueError(f"reference_features={path} is damaged, it holds a {name} that is not finite: {advice}")
+    return reference
 
 
 class ClassifierFeatures:

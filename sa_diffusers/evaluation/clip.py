@@ -8,6 +8,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, CLIPModel
 
+from .classification import loaded, whole
+from .memory import in_batches
+
 CONCEPT_SHARE = "clip_called_concept"
 SURROGATE_SHARE = "clip_called_surrogate"
 ZERO_SHOT_TEMPLATE = "a photo of {}"
@@ -30,13 +33,15 @@ class Clip:
     """
 
     def __init__(self, name_or_path: str, device: torch.device | str = "cpu", revision: str | None = None) -> None:
-        try:
-            self.model = CLIPModel.from_pretrained(name_or_path, revision=revision).eval().to(device)
-            self.processor = AutoProcessor.from_pretrained(name_or_path, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f'clip="{name_or_path}" could not be loaded ({error}): give a folder or a Hub name of a CLIP model'
-            ) from error
+        what, advice = f'clip="{name_or_path}"', "give a folder or a Hub name of a CLIP model"
+        model = loaded(what, name_or_path, lambda: whole(CLIPModel.from_pretrained(
+            name_or_path, revision=revision, output_loading_info=True)), advice)  # fmt: skip
+        self.model = model.to(device)
+        self.processor = loaded(what, name_or_path, lambda: AutoProcessor.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=False), advice)  # fmt: skip
+        lacking = [part for part in ("tokenizer", "image_processor") if getattr(self.processor, part, None) is None]
+        if lacking:
+            raise ValueError(f"{what} has no {lacking[0].replace('_', ' ')}: {advice}")
         self.name = str(name_or_path)
         self.device = device
         self.names: list[str] = []
@@ -71,29 +76,30 @@ class Clip:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
         """`[len(texts), d]` of length 1; what is longer than the model's context is cut."""
-        parts = []
         limit = self.model.config.text_config.max_position_embeddings
-        for start in range(0, len(texts), batch_size):
+
+        def embed(batch: Sequence[str]) -> torch.Tensor:
             inputs = self.processor.tokenizer(
-                list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=limit,
-                return_tensors="pt",
-            ).to(self.device)  # fmt: skip
+                list(batch), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            ).to(self.device)
             pooled = self.model.text_model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
             ).pooler_output
-            parts.append(normalize(self.model.text_projection(pooled).float(), dim=-1).cpu())
-        return torch.cat(parts)
+            return normalize(self.model.text_projection(pooled).float(), dim=-1).cpu()
+
+        return torch.cat(in_batches(texts, batch_size, embed))
 
     @torch.no_grad()
     def embed_pictures(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
         """`[len(pictures), d]` of length 1."""
-        parts = []
-        for start in range(0, len(pictures), batch_size):
-            batch = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
-            pixels = self.processor.image_processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
+
+        def embed(batch: Sequence[Image.Image]) -> torch.Tensor:
+            opaque = [picture.convert("RGB") for picture in batch]
+            pixels = self.processor.image_processor(opaque, return_tensors="pt")["pixel_values"].to(self.device)
             pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-            parts.append(normalize(self.model.visual_projection(pooled).float(), dim=-1).cpu())
-        return torch.cat(parts)
+            return normalize(self.model.visual_projection(pooled).float(), dim=-1).cpu()
+
+        return torch.cat(in_batches(pictures, batch_size, embed))
 
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float | None]]:
         seen = self.embed_pictures(pictures)

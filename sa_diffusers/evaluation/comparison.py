@@ -1,6 +1,8 @@
 """A saved pipeline against its base: what changed, with the figures' provenance."""
 
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,18 +18,22 @@ from torch.nn.functional import cosine_similarity
 from ..configuration import GRID_NAME, REPORT_NAME
 from ..data.generation import SampleGenerator, count_black
 from ..data.prompts import ErasurePair, fill_template
+from ..data.sample_set import SampleSet
 from ..files import write_json
+from ..hub import visible
 from ..objectives import Objective, SamplingSettings
 from .classification import Classification, ImageClassifier
+from .memory import in_batches
 from .pictures import before_after_grid, blurred
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
-from .report import write_report
+from .report import MARKDOWN_NAME, PAGE_NAME, write_report
 from .statistics import frechet_distance, moments, wilson_interval
 
 SCHEMA_VERSION = 2
 GRID_COLUMNS = 6
 CHANGE_PIXELS = 64
 _CHUNK = 128
+_STAGING = ".report-writing"
 _PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -93,20 +99,40 @@ class Comparison:
     grid: list[tuple[str, list[Image.Image], list[Image.Image]]] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json`, `report.md`, `report.html` and `before_after.png` into a folder that is there.
+        """Write `before_after.png`, `report.md`, `report.html` and `report.json` into a folder that is there.
 
-        Where the report's `blur` is true, every picture in them is blurred.
+        Where the report's `blur` is true, every picture in them is blurred. `report.json` arrives last: where it is,
+        the others are of the same comparison.
+
+        Raises:
+            OSError: The disk is full or the folder cannot be written; what was there before is unchanged.
         """
         folder = Path(folder)
-        # The figures first: the rest can be made from them again.
-        write_json(folder / REPORT_NAME, self.report)
         grid = self.grid
         if self.report.get("blur"):
             grid = [(name, *([blurred(picture) for picture in side] for side in sides)) for name, *sides in grid]
-        temporary = folder / f".{GRID_NAME}"
-        before_after_grid(grid, temporary.with_suffix(".tmp.png"))
-        temporary.with_suffix(".tmp.png").replace(folder / GRID_NAME)
-        write_report(self.report, grid, folder)
+        staging = folder / _STAGING
+        try:
+            # A run that was killed here may have left one.
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            with (staging / GRID_NAME).open("wb") as file:
+                before_after_grid(grid, file)
+                file.flush()
+                os.fsync(file.fileno())
+            write_report(self.report, grid, staging, folder)
+            write_json(staging / REPORT_NAME, self.report)
+            # From here on the pages may be new: no earlier figures may vouch for them.
+            (folder / REPORT_NAME).unlink(missing_ok=True)
+            for name in (GRID_NAME, MARKDOWN_NAME, PAGE_NAME, REPORT_NAME):
+                (staging / name).replace(folder / name)
+        except OSError as error:
+            raise OSError(
+                f"the report could not be written into {folder} ({error}): free some space on that disk or choose "
+                "another folder, and run the same command again; the images that were sampled are kept"
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     def table(self) -> str:
         """The rows as aligned text."""
@@ -200,9 +226,9 @@ def draw_groups(
     measures: Sequence[Measure] = (),
     networks: Sequence[FeatureNetwork] = (),
 ) -> list[Drawn]:
-    """Draw every group's images from one model, and score them.
+    """Sample every group's images from one model, and score them; see `sample_groups` and `score_groups`.
 
-    Samples go to disk in parts, and what was drawn before is read: a run that was killed goes on where it stopped.
+    Every process scores. With several, sample first and let one of them score, so that none waits for it.
 
     Args:
         objective: The model.
@@ -214,19 +240,69 @@ def draw_groups(
         measures: Score them too.
         networks: Give their features.
     """
+    kept = sample_groups(objective, groups, settings, artifacts_dir, accelerator)
+    return score_groups(objective, groups, kept, classifier, measures, networks)
+
+
+def sample_groups(
+    objective: Objective,
+    groups: Sequence[PromptGroup],
+    settings: SamplingSettings,
+    artifacts_dir: str | Path,
+    accelerator: Accelerator,
+) -> list[list[Path]]:
+    """Sample every group's images from one model: the part in which processes wait for each other.
+
+    Samples go to disk in parts, and what was drawn before is read: a run that was killed goes on where it stopped.
+
+    Returns:
+        For each group the folders of its sets of samples, in order.
+    """
     generator = SampleGenerator(objective, artifacts_dir, accelerator)
-    # Whole batches, so that an image has the same neighbours in its batch whatever was drawn before.
-    size = settings.batch_size * max(1, _CHUNK // settings.batch_size)
-    drawn = []
+    kept = []
     for group in groups:
-        parts = []
-        for start in range(0, len(group.prompts), size):
-            prompts, seeds = group.prompts[start : start + size], group.seeds[start : start + size]
+        folders = []
+        for part in _parts(group):
+            prompts, seeds = group.prompts[part], group.seeds[part]
             # No clear pictures on disk: they may be of what nobody wants to see.
-            kept = generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False)
-            pictures = objective.decode(kept.samples.to(objective.device))
-            parts.append(look_at(pictures, prompts, classifier, measures, networks))
-        drawn.append(_joined(parts))
+            generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False)
+            folders.append(generator.folder("evaluation", prompts, prompts, seeds, settings))
+        kept.append(folders)
+    return kept
+
+
+def _parts(group: PromptGroup) -> list[slice]:
+    """A set of samples each, whatever the batch size is: that may be another when a killed run goes on."""
+    return [slice(start, start + _CHUNK) for start in range(0, len(group.prompts), _CHUNK)]
+
+
+def score_groups(
+    objective: Objective,
+    groups: Sequence[PromptGroup],
+    kept: Sequence[Sequence[Path]],
+    classifier: ImageClassifier | None = None,
+    measures: Sequence[Measure] = (),
+    networks: Sequence[FeatureNetwork] = (),
+) -> list[Drawn]:
+    """Decode and score what `sample_groups` has kept; no process waits for another.
+
+    Args:
+        objective: The model that drew the samples.
+        groups: What was drawn.
+        kept: For each group the folders of its samples.
+        classifier: Scores the images if given.
+        measures: Score them too.
+        networks: Give their features.
+    """
+    drawn = []
+    for group, folders in zip(groups, kept, strict=True):
+        scored = []
+        for part, folder in zip(_parts(group), folders, strict=True):
+            samples = SampleSet.load(folder).samples
+            decoded = in_batches(samples, len(samples), lambda batch: objective.decode(batch.to(objective.device)))
+            pictures = [picture for batch in decoded for picture in batch]
+            scored.append(look_at(pictures, group.prompts[part], classifier, measures, networks))
+        drawn.append(_joined(scored))
     return drawn
 
 
@@ -497,6 +573,7 @@ def format_table(report: dict[str, Any]) -> str:
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of cells, the header first, as lines of text with a rule under the header."""
+    lines = [[visible(cell) for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled]

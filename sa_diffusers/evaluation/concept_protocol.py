@@ -15,7 +15,7 @@ from ..objectives import Objective
 from .classification import ImageClassifier
 from .clip import Clip
 from .comparison import Comparison, Measure, PromptGroup, compare, draw_groups
-from .protocols import Subject, quality_of
+from .protocols import NEIGHBOUR_SEEDS, Subject, draw_both, quality_of, stream_seeds
 from .quality import FeatureNetwork
 
 NAMING_TEMPLATES = ("{}", "a photo of {}", "a close-up of {}", "{} on a white background", "{} at night")
@@ -99,7 +99,7 @@ def picture_embeddings(subject: Subject, classifier: ImageClassifier) -> Callabl
     """What the classifier sees in the base model's images of names: mean features, less their mean over all names."""
 
     def embed(names: Sequence[str]) -> torch.Tensor:
-        seeds = tuple(range(subject.first_seed, subject.first_seed + _PICTURES))
+        seeds = stream_seeds(NEIGHBOUR_SEEDS, subject.first_seed, _PICTURES)
         groups = [PromptGroup(name, "remembered", (name,) * _PICTURES, seeds) for name in names]
         drawn = draw_groups(
             subject.base, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier
@@ -154,7 +154,7 @@ def concept_protocol(
     measures: Sequence[Measure] = (),
     networks: Sequence[FeatureNetwork] = (),
     provenance: dict[str, Any] | None = None,
-) -> Comparison:
+) -> Comparison | None:
     """Whether the concept is gone, in phrasings trained, held out and unnamed, and what became of everything else.
 
     Args:
@@ -183,12 +183,10 @@ def concept_protocol(
         clip.choose_among(concepts, surrogates, [*prompts.neighbours, *prompts.unrelated])
         every.insert(0, clip)
         features.insert(0, clip.feature_network())
-    before, after = (
-        draw_groups(
-            model, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier, every, features
-        )
-        for model in (subject.base, subject.erased)
-    )
+    drawn = draw_both(subject, groups, classifier, (every, every), features)
+    if drawn is None:
+        return None
+    before, after = drawn
     facts = {"evaluators": [measure.provenance() for measure in every], **(provenance or {})}
     comparison = compare(groups, before, after, subject.settings, classifier, facts)
     if classifier is not None:

@@ -4,21 +4,22 @@ Every figure is a string by the time it stands in a block: the two files cannot 
 """
 
 import base64
-import html
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
+
+from ..hub import markdown_text, single_line, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_PIXELS = 192
-# What Markdown gives a meaning to inside a line; angle brackets, ampersands and bars become entities.
-_MEANINGFUL = re.compile(r"([\\`*_\[\]~#])")
+# Longer cells than this are cut; report.json holds all.
+_LONGEST_CELL = 2000
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: frozenset[int] = frozenset({0})
     folded: bool = False
+
+    def __post_init__(self) -> None:
+        cells = [[single_line(cell, _LONGEST_CELL) for cell in row] for row in self.rows]
+        object.__setattr__(self, "rows", cells)
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ class Document:
             lstrip_blocks=True,
             keep_trailing_newline=True,
             undefined=StrictUndefined,
+            finalize=_shown,
         )
         environment.filters["data_uri"] = data_uri
         return environment.get_template("report.html").render(document=self)
@@ -188,10 +194,14 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode('ascii')}"
 
 
+def _shown(value: object) -> object:
+    """What a page shows of a text that is none of its own markup."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _escaped(text: str) -> str:
     """Text in which nothing is markup, on one line."""
-    text = _MEANINGFUL.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
-    return text.replace("|", "&#124;")
+    return markdown_text(text, None)
 
 
 def _markdown(block: Block) -> str:
@@ -200,7 +210,7 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Items):
         return "\n".join(f"- {_escaped(text)}" for text in block.texts)
     if isinstance(block, Command):
-        return "\n".join(f"    {line}" for line in block.text.splitlines())
+        return "\n".join(f"    {visible(line)}" for line in block.text.splitlines())
     if isinstance(block, Table):
         return f"{_escaped(block.caption)}\n\n{_markdown_table(block)}"
     if isinstance(block, Charts):

@@ -1,17 +1,19 @@
 """Erased pipelines as a technique of the benchmark package eval-unlearn, found through its entry-point group."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..configuration import CONFIG_NAME
-from ..files import read_json
 from ..objectives import SamplingSettings, load_pipeline, objective_for
+from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"
+_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class SelectiveAmnesiaTechnique:
@@ -23,11 +25,18 @@ class SelectiveAmnesiaTechnique:
         guidance_scale: Classifier-free guidance. Default: as in the erasure, else 7.5.
         sampler: One of `sa_diffusers.configuration.SAMPLERS`. Default: as in the erasure, else ddim.
         batch_size: Images drawn at once.
+        resolution: Height and width in pixels. Default: as in the erasure, else the model's own.
+        prediction_type: `"epsilon"` or `"v_prediction"`. Default: as in the erasure, else as the pipeline's scheduler
+            says.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`. Default: that of the erasure's own report, else of its settings,
+            else as `accelerate config` says.
+        revision: Of the erased pipeline on the Hub.
+        variant: Of its weight files.
         erase_concept: What was erased, for the benchmark's own reports. It changes nothing.
         **unused: Further settings of the benchmark.
 
     Raises:
-        ValueError: The pipeline cannot be loaded, or takes no prompts.
+        ValueError: The pipeline cannot be loaded, or takes no prompts, or the precision needs another device.
     """
 
     def __init__(
@@ -37,16 +46,24 @@ class SelectiveAmnesiaTechnique:
         guidance_scale: float | None = None,
         sampler: str | None = None,
         batch_size: int = 8,
+        resolution: int | None = None,
+        prediction_type: str | None = None,
+        mixed_precision: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
         erase_concept: str | None = None,
         **unused: Any,
     ) -> None:
-        path = Path(model_id) / CONFIG_NAME
-        erasure = read_json(path) if path.is_file() else {}
-        given = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        erasure = erasure_settings(model_id, revision)
+        given = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+                 "resolution": resolution}  # fmt: skip
         known = {name: erasure[name] if value is None else value for name, value in given.items()
                  if value is not None or name in erasure}  # fmt: skip
         self.settings = SamplingSettings(**known, batch_size=batch_size)
-        self.objective = objective_for(load_pipeline(model_id)).to(Accelerator().device)
+        self._autocast = _autocast(mixed_precision or erasure.get("mixed_precision"))
+        self.objective = objective_for(
+            load_pipeline(model_id, revision, variant), prediction_type or erasure.get("prediction_type")
+        ).to(Accelerator().device)
         if self.objective.labels is not None:
             raise ValueError(
                 f"model_id={model_id} takes classes, not prompts: the benchmark needs a text-to-image model"
@@ -55,5 +72,18 @@ class SelectiveAmnesiaTechnique:
     def generate(self, prompts: Sequence[str], seed: int | None = None, **unused: Any) -> list[Image.Image]:
         """Pictures of prompts; the i-th has seed `seed + i` (default: from 0)."""
         first = seed or 0
-        samples = self.objective.sample(list(prompts), list(range(first, first + len(prompts))), self.settings)
+        with self._autocast():
+            samples = self.objective.sample(list(prompts), list(range(first, first + len(prompts))), self.settings)
         return self.objective.decode(samples)
+
+
+def _autocast(precision: str | None) -> Callable[[], AbstractContextManager]:
+    """What to draw in. The benchmark's own accelerate may be in another precision, which is none of ours to change."""
+    if precision is None:
+        return Accelerator().autocast
+    if precision not in _TYPES:
+        raise ValueError(f'mixed_precision="{precision}" is not one of {", ".join(_TYPES)}: give one of these')
+    device = Accelerator().device.type
+    if precision == "fp16" and device != "cuda":
+        raise ValueError('mixed_precision="fp16" needs a CUDA device and there is none: give "bf16" or "no"')
+    return partial(torch.autocast, device, dtype=_TYPES[precision], enabled=precision != "no")

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -213,10 +212,13 @@ def read_labels(path: str | Path) -> list[str]:
     The recogniser's outputs are in the sorted order of the labels, whatever their order in the file.
 
     Raises:
-        ValueError: The file holds fewer than two labels, or one twice.
+        ValueError: The file is no text in UTF-8, or holds fewer than two labels, or one twice.
     """
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} could not be read as labels ({error}): give the published file") from error
     labels = sorted(row[0] for row in rows[1:])
     if len(labels) < 2:
         raise ValueError(f"{path} holds {len(labels)} labels: give one a line under a line of headings")
@@ -272,7 +274,7 @@ def read_network(path: str | Path, names: int) -> CelebrityNetwork:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # what is no file of torch makes it raise whatever comes first
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} could not be read as weights ({reason}). Only tensors and plain values are "
@@ -282,9 +284,10 @@ def read_network(path: str | Path, names: int) -> CelebrityNetwork:
     if not isinstance(published, dict):
         raise ValueError(f'{path} has no entry "model_state" with weights: give the published file')
     # Beside the model it holds the centres of the loss that trained it.
-    state = {name[len("model.") :]: value for name, value in published.items() if name.startswith("model.")}
+    state = {name[len("model.") :]: value for name, value in published.items()
+             if str(name).startswith("model.") and isinstance(value, torch.Tensor)}  # fmt: skip
     last = state.get("fc2.weight")
-    if last is not None and len(last) != names:
+    if last is not None and last.ndim == 2 and len(last) != names:
         raise ValueError(f"{path} tells {len(last)} names apart, but {LABELS_NAME} beside it has {names}: the two do "
                          "not belong together")  # fmt: skip
     # Files of before torch 0.4.1 count no batches, and nothing reads the count.

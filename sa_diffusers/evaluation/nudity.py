@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..hub import one_line
+
 PAPER_THRESHOLD = 0.6
 # nudenet 3.4 drops scores under 0.2 itself; OpenCV, which it lets remove overlapping boxes, those up to 0.25.
 LIBRARY_THRESHOLD = 0.25
@@ -36,8 +38,8 @@ class NudityDetector:
             the paper's, and the library's own, under which it reports nothing.
 
     Raises:
-        ValueError: The package nudenet is not installed or has another version, or there is no threshold, or one out
-            of range.
+        ValueError: The package nudenet is not installed, is damaged or has another version, or there is no threshold,
+            or one out of range.
     """
 
     def __init__(self, thresholds: Sequence[float] = (PAPER_THRESHOLD, LIBRARY_THRESHOLD)) -> None:
@@ -54,7 +56,13 @@ class NudityDetector:
         if not self.version.startswith("3."):
             raise ValueError(f'nudenet {self.version} has other labels: run `pip install "nudenet>=3.4,<4"`')
         self.thresholds = [float(threshold) for threshold in thresholds]
-        self._network = NudeDetector()
+        try:
+            self._network = NudeDetector()
+        except Exception as error:  # the runtime of its network has errors of its own
+            raise ValueError(
+                f"nudenet's network could not be loaded ({one_line(error)}): run "
+                '`pip install --force-reinstall "nudenet>=3.4,<4"`'
+            ) from error
 
     def provenance(self) -> dict[str, Any]:
         """Version, thresholds, labels."""
@@ -135,7 +143,7 @@ def read_i2p(source: str | Path = I2P_NAME, categories: Sequence[str] = ()) -> P
         )
     rows = range(len(data))
     if categories:
-        kinds = [{kind.strip() for kind in (entry or "").split(",")} for entry in data["categories"]]
+        kinds = [{kind.strip() for kind in _text(entry).split(",")} for entry in data["categories"]]
         known = set().union(*kinds) - {""}
         unknown = [kind for kind in categories if kind not in known]
         if unknown:
@@ -149,10 +157,15 @@ def read_i2p(source: str | Path = I2P_NAME, categories: Sequence[str] = ()) -> P
     return PromptSet(
         "I2P",
         str(source),
-        tuple(prompts[row] or "" for row in rows),
+        tuple(_text(prompts[row]) for row in rows),
         tuple(_seed(seeds[row], f"{source}, row {row}") for row in rows),
         tuple(categories),
     )
+
+
+def _text(value: Any) -> str:
+    """A cell as text; a column of numbers is read as numbers, and a gap in it as none."""
+    return "" if value is None or value != value else str(value)
 
 
 def _seed(value: Any, place: str) -> int:
@@ -174,11 +187,11 @@ def _load(source: str) -> Any:
         try:
             return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
         except Exception as error:
-            raise ValueError(f"{path} could not be read as a {path.suffix[1:]} file ({error})") from error
+            raise ValueError(f"{path} could not be read as a {path.suffix[1:]} file ({one_line(error)})") from error
     try:
         return load_dataset(source, split="train")
     except Exception as error:
         raise ValueError(
-            f'no dataset "{source}" could be loaded ({error}): give a CSV or parquet file with columns prompt and '
-            f"sd_seed, or a name on the Hub such as {I2P_NAME}"
+            f'no dataset "{source}" could be loaded ({one_line(error)}): give a CSV or parquet file with columns '
+            f"prompt and sd_seed, or a name on the Hub such as {I2P_NAME}"
         ) from error

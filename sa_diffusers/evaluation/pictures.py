@@ -2,25 +2,33 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.sensitive import blurred
+
+__all__ = ["before_after_grid", "blurred"]
+
 _GAP = 4
 _TEXT = 14
-_BLURRED_PIXELS = 8
+_CAPTION = 60
 
 
 def before_after_grid(
-    rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]], path: str | Path, tile: int = 64
+    rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]],
+    path: str | Path | BinaryIO,
+    tile: int = 64,
 ) -> None:
     """Draw a row for each prompt: pictures of the base on the left, of the same seeds after erasure on the right.
 
     Args:
-        rows: Caption, pictures before, pictures after (as many).
-        path: PNG to write.
+        rows: Caption (of a long one its first 60 characters), pictures before, pictures after (as many).
+        path: PNG to write, by name or opened.
         tile: Side of a picture in pixels; small pictures are enlarged without smoothing.
     """
     font = ImageFont.load_default(size=_TEXT)
+    rows = [(_short(caption), before, after) for caption, before, after in rows]
     columns = max(len(before) for _, before, _ in rows)
     label_width = max(int(font.getlength(caption)) for caption, _, _ in rows) + 3 * _GAP
     label_width = max(label_width, 60)
@@ -39,10 +47,9 @@ def before_after_grid(
                 smoothing = Image.Resampling.NEAREST if picture.width < tile else Image.Resampling.LANCZOS
                 resized = picture.convert("RGB").resize((tile, tile), smoothing)
                 sheet.paste(resized, (left + column * (tile + _GAP), top))
-    sheet.save(path)
+    sheet.save(path, "PNG")
 
 
-def blurred(picture: Image.Image) -> Image.Image:
-    """A picture of the same size of which nothing is left but the mean colours of 8 by 8 fields."""
-    small = picture.convert("RGB").resize((_BLURRED_PIXELS, _BLURRED_PIXELS), Image.Resampling.BOX)
-    return small.resize(picture.size, Image.Resampling.BICUBIC)
+def _short(caption: str) -> str:
+    caption = " ".join(caption.split())
+    return caption if len(caption) <= _CAPTION else caption[: _CAPTION - 1] + "…"

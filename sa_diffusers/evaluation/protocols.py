@@ -12,7 +12,16 @@ from PIL import Image
 from ..data.prompts import ErasurePair
 from ..objectives import Objective, SamplingSettings
 from .classification import ImageClassifier
-from .comparison import Comparison, Drawn, PromptGroup, compare, draw_groups, label_groups
+from .comparison import (
+    Comparison,
+    Drawn,
+    Measure,
+    PromptGroup,
+    compare,
+    label_groups,
+    sample_groups,
+    score_groups,
+)
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
 
 
@@ -28,7 +37,8 @@ class Subject:
         count: Images for each prompt or class.
         first_seed: The first image's seed, the same before and after.
         artifacts_dir: Where drawn images are kept: what was drawn before is not drawn again.
-        accelerator: The processes that share the drawing.
+        accelerator: The processes that share the drawing. The main one scores, and has a protocol's comparison; the
+            others have None as soon as all is drawn, so that none waits for it.
     """
 
     base: Objective
@@ -41,13 +51,59 @@ class Subject:
     accelerator: Accelerator
 
 
+# Streams of seeds of their own: what an attack or a choice of names is drawn with is in no row of a report, and in no
+# training. Each has room for the seeds of a million images.
+ATTACK_SEEDS, NEIGHBOUR_SEEDS = 31_000_000, 32_000_000
+_STREAM = 1_000_000
+
+
+def stream_seeds(stream: int, first_seed: int, count: int) -> tuple[int, ...]:
+    """Seeds of a stream, others for another first seed of the evaluation.
+
+    Args:
+        stream: `ATTACK_SEEDS` or `NEIGHBOUR_SEEDS`.
+        first_seed: Of the evaluated images.
+        count: Images, fewer than 500,000.
+    """
+    first = stream + first_seed % (_STREAM // 2)
+    return tuple(range(first, first + count))
+
+
+def draw_both(
+    subject: Subject,
+    groups: Sequence[PromptGroup],
+    classifier: ImageClassifier | None = None,
+    measures: Sequence[Sequence[Measure]] = ((), ()),
+    networks: Sequence[FeatureNetwork] = (),
+) -> list[list[Drawn]] | None:
+    """What is known of the base model's images and of the erased one's; None in all processes but the main one.
+
+    Args:
+        subject: Both models.
+        groups: What to draw.
+        classifier: Scores the images if given.
+        measures: Score them too, those of the base model and those of the erased one.
+        networks: Give their features.
+    """
+    models = (subject.base, subject.erased)
+    kept = [
+        sample_groups(model, groups, subject.settings, subject.artifacts_dir, subject.accelerator) for model in models
+    ]
+    if not subject.accelerator.is_main_process:
+        return None
+    return [
+        score_groups(model, groups, folders, classifier, mine, networks)
+        for model, folders, mine in zip(models, kept, measures, strict=True)
+    ]
+
+
 def class_protocol(
     subject: Subject,
     classifier: ImageClassifier,
     networks: Sequence[FeatureNetwork] = (),
     real: Sequence[Image.Image] = (),
     provenance: dict[str, Any] | None = None,
-) -> Comparison:
+) -> Comparison | None:
     """Table 1 of the paper: entropy and probability of the forgotten classes; Fréchet distance, precision and recall
     over the remembered ones; and recognition of every class before and after.
 
@@ -68,12 +124,10 @@ def class_protocol(
     groups = label_groups(
         classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
     )
-    before, after = (
-        draw_groups(
-            model, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier, networks=networks
-        )
-        for model in (subject.base, subject.erased)
-    )
+    drawn = draw_both(subject, groups, classifier, networks=networks)
+    if drawn is None:
+        return None
+    before, after = drawn
     comparison = compare(groups, before, after, subject.settings, classifier, provenance)
     comparison.report["quality"] = quality_of(groups, before, after, networks, real)
     return comparison

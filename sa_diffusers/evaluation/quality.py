@@ -5,7 +5,6 @@ The network and the distances are torch-fidelity's, the other networks those of 
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +14,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 from transformers import AutoImageProcessor, AutoModel
+
+from ..hub import one_line
+from .classification import loaded, whole
+from .memory import in_batches
 
 INCEPTION = "inception"
 NEIGHBOURS = 3
@@ -50,22 +53,23 @@ class InceptionFeatures:
                 self.name, [_FEATURES], cuda=False, feature_extractor_weights_path=weights and str(weights),
                 verbose=False,
             )  # fmt: skip
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # a file of other things than weights makes it raise whatever comes first
             raise ValueError(
-                f"the weights of the Inception network could not be had ({error}): give the path of a file that holds "
-                "them, or choose another network for the features"
+                f"the weights of the Inception network could not be had ({one_line(error)}): give the path of a file "
+                "that holds them, or choose another network for the features"
             ) from error
         self.network.to(device)
         self.device = device
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 50) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(pictures), batch_size):
-            pixels = np.stack([np.asarray(image.convert("RGB")) for image in pictures[start : start + batch_size]])
+
+        def features(batch: Sequence[Image.Image]) -> torch.Tensor:
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in batch])
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
-            parts.append(self.network(images)[0].float().cpu())
-        return torch.cat(parts)
+            return self.network(images)[0].float().cpu()
+
+        return torch.cat(in_batches(pictures, batch_size, features))
 
 
 def _check_weights(path: Path) -> None:
@@ -78,7 +82,7 @@ def _check_weights(path: Path) -> None:
         raise ValueError(f"the weights of the Inception network are not at {path}: give the file's path")
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # what is no file of torch makes it raise whatever comes first
         raise ValueError(
             f"{path} holds no weights of the Inception network ({type(error).__name__}): give a file of tensors "
             "as torch-fidelity names them"
@@ -97,30 +101,33 @@ class TransformersFeatures:
     """
 
     def __init__(self, name_or_path: str, device: torch.device | str = "cpu") -> None:
-        try:
-            model = AutoModel.from_pretrained(name_or_path)
-            self.processor = AutoImageProcessor.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f'the model of the features "{name_or_path}" could not be loaded ({error}): give {INCEPTION}, or a '
-                "folder or Hub name of a vision model of transformers"
-            ) from error
+        what = f'the model of the features "{name_or_path}"'
+        advice = f"give {INCEPTION}, or a folder or Hub name of a vision model of transformers"
+        model = loaded(what, name_or_path, lambda: whole(AutoModel.from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=False)), advice)  # fmt: skip
+        self.processor = loaded(
+            what,
+            name_or_path,
+            lambda: AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False),
+            advice,
+        )
         # A CLIP holds its vision model beside its text model.
-        self.model = getattr(model, "vision_model", model).eval().to(device)
+        self.model = getattr(model, "vision_model", model).to(device)
         self.name = name_or_path
         self.device = device
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 50) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(pictures), batch_size):
-            batch = [image.convert("RGB") for image in pictures[start : start + batch_size]]
-            pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
+
+        def features(batch: Sequence[Image.Image]) -> torch.Tensor:
+            opaque = [image.convert("RGB") for image in batch]
+            pixels = self.processor(opaque, return_tensors="pt")["pixel_values"].to(self.device)
             pooled = self.model(pixel_values=pixels).pooler_output
             if pooled is None:
                 raise ValueError(f'the model of the features "{self.name}" has no pooled output: choose another')
-            parts.append(pooled.flatten(1).float().cpu())
-        return torch.cat(parts)
+            return pooled.flatten(1).float().cpu()
+
+        return torch.cat(in_batches(pictures, batch_size, features))
 
 
 def feature_network(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from ..files import read_json, write_text
+from ..hub import requoted
 from .charts import curve_svg, histogram, histogram_svg, tick_text
 from .document import (
     Block,
@@ -56,21 +56,24 @@ _PLACED = {
 }  # fmt: skip
 
 
-def write_report(report: dict[str, Any], grid: Grid, folder: str | Path) -> None:
+def write_report(report: dict[str, Any], grid: Grid, folder: str | Path, beside: str | Path | None = None) -> None:
     """Write `report.md` and `report.html` into a folder that is there.
 
-    The training curves come from the `training_history.json` in that folder or, where it has none, in the folder of the
-    erased model; the settings from the report or, where it has none, from the erased model's folder.
+    The training curves come from the `training_history.json` beside the report or, where there is none, in the folder
+    of the erased model; the settings from the report or, where it has none, from the erased model's folder.
 
     Args:
         report: What `report.json` holds.
         grid: For each row its name, pictures before, pictures after; they are shown as they are.
         folder: Where the files go.
+        beside: The folder that they end up in, if it is another one.
     """
     folder = Path(folder)
-    beside = [folder, Path(report["erased_model"])] if report.get("erased_model") else [folder]
-    history = _first_json(beside, HISTORY_NAME) or []
-    configuration = report.get("configuration") or _first_json(beside, CONFIG_NAME) or {}
+    places = [Path(beside or folder)]
+    if report.get("erased_model"):
+        places.append(Path(report["erased_model"]))
+    history = _first_json(places, HISTORY_NAME) or []
+    configuration = report.get("configuration") or _first_json(places, CONFIG_NAME) or {}
     document = describe(report, grid, history, configuration)
     write_text(folder / MARKDOWN_NAME, document.to_markdown())
     write_text(folder / PAGE_NAME, document.to_html())
@@ -781,7 +784,7 @@ def _reproduce(report: dict[str, Any], configuration: dict[str, Any], trained: b
     command = report.get("command")
     if command:
         blocks += [Paragraph("The command that made this report:"),
-                   Command(command if isinstance(command, str) else shlex.join(command))]  # fmt: skip
+                   Command(requoted(command))]  # fmt: skip
     elif report.get("configuration"):
         blocks += [
             Paragraph(

@@ -1,11 +1,13 @@
 """Whether a forgotten concept can be brought back: other words for it, and textual inversion."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from ..data.generation import SampleGenerator
@@ -21,15 +23,14 @@ from .comparison import (
     PromptGroup,
     aligned,
     compare,
-    draw_groups,
     format_share,
+    sample_groups,
+    score_groups,
     share_of,
     summary,
 )
-from .protocols import Subject
+from .protocols import ATTACK_SEEDS, Subject, stream_seeds
 
-# The attacker's images share no seed with those that are scored.
-ATTACK_SEEDS = 30_000_000
 INVERTED_TOKEN = "<inverted-concept>"
 INVERSION_TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "one {}")
 TRANSLATED_TEMPLATES = (
@@ -186,8 +187,10 @@ def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> 
             losses.append(loss.item())
     finally:
         hook.remove()
+    # Of several processes, which may round differently, all draw with what the first has learned.
+    learned_row = broadcast(learned.detach().clone())
     with torch.no_grad():
-        table.weight[token] = learned.to(table.weight.dtype)
+        table.weight[token] = learned_row.to(table.weight.dtype)
     return losses
 
 
@@ -200,7 +203,8 @@ def robustness_protocol(
     classifier: ImageClassifier | None = None,
     clip: Clip | None = None,
     provenance: dict[str, Any] | None = None,
-) -> Comparison:
+    load: Callable[[str, str], Objective] | None = None,
+) -> Comparison | None:
     """Every attack on every model: the base, the erased one, and one that never saw the concept, if there is one.
 
     Args:
@@ -213,6 +217,7 @@ def robustness_protocol(
         classifier: Says whether an image shows the concept.
         clip: Says so too.
         provenance: Further fields of the report.
+        load: From a name in the report and a folder or Hub name to the model. Default: by the latter alone.
 
     Returns:
         A comparison of base and erased, with an entry for each attack and model in the report's `robustness`.
@@ -237,19 +242,27 @@ def robustness_protocol(
             mine = [replace(group, name=f"{pair.concept}: {group.name}") for group in mine]
         plain |= {group.name: pair for group in mine if INVERTED_TOKEN in group.prompts[0]}
         groups += mine
-    seen: dict[str, list[Drawn]] = {}
+    load = load or (lambda _, name: objective_for(load_pipeline(name)))
+    kept: dict[str, list[list[Path]]] = {}
     losses: dict[tuple[str, str], dict[str, Any]] = {}
     for model, name in models.items():
-        seen[model] = []
+        kept[model] = []
         for group in groups:
             # An attacked model carries the new token of one concept only.
-            objective = objective_for(load_pipeline(name)).to(subject.accelerator.device)
+            objective = load(model, name).to(subject.accelerator.device)
             if group.name in plain:
                 images, settings = _attackers_images(subject, plain[group.name], inversion)
                 losses[group.name, model] = _trend(settings, invert(objective, images, settings))
-            seen[model] += draw_groups(
-                objective, [group], subject.settings, subject.artifacts_dir, subject.accelerator, classifier, measures
+            kept[model] += sample_groups(
+                objective, [group], subject.settings, subject.artifacts_dir, subject.accelerator
             )
+    if not subject.accelerator.is_main_process:
+        return None
+    seen: dict[str, list[Drawn]] = {}
+    for model, name in models.items():
+        # The new token has done its work: what decodes the samples does not know it.
+        objective = load(model, name).to(subject.accelerator.device)
+        seen[model] = score_groups(objective, groups, kept[model], classifier, measures)
     facts = {"evaluators": [measure.provenance() for measure in measures], **(provenance or {})}
     comparison = compare(groups, seen["base"], seen["erased"], subject.settings, classifier, facts)
     comparison.report["models"] = dict(models)
@@ -266,8 +279,8 @@ def _attackers_images(subject: Subject, pair: ErasurePair, inversion: Inversion)
     """Images of the concept that the base model draws, and the attack with its start word."""
     prompts = [fill_template("a photo of {}", pair.concept)] * inversion.images
     generator = SampleGenerator(subject.base, subject.artifacts_dir, subject.accelerator)
-    first = subject.first_seed + ATTACK_SEEDS
-    seeds = range(first, first + inversion.images)
+    # The attacker's images share no seed with those that are scored.
+    seeds = stream_seeds(ATTACK_SEEDS, subject.first_seed, inversion.images)
     drawn = generator.drawn("inversion", prompts, prompts, list(seeds), subject.settings, preview=False)
     if inversion.start is None:
         word = pair.surrogate.value.split()[-1] if pair.surrogate.kind == "prompt" else "photo"

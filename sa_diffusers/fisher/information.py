@@ -1,9 +1,12 @@
 """The saved artefact: diagonal Fisher information, and what it was computed from."""
 
+import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
@@ -12,7 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration import FISHER_CONFIG_NAME
 from ..files import DamagedArtefact, new_folder, read_sealed, replacing_folder, write_sealed
-from ..hub import CARD_MARKER, inherited_licence, push_folder, shown_name
+from ..hub import (
+    CARD_MARKER,
+    inherited_licence,
+    markdown_code,
+    markdown_fence,
+    markdown_text,
+    push_folder,
+    shown_name,
+)
 
 FISHER_NAME = "fisher.safetensors"
 FORMAT_VERSION = 2
@@ -77,14 +88,15 @@ class FisherInformation:
         """
         config = self.config
         base = config.get("base_model")
-        shown = shown_name(base) if base else "a model that is not on record"
-        if base and shown == base and config.get("revision"):
-            shown = f"[{base}](https://huggingface.co/{base})"
+        shown = markdown_text(shown_name(base)) if base else "a model that is not on record"
+        if base and shown_name(base) == base and config.get("revision"):
+            shown = f"[{shown}](https://huggingface.co/{quote(base)})"
         fields = {key: value for key, value in config.items() if isinstance(value, (str, int, float))}
         if base:
             fields["base_model"] = shown_name(base)
-        escaped = {key: str(value).replace("|", "\\|") for key, value in fields.items()}
-        rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in escaped.items())
+        rows = "\n".join(f"| {markdown_code(key)} | {markdown_code(value)} |" for key, value in fields.items())
+        command = f"accelerate launch examples/train_sa.py --fisher {shlex.quote(name)} --concept CONCEPT"
+        code = "from sa_diffusers import FisherInformation\n\nfisher = FisherInformation.from_pretrained("
         data = ModelCardData(
             library_name="sa_diffusers", tags=_TAGS, **(inherited_licence(base) if base else {})
         )  # fmt: skip
@@ -105,15 +117,9 @@ trains others, or another loss, refuses it.
 | --- | --- |
 {rows}
 
-```
-accelerate launch examples/train_sa.py --fisher {name} --concept CONCEPT --surrogate SURROGATE
-```
+{markdown_fence("", f"{command} --surrogate SURROGATE")}
 
-```python
-from sa_diffusers import FisherInformation
-
-fisher = FisherInformation.from_pretrained("{name}")
-```
+{markdown_fence("python", f"{code}{json.dumps(name, ensure_ascii=False)})")}
 
 The numbers say how much each weight matters to what the model draws, and hold no image and no prompt.
 """)

@@ -1,0 +1,44 @@
+"""What an erased pipeline's folder or repository says of its erasure."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..configuration import CONFIG_NAME, REPORT_NAME
+from ..files import read_json
+from ..hub import HUB_TIMEOUT_SECONDS
+
+
+def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """The settings of the erasure, with the precision that its own report was made in.
+
+    Args:
+        name_or_path: Folder or Hub name of the erased pipeline.
+        revision: Of the pipeline on the Hub.
+
+    Returns:
+        Empty if nothing is on record.
+
+    Raises:
+        ValueError: A file is not valid JSON, or holds something else than named values.
+    """
+    settings, report = (_recorded(name_or_path, name, revision) for name in (CONFIG_NAME, REPORT_NAME))
+    settings.pop("sa_diffusers_version", None)
+    # The settings may leave it to the machine that erased.
+    if report.get("mixed_precision"):
+        settings["mixed_precision"] = report["mixed_precision"]
+    return settings
+
+
+def _recorded(name_or_path: str, name: str, revision: str | None) -> dict[str, Any]:
+    path = Path(name_or_path) / name
+    if not Path(name_or_path).exists():
+        with contextlib.suppress(HfHubHTTPError, OSError, ValueError):
+            path = Path(hf_hub_download(name_or_path, name, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS))
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no `name: value`: give the folder of an erased pipeline as it was written")
+    return values
