@@ -121,8 +121,8 @@ class SelectiveAmnesiaConfig:
     fisher_batch_size: int = _flag(10, "timesteps of one sample in one backward pass", "fisher")
     fisher_concept_share: float | None = _flag(
         0.1,
-        "share of the Fisher samples that are the concept's own; null leaves it to the model: uniform over all classes, "
-        "or, where prompts are text, the replay prompts alone (the paper)",
+        "share of the Fisher samples that are the concept's own; null leaves it to the model: uniform over all "
+        "classes, or, where prompts are text, the replay prompts alone (the paper)",
         "fisher",
     )
     ewc_weight: float = _flag(50.0, "weight of sum F (theta - theta*)^2; half of the paper's lambda", "fisher")

@@ -16,6 +16,8 @@ PACKAGE = REPOSITORY / "sa_diffusers"
 ORDER = [
     "version",
     "files",
+    "messages",
+    "weights",
     "configuration",
     "hub",
     "model_card",

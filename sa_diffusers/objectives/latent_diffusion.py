@@ -26,7 +26,7 @@ class LatentDiffusionObjective(DiffusionObjective):
         noise_offset: Scale of a further noise that is constant over each channel's pixels.
 
     Raises:
-        ValueError: The prediction type is another one.
+        ValueError: As `DiffusionObjective`.
     """
 
     kind = "latent-diffusion"
@@ -128,4 +128,4 @@ class LatentDiffusionObjective(DiffusionObjective):
         return pictures
 
     def save(self, folder: Path) -> None:
-        self.pipeline.save_pretrained(folder)
+        self.save_with_own_scheduler(self.pipeline, folder)
