@@ -17,6 +17,7 @@ ORDER = [
     "version",
     "files",
     "messages",
+    "names",
     "weights",
     "configuration",
     "hub",

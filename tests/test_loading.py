@@ -305,9 +305,8 @@ def test_zero_terminal_snr_trains_to_finite_losses():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"beta_start": 2.0, "beta_end": 3.0}, {"beta_schedule": "none of them"}, {"prediction_type": "sample"},
-     {"num_train_timesteps": 0}],
-)  # fmt: skip
+    [{"beta_start": 2.0, "beta_end": 3.0}, {"beta_schedule": "none of them"}, {"prediction_type": "sample"}],
+)
 def test_schedulers_that_cannot_be_meant(settings):
     pipeline = build_tiny_pipeline()
     pipeline.scheduler.register_to_config(**settings)
