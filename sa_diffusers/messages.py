@@ -1,11 +1,16 @@
 """What messages show of values, files and errors that somebody else made."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 _LONGEST = 80
+# Of values in values only the first are shown: written out, a few that hold each other could fill the memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
+_SHORT.maxlevel = 3
 
 
 def shown(value: Any, limit: int = _LONGEST) -> str:
@@ -17,9 +22,9 @@ def shown(value: Any, limit: int = _LONGEST) -> str:
     """
     if not isinstance(value, str):
         try:
-            value = repr(value)
+            value = _SHORT.repr(value)
         except (ValueError, RecursionError):  # Python writes out no integer of more than some thousand digits
-            value = f"a {type(value).__name__} too long to be shown"
+            value = f"a value of type {type(value).__name__} too long to be shown"
     text = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
         for letter in value[: limit + 1]

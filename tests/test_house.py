@@ -17,6 +17,7 @@ ORDER = [
     "version",
     "files",
     "messages",
+    "texts",
     "names",
     "weights",
     "configuration",
