@@ -325,7 +325,7 @@ def test_any_value_is_a_configuration_or_one_sentence(values):
 @given(
     st.binary(max_size=100)
     | st.text(alphabet="seed: {}[]\"'&*!-?|>#%@\n\t0189ab~,.\ufeff\x85", max_size=60).map(str.encode)
-    | st.dictionaries(st.sampled_from([*FIELDS, "x"]), st.none() | st.text(max_size=4) | st.lists(st.text()), max_size=2)
+    | st.dictionaries(st.sampled_from([*FIELDS, "x"]), st.none() | st.text(max_size=4) | st.lists(st.text()))
     .map(lambda value: json.dumps(value).encode()),
     st.sampled_from([".yaml", ".json"]),
 )  # fmt: skip

@@ -383,3 +383,16 @@ def test_weights_of_another_shape_are_one_sentence(folder):
     weights = load_file(folder.parent / "other" / file)
     save_file({name: torch.zeros(3) for name in weights}, folder / "unet" / file)
     assert "could not be loaded" in refused(folder)
+
+
+def test_steps_that_a_sampler_cannot_make_are_refused_before_sampling(tiny_objective):
+    def check(sampler, steps):
+        settings = SamplingSettings(sampler, num_inference_steps=steps)
+        tiny_objective.check_sampling(settings, tiny_objective.pipeline.scheduler)
+
+    for sampler in SAMPLERS:
+        check(sampler, 4)
+    with pytest.raises(ValueError, match="num_inference_steps=1001 is more than the 1000 timesteps"):
+        check("ddim", 1001)
+    with pytest.raises(ValueError, match='sampler="dimm" is not one of'):
+        check("dimm", 4)

@@ -4,12 +4,14 @@ from PIL import Image
 
 from sa_diffusers import pair_concepts, replay_prompts
 from sa_diffusers.data.prompts import (
+    check_phrasings,
     class_name,
     fill_template,
     generate_captions,
     image_files,
     load_vocabulary,
     names_concept,
+    warn_of_cut_prompts,
 )
 
 
@@ -279,3 +281,33 @@ def test_a_class_is_found_by_any_of_its_names():
         class_name("tinka tinca", labels)
     with pytest.raises(ValueError, match="give one of c0, .*, c19, ..., or a number from 0 to 999"):
         class_name("dog", [f"c{index}" for index in range(1000)])
+
+
+def test_names_outside_of_what_the_text_encoder_reads_are_refused(tiny_objective):
+    """The tiny tokenizer makes a token of each letter, and reads 30 of them."""
+    long = "a picture of a wooden house by the sea with {}"
+    for pairs in (pair_concepts(["Brad Pitt"], ["a man"]), pair_concepts(["cat"], ["dog"])):
+        with pytest.raises(ValueError, match=r'reads 32 tokens, and "(Brad Pitt|cat)" ends at token \d+: shorten it'):
+            check_phrasings(tiny_objective, pairs, ["{}", long])
+    with pytest.raises(ValueError, match='and "a man with a very long.*ends at token'):
+        check_phrasings(tiny_objective, pair_concepts(["cat"], ["a man with a very long grey beard and a hat"]), ["{}"])
+    # Partly outside, and just inside.
+    with pytest.raises(ValueError, match='"Brad Pitt" ends at token 33'):
+        check_phrasings(tiny_objective, pair_concepts(["Brad Pitt"], ["a man"]), ["x" * 23 + " {}"])
+    check_phrasings(tiny_objective, pair_concepts(["Brad Pitt"], ["a man"]), ["x" * 22 + " {}", "{} " + "y" * 50])
+
+
+def test_what_is_the_same_to_the_tokenizer_is_refused(tiny_objective):
+    with pytest.raises(ValueError, match='makes nothing of "🔫"|"🔫" and "a man"|makes nothing'):
+        check_phrasings(tiny_objective, pair_concepts(["🔫"], ["a man"]), ["{}"])
+    same = pair_concepts(["cat"], ["ﾃﾞ ｃ a t"])[0]
+    same = type(same)("CAT", type(same.surrogate)("prompt", "cat"))
+    with pytest.raises(ValueError, match='to the model\'s tokenizer "CAT" and "cat" are the same'):
+        check_phrasings(tiny_objective, [same], ["{}"])
+
+
+def test_prompts_that_are_cut_are_counted(tiny_objective, recwarn):
+    warn_of_cut_prompts(tiny_objective, ["a dog", "a cow"], "x")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="prompts.txt: 1 of 2 prompts are longer than what the text encoder reads"):
+        warn_of_cut_prompts(tiny_objective, ["a dog", "a dog " * 20, "a dog"], "prompts.txt")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from ..messages import did_you_mean, near_paths, shown
 from ..names import ARTICLES, bare_name, name_key, names_concept, says_something
+from ..objectives.base import Objective
 from .prompt_files import FORMS, read_texts, split_source
 
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
@@ -316,6 +317,44 @@ def read_templates(path: str | Path) -> list[str]:
         if "{}" not in template:
             raise ValueError(f'{shown(str(path), 200)}: "{shown(template)}" has no {{}} where the concept goes')
     return templates
+
+
+def check_phrasings(objective: Objective, pairs: Sequence[ErasurePair], templates: Sequence[str]) -> None:
+    """Refuse phrasings that the model reads only in part, or in which a concept and its surrogate are the same to it.
+
+    Args:
+        objective: The model.
+        pairs: Concepts and surrogates.
+        templates: All phrasings of training and evaluation.
+
+    Raises:
+        ValueError: A concept or a surrogate lies outside of what the text encoder reads, or the model makes the same
+            of both, or nothing of one.
+    """
+    for pair in pairs:
+        values = [pair.concept, *([pair.surrogate.value] if pair.surrogate.kind == "prompt" else [])]
+        for template in templates:
+            prompts = [fill_template(template, value) for value in values]
+            for prompt, value in zip(prompts, values, strict=True):
+                if reason := objective.why_unseen(prompt, value):
+                    raise ValueError(reason)
+                if objective.means_the_same(prompt, template.replace("{}", "")):
+                    raise ValueError(f'the model\'s tokenizer makes nothing of "{shown(value)}": choose other words')
+            if len(prompts) == 2 and objective.means_the_same(*prompts):
+                raise ValueError(
+                    f'to the model\'s tokenizer "{shown(values[0])}" and "{shown(values[1])}" are the same: nothing '
+                    "would be forgotten. Choose another surrogate"
+                )
+
+
+def warn_of_cut_prompts(objective: Objective, prompts: Sequence[str], place: str) -> None:
+    """Warn of prompts whose ends the model does not read, such as those of a user's own file."""
+    distinct = list(dict.fromkeys(prompts))
+    if count := objective.count_cut(distinct):
+        warnings.warn(
+            f"{place}: {count} of {len(distinct)} prompts are longer than what the text encoder reads, and are cut",
+            stacklevel=2,
+        )
 
 
 def builtin_vocabularies() -> list[str]:

@@ -20,8 +20,8 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from ..messages import shown
-from .base import Conditions, Denoiser, Objective
+from ..messages import shown, shown_error
+from .base import Conditions, Denoiser, Objective, SamplingSettings
 
 # Samples are not clipped to [-1, 1], and PNDM's first steps are left out as Stable Diffusion does.
 _SAMPLERS: dict[str, tuple[type, dict[str, bool]]] = {
@@ -155,6 +155,26 @@ class DiffusionObjective(Objective):
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f'sampler="{name}" cannot follow the model\'s scheduler ({error}): use another sampler'
+            ) from error
+
+    def check_sampling(self, settings: SamplingSettings, scheduler: SchedulerMixin) -> None:
+        """Refuse, before anything is sampled, a sampler that cannot follow the model's betas, or steps that it lacks.
+
+        Raises:
+            ValueError: As `make_sampler`, or there are more steps than the model was trained with.
+        """
+        sampler = self.make_sampler(settings.sampler, scheduler)
+        if settings.num_inference_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps={settings.num_inference_steps} is more than the {self.num_train_timesteps} "
+                "timesteps that the model was trained with: give fewer"
+            )
+        try:
+            sampler.set_timesteps(settings.num_inference_steps)
+        except Exception as error:  # samplers fail at their least number of steps in ways of their own
+            raise ValueError(
+                f'sampler="{settings.sampler}" cannot make num_inference_steps={settings.num_inference_steps} steps '
+                f"({shown_error(error)}): give more"
             ) from error
 
     def own_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
