@@ -44,7 +44,8 @@ def did_you_mean(name: str, known: Iterable[str], quote: str = '"') -> str:
     folded: dict[str, str] = {}
     for other in known:
         folded.setdefault(other.casefold(), other)
-    near = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.75)
+    # Of a short name one wrong letter is a large part.
+    near = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6 if len(name) < 6 else 0.75)
     if not near:
         return ""
     return f"; did you mean {' or '.join(f'{quote}{shown(folded[other])}{quote}' for other in near)}?"
