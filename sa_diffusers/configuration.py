@@ -106,8 +106,8 @@ class SelectiveAmnesiaConfig:
     num_replay_images: int = _flag(400, "replay images", "samples")
     replay_prompts: str = _flag(
         "diverse",
-        "prompts to remember: diverse or garments (built in), a text file with one a line, or a dataset as "
-        "NAME:COLUMN or NAME:COLUMN:SPLIT",
+        "prompts to remember: diverse or garments (built in), a text file with one a line, a CSV, TSV, JSON, JSON "
+        "lines or parquet file as FILE or FILE:COLUMN, or a dataset as NAME:COLUMN or NAME:COLUMN:SPLIT",
         "samples",
         path=True,
     )

@@ -309,7 +309,7 @@ def one_line(error):
     return str(error).isprintable() and 0 < len(str(error)) < 600
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=3))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_any_value_is_a_configuration_or_one_sentence(values):
@@ -321,7 +321,13 @@ def test_any_value_is_a_configuration_or_one_sentence(values):
         assert SelectiveAmnesiaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     st.binary(max_size=100)
     | st.text(alphabet="seed: {}[]\"'&*!-?|>#%@\n\t0189ab~,.\ufeff\x85", max_size=60).map(str.encode)

@@ -125,7 +125,13 @@ def test_names_that_are_none(source, tmp_path, monkeypatch):
         read_prompts(source)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     content=st.one_of(
         st.binary(max_size=200),
