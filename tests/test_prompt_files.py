@@ -118,6 +118,12 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert read_prompts("~/p.csv:prompt") == ["a {}"]
 
 
+def test_a_file_that_is_nearly_there_is_asked_about(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    with pytest.raises(ValueError, match='does not exist and could not be read; did you mean ".*/prompts.txt"'):
+        read_prompts(tmp_path / "promts.txt")
+
+
 @pytest.mark.parametrize("source", ["", " ", "\0", "x" * 5000, "~nobody-of-that-name/p.txt", ":", "::", "/", "a/b/c"])
 def test_names_that_are_none(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -292,6 +292,11 @@ def read_prompts(path: str | Path, concepts: Sequence[str] = (), stands_for: str
         ValueError: There is no such file, it cannot be read as text, it is empty, or a prompt names a concept.
     """
     name = shown(str(path), 200)
+    file, column, _ = split_source(str(path))
+    if column is None and not _is_there(file):
+        raise ValueError(
+            f"the file of prompts {name} does not exist and could not be read{near_paths(file)}: give {FORMS}"
+        )
     try:
         prompts = read_texts(path, name)
     except ValueError as error:
