@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from .messages import shown, shown_error
+
 # "Cross-attention" is another set of names in every family of models.
 _XATTN = {"UNet2DConditionModel": r"\.attn2\."}
 # The paper's nudity experiment: everything but cross-attention, the time embedding and the output block.
@@ -44,15 +46,16 @@ def select_parameters(module: nn.Module, selection: str) -> dict[str, nn.Paramet
         pattern = selection
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f'train_method="{selection}" is not one of {", ".join(PRESETS)}, nor a valid regular expression ({error})'
+            f'train_method="{shown(selection)}" is not one of {", ".join(PRESETS)}, nor a valid regular expression '
+            f"({shown_error(error)})"
         ) from None
     selected = {name: parameter for name, parameter in module.named_parameters() if compiled.search(name)}
     if not selected:
         raise ValueError(
-            f'train_method="{selection}" matches no parameter of {kind}. Use one of {", ".join(PRESETS)}, or a regular '
-            f"expression on its {len(names)} parameter names, such as {_examples(names)}"
+            f'train_method="{shown(selection)}" matches no parameter of {kind}. Use one of {", ".join(PRESETS)}, or a '
+            f"regular expression on its {len(names)} parameter names, such as {_examples(names)}"
         )
     return selected
 

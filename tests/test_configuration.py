@@ -1,11 +1,16 @@
 import dataclasses
+import datetime
+import json
+from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.command_line import build_parser, parse_config
-from sa_diffusers.configuration import BASE_DEFAULTS_NAME, read_settings
+from sa_diffusers.configuration import BASE_DEFAULTS_NAME, base_defaults, read_settings
 from sa_diffusers.models import class_defaults
 
 from .conftest import REPOSITORY
@@ -86,11 +91,140 @@ def test_yaml_without_quotes_or_dots(tmp_path):
         ({"concept": [1]}, "must be a list of str"),
         ({"replay_unconditional_share": 1.0}, "at least 0 and less than 1"),
         ({"reference_features": "x"}, "reference_features needs a classifier"),
+        # Nothing would come out, or nothing be trained
+        ({"num_surrogate_images": 500_001}, "num_surrogate_images=500001 must be at most 500,000"),
+        ({"num_replay_images": 10_000_000}, "num_replay_images=10000000 must be at most 1,000,000"),
+        ({"num_eval_images": 10**6}, "must be at most 100,000"),
+        ({"train_batch_size": 10**400}, "train_batch_size=1000"),
+        (
+            {"sample_batch_size": 10**5000},
+            "sample_batch_size=a value of type int too long to be shown must be at most 65,536",
+        ),
+        ({"adam_epsilon": 1e308}, "must be at most 100"),
+        ({"lr_warmup_steps": 400}, "lr_warmup_steps=400 leaves none of the 400 steps"),
+        ({"concept": ["a", "b"], "num_surrogate_images": 1}, "leaves some of the 2 concepts without an image"),
+        ({"ewc_weight": 10**400}, "must be finite: it is too large a number"),
+        ({"seed": 2**64}, "must be at most 18,446,744,073,709,551,615"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"eval_seed": 2**64 - 1}, "eval_seed=18446744073709551615 must be at most"),
+        # Places
+        ({"logging_dir": "../../x"}, 'logging_dir="../../x" must be a folder inside the output folder'),
+        ({"logging_dir": "a/../../x"}, "inside the output folder"),
+        ({"logging_dir": "/tmp/x"}, "inside the output folder"),
+        ({"logging_dir": "~/x"}, "inside the output folder"),
+        ({"logging_dir": "..\\\\x"}, "inside the output folder"),
+        ({"logging_dir": "."}, "inside the output folder"),
+        ({"tracker_project_name": "../x"}, 'tracker_project_name="../x" must be a name without slashes'),
+        ({"tracker_project_name": ".."}, "must be a name without slashes"),
+        ({"revision": "../../x"}, 'revision="../../x" must be a name, such as "main", not a path'),
+        ({"variant": "fp16/x"}, 'variant="fp16/x" must be a name'),
+        ({"output_dir": ""}, "output_dir is empty: give it a value, or leave it out"),
+        ({"output_dir": "x" * 300}, "is longer than the name of a file can be"),
+        ({"output_dir": "~nobody-of-that-name/x"}, "there is no such user"),
+        # Texts
+        ({"concept": "a\0b"}, r'concept="a\\x00b" holds the character \\x00'),
+        ({"concept": "a\ud800"}, r'concept="a\\ud800" holds the character'),
+        ({"concept": "x" * 10_001}, "has 10,001 characters, 10,000 are allowed"),
+        ({"learning_rate": "x" * 1000}, "xxx...' must be a number"),
+        ({"concept": {"a": 1}}, "must be a list of str: put each in quotes"),
+        ({"target": ["noise"]}, "is not one of"),
+        ({"resume_from_checkpoint": True}, "must be of type str"),
     ],
 )
 def test_bad_values(settings, message):
     with pytest.raises(ValueError, match=message.replace("{", r"\{").replace("}", r"\}")):
         SelectiveAmnesiaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 1e30}, "training will diverge"),
+        ({"learning_rate": 1e-30}, "nothing is trained"),
+        ({"adam_epsilon": 50}, "hardly anything is trained"),
+        ({"lr_warmup_steps": 10}, "no meaning for a constant schedule"),
+        ({"use_ema": True, "ema_warmup": False, "ema_decay": 0.99999}, "nothing is trained"),
+        ({"validation_prompts": ["a"], "validation_steps": 500}, "no validation images"),
+    ],
+)
+def test_doubtful_values_are_warned_of(settings, message):
+    with pytest.warns(UserWarning, match=message):
+        SelectiveAmnesiaConfig(**settings)
+
+
+def test_usual_values_raise_no_doubts(recwarn):
+    SelectiveAmnesiaConfig()
+    SelectiveAmnesiaConfig(lr_warmup_steps=10, lr_scheduler="cosine", use_ema=True, seed=2**64 - 1)
+    assert not recwarn.list
+
+
+PATHS = ["pretrained_model_name_or_path", "classifier", "fisher", "reference_features", "replay_prompts", "output_dir",
+         "artifacts_dir", "cache_dir", "resume_from_checkpoint"]  # fmt: skip
+
+
+def test_every_path_is_expanded_once_wherever_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = dict.fromkeys(PATHS, "~/a/~b") | {"surrogate": ["~/men", "a man"], "concept": ["a", "b"]}
+    expected = f"{tmp_path}/a/~b"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+    (tmp_path / "run.json").write_text(json.dumps(given))
+    flags = [word for name in PATHS for word in (f"--{name}", given[name])]
+    flags += ["--surrogate", *given["surrogate"], "--concept", "a", "b"]
+    for config in (
+        SelectiveAmnesiaConfig(**given),
+        SelectiveAmnesiaConfig.from_file("~/run.yaml"),
+        SelectiveAmnesiaConfig.from_file(tmp_path / "run.json"),
+        parse_config(flags),
+    ):
+        assert {name: getattr(config, name) for name in PATHS} == dict.fromkeys(PATHS, expected)
+        assert config.surrogate == [f"{tmp_path}/men", "a man"]
+        assert config.resolved_output_dir == Path(expected)
+    again = SelectiveAmnesiaConfig(**config.to_dict())
+    assert again == config
+    assert SelectiveAmnesiaConfig(replay_prompts="~/p.csv:text").replay_prompts == f"{tmp_path}/p.csv:text"
+    monkeypatch.setenv("SA_DIFFUSERS_CACHE", "~/cache")
+    assert SelectiveAmnesiaConfig().resolved_artifacts_dir == tmp_path / "cache"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("output_dir", "artifacts_dir", "cache_dir"):
+        with pytest.raises(ValueError, match=f"{name}=.*file is a file: choose a folder"):
+            SelectiveAmnesiaConfig(**{name: str(tmp_path / "file")})
+
+
+def test_a_folder_named_after_the_concept_stays_in_place():
+    names = {
+        SelectiveAmnesiaConfig(concept=concept).resolved_output_dir
+        for concept in ("../../x", "...", "/etc", "𠮷" * 300)
+    }
+    assert all(len(name.parts) == 1 and ".." not in name.parts and len(str(name).encode()) < 255 for name in names)
+
+
+def test_a_base_model_recommends_nothing_that_is_the_users_to_say(tmp_path):
+    for name, value in (("output_dir", "/tmp/x"), ("overwrite_output_dir", True), ("push_to_hub", True)):
+        (tmp_path / BASE_DEFAULTS_NAME).write_text(json.dumps({name: value}))
+        with pytest.raises(ValueError, match=f"{name} is for the user to say"):
+            base_defaults({"pretrained_model_name_or_path": str(tmp_path)})
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"], "", "x" * 5000, "a\0"])
+def test_base_defaults_of_what_is_no_name(value):
+    with pytest.raises(ValueError):
+        base_defaults({"pretrained_model_name_or_path": value})
+
+
+def test_a_bare_no_and_null_of_a_checkpoint(tmp_path):
+    for text, expected in (
+        ("no", "no"),
+        ("null", "latest"),
+        ("latest", "latest"),
+        ("out/checkpoint-3", "out/checkpoint-3"),
+    ):
+        (tmp_path / "run.yaml").write_text(f"resume_from_checkpoint: {text}\nblur: no\n")
+        config = SelectiveAmnesiaConfig.from_file(tmp_path / "run.yaml")
+        assert (config.resume_from_checkpoint, config.blur) == (expected, "no")
+    assert not parse_config(["--concept", "a", "--surrogate", "b", "--no-ema_warmup"]).ema_warmup
 
 
 def test_a_misspelt_setting_is_an_error_with_a_proposal(tmp_path):
@@ -106,12 +240,109 @@ def test_a_misspelt_setting_is_an_error_with_a_proposal(tmp_path):
         ("run.yaml", "a: [", "not valid YAML"),
         ("run.json", "{", "not valid JSON"),
         ("run.yaml", "- a", "must hold settings"),
+        ("run.yaml", "", "must hold settings"),
+        ("run.json", "", "not valid JSON"),
+        ("run.yaml", "seed: 1\nseed: 2", 'not valid YAML ."seed" stands twice'),
+        ("run.json", '{"seed": 1, "seed": 2}', 'not valid JSON ."seed" stands twice'),
+        ("run.yaml", "concept: 2024-13-45", "not valid YAML .month must be in 1..12"),
+        (
+            "run.yaml",
+            "concept: !!python/object/apply:os.system [ls]",
+            "not valid YAML .could not determine a constructor",
+        ),
+        ("run.yaml", "? [a]\n: b", "not valid YAML|is not a setting"),
+        ("run.yaml", "a: " + "[" * 5000, "not valid YAML"),
+        ("run.json", "[" * 100_000, "not valid JSON"),
+        ("run.yaml", "seed: " + "1" * 5000, "not valid YAML"),
+        ("run.yaml", b"concept: caf\xe9 noir et blanc", "is not in UTF-8"),
+        ("run.yaml", b"concept: \0", "is not text in UTF-8"),
+        ("run.yaml", 'concept: "a\\tb"\n3: 4', '"3" is not a setting'),
     ],
+    ids=str,
 )
 def test_unreadable_files(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
         read_settings(tmp_path / name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_settings_that_are_not_there(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    with pytest.raises(ValueError, match='does not exist; did you mean ".*/run.yaml"'):
+        read_settings(tmp_path / "runn.yaml")
+    with pytest.raises(ValueError, match="is a folder: give a file"):
+        read_settings(tmp_path)
+    for name in ("x" * 5000, "a\0", "~nobody-of-that-name/x.yaml"):
+        with pytest.raises(ValueError, match="does not exist"):
+            read_settings(name)
+
+
+def test_a_file_with_a_byte_order_mark_and_one_whose_values_hold_each_other(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("\ufeffseed: 3".encode())
+    assert read_settings(tmp_path / "run.yaml") == {"seed": 3}
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30))
+    (tmp_path / "run.yaml").write_text(bomb.replace("a29:", "seed:"))
+    with pytest.raises(ValueError, match='"a0" is not a setting'):
+        read_settings(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("concept: &a [*a]")
+    with pytest.raises(ValueError, match="concept=.* must be a list of str"):
+        SelectiveAmnesiaConfig.from_file(tmp_path / "run.yaml")
+    nested: list = ["x"]
+    for _ in range(60):
+        nested = [nested] * 10
+    with pytest.raises(ValueError, match="seed=.* must be of type int"):
+        SelectiveAmnesiaConfig(seed=nested)
+
+
+FIELDS = [spec.name for spec in dataclasses.fields(SelectiveAmnesiaConfig)]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from([10**400, -(10**400), 2**63, 2**64, "no", "~", "~/x", "..", "/", "{}", "\0", "\ud800",
+                       "x" * 20_000, "uniform_noise", 1e308, 5e-324, b"bytes", datetime.date(2024, 1, 1), {1, 2}]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def one_line(error):
+    return str(error).isprintable() and 0 < len(str(error)) < 600
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=3))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_value_is_a_configuration_or_one_sentence(values):
+    try:
+        config = SelectiveAmnesiaConfig.from_dict(values)
+    except ValueError as error:
+        assert one_line(error)
+    else:
+        assert SelectiveAmnesiaConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.binary(max_size=100)
+    | st.text(alphabet="seed: {}[]\"'&*!-?|>#%@\n\t0189ab~,.\ufeff\x85", max_size=60).map(str.encode)
+    | st.dictionaries(st.sampled_from([*FIELDS, "x"]), st.none() | st.text(max_size=4) | st.lists(st.text()))
+    .map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([".yaml", ".json"]),
+)  # fmt: skip
+def test_any_bytes_are_settings_or_one_sentence(tmp_path, content, suffix):
+    (tmp_path / f"run{suffix}").write_bytes(content)
+    try:
+        values = read_settings(tmp_path / f"run{suffix}")
+    except ValueError as error:
+        assert one_line(error)
+    else:
+        assert set(values) <= set(FIELDS)
 
 
 def test_a_mistake_on_the_command_line_ends_with_code_2_and_a_message(capsys):

@@ -219,3 +219,20 @@ def test_fitted_pads_mnist_and_resizes_the_rest():
     wide = torch.zeros(1, 1, 4, 8, dtype=torch.uint8)
     wide[..., 2:6] = 200
     assert LabelledImages(wide, torch.tensor([0]), ["0"]).fitted(2, 1).pixels.unique().tolist() == [200]
+
+
+def test_sources_that_are_none_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing else")
+    for source, message in (
+        ("cut.parquet", "cut.parquet is not a readable parquet file"),
+        ("cot.parquet", 'does not exist; did you mean "cut.parquet"'),
+        ("./imagse", 'could be loaded .*did you mean "images"'),
+        ("a\0b", "is neither a folder nor"),
+        ("~nobody-of-that-name/x", "is neither a folder nor a name"),
+        ("x" * 5000, "is neither a folder nor a name"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            load_labelled_images(source)
+        assert str(error.value).isprintable() and len(str(error.value)) < 600

@@ -48,6 +48,13 @@ def test_no_match_is_an_error_that_says_what_there_is(unet, selection):
     assert selection in str(error.value)
 
 
+@pytest.mark.parametrize("selection", ["a{99999999999999999999}", "(" * 5000 + ")" * 5000, "x" * 5000, "a\nb"])
+def test_expressions_that_are_none_are_one_line(unet, selection):
+    with pytest.raises(ValueError, match="full, xattn, noxattn") as error:
+        select_parameters(unet, selection)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
+
+
 def test_preset_without_meaning_for_a_module():
     with pytest.raises(ValueError, match='"xattn" has no meaning for Linear'):
         select_parameters(nn.Linear(2, 2), "xattn")

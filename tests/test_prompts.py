@@ -3,7 +3,16 @@ from datasets import Dataset
 from PIL import Image
 
 from sa_diffusers import pair_concepts, replay_prompts
-from sa_diffusers.data.prompts import class_name, fill_template, generate_captions, load_vocabulary, names_concept
+from sa_diffusers.data.prompts import (
+    check_phrasings,
+    class_name,
+    fill_template,
+    generate_captions,
+    image_files,
+    load_vocabulary,
+    names_concept,
+    warn_of_cut_prompts,
+)
 
 
 def test_one_pair():
@@ -43,6 +52,21 @@ def test_prompt_with_a_slash_is_a_prompt():
         (["cat"], ["dog", "cow"], "1 concepts and 2 surrogates do not pair up"),
         (["cat", "Cat"], ["dog"], "stands twice"),
         (["cat"], ["./no/such/folder"], "does not exist"),
+        (["cat"], ["data/men"], 'looks like a folder, but there is none: write "./data/men" if you mean a folder'),
+        (["cat"], ["data\\men"], "looks like a folder, but there is none"),
+        (["..."], ["a man"], 'concept "..." holds no letter'),
+        (["\u200b\u200b"], ["a man"], r'concept "\\u200b\\u200b" holds no letter'),
+        (["cat"], ["-- !"], 'surrogate "-- !" holds no letter'),
+        (["Brad Pitt", "brad_pitt"], ["dog"], "stands twice"),
+        (["ＣＡＴ"], ["cat"], "equals its surrogate"),
+        (["布拉德·皮特"], ["布拉德皮特"], "equals its surrogate"),
+        (
+            ["Brad Pitt", "Brad Pit"],
+            ["a man"],
+            'concept "Brad Pit" is nearly "Brad Pitt": did you mean one and the same',
+        ),
+        (["Brad Pitt", "Brda Pitt"], ["a man"], "did you mean one and the same"),
+        (["Angelina Jolie", "Tom Hanks"], ["a woman", "Angelina Jolei"], "is nearly the concept"),
     ],
 )
 def test_bad_pairs(concepts, surrogates, message):
@@ -53,6 +77,44 @@ def test_bad_pairs(concepts, surrogates, message):
 def test_surrogate_folder_without_images(tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         pair_concepts(["cat"], [str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("concepts", "surrogates"),
+    [
+        (["cat", "car"], ["dog"]),
+        (["nude", "nudes"], ["a person"]),
+        (["a red sneaker", "red sneakers"], ["boot"]),
+        (["cat"], ["black / white dog"]),
+        (["Angelina Jolie", "Angelina Jones"], ["a woman"]),
+    ],
+)
+def test_pairs_that_are_meant(concepts, surrogates):
+    assert [pair.concept for pair in pair_concepts(concepts, surrogates)] == concepts
+
+
+def test_folders_that_are_nearly_there(tmp_path, monkeypatch):
+    (tmp_path / "data set" / "women").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data set" / "women" / "one.png")
+    monkeypatch.chdir(tmp_path)
+    for text in ("data set/womne", "./data set/womne"):
+        with pytest.raises(ValueError, match='did you mean "data set/women"'):
+            pair_concepts(["cat"], [text])
+    monkeypatch.chdir(tmp_path / "data set")
+    with pytest.warns(UserWarning, match='"women" is a prompt, although a folder of images is called so'):
+        assert pair_concepts(["cat"], ["women"])[0].surrogate.kind == "prompt"
+    # Where an erasure is evaluated, the folder may be gone.
+    kinds = [
+        pair_concepts(["cat"], [text], must_exist=False)[0].surrogate.kind for text in ("data/men", "and/or a dog")
+    ]
+    assert kinds == ["images", "prompt"]
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    for name in ("b.png", "a.jpg", "._a.jpg", "notes.txt", "c.GIF"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in image_files(tmp_path)] == ["a.jpg", "b.png", "c.GIF"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +142,47 @@ def test_templates_take_the_right_article(template, concept, expected):
         ("a shirt", "t-shirt", False),
         ("a scatter plot", "cat", False),
         ("a photo of a dress", "a dress", True),
+        # Scripts without spaces, and names with dots
+        ("一张布拉德·皮特的照片", "布拉德·皮特", True),
+        ("一张布拉德皮特的照片", "布拉德·皮特", True),
+        ("一张布拉德·皮特的照片", "布拉德皮特", True),
+        ("一张Brad Pitt的照片", "brad pitt", True),
+        ("ブラッド・ピットの写真", "ブラッドピット", True),
+        ("ﾌﾞﾗｯﾄﾞ･ﾋﾟｯﾄ", "ブラッド・ピット", True),
+        ("브래드피트의 사진", "브래드 피트", True),
+        ("รูปแบรดพิตต์", "แบรดพิตต์", True),
+        ("रामायण", "राम", False),
+        ("राम और सीता", "राम", True),
+        ("портрет: БРЭД ПИТТ", "Брэд Питт", True),
+        # Normal forms, width, what cannot be seen
+        ("Beyonce\u0301 live", "Beyoncé", True),
+        ("beyonce live", "Beyoncé", False),
+        ("ＢＲＡＤ　ＰＩＴＴ", "brad pitt", True),
+        ("b\u200brad\u00ad pitt", "brad pitt", True),
+        ("STRASSE", "Straße", True),
+        # Joined words
+        ("photo_of_brad_pitt_smiling", "brad pitt", True),
+        ("brad-pitt", "brad pitt", True),
+        ("brad\u2011pitt", "brad pitt", True),
+        ("BradPitt", "brad pitt", True),
+        ("spider man", "Spider-Man", True),
+        ("JK Rowling", "J. K. Rowling", True),
+        ("abradpitt", "brad pitt", False),
+        ("a t\u2011shirt", "shirt", False),
+        ("a dog-friendly hotel", "dog", False),
+        ("a Picasso-style painting", "Picasso", True),
+        # Plurals and possessives
+        ("three boxes", "box", True),
+        ("ladies in red", "lady", True),
+        ("a lady", "ladies", True),
+        ("many ties", "tie", True),
+        ("a sneaker", "sneakers", True),
+        ("the sneakers’ soles", "sneaker", True),
+        ("two women", "woman", True),
+        ("a catalogue", "cat", False),
+        ("a new car", "news", False),
+        ("C++ code", "c++", True),
+        ("anything", "...", False),
     ],
 )
 def test_naming_goes_by_whole_words(prompt, concept, expected):
@@ -123,6 +226,7 @@ def test_prompts_from_a_dataset_column(tmp_path):
     Dataset.from_dict({"prompt": ["a dog", "a cow"], "other": ["x", "y"]}).to_parquet(tmp_path / "train.parquet")
     assert set(replay_prompts(f"{tmp_path}:prompt", 2, 0, ["cat"])) == {"a dog", "a cow"}
     assert set(replay_prompts(f"{tmp_path}:other:train", 2, 0, ["cat"])) == {"x", "y"}
+    assert set(replay_prompts(str(tmp_path), 2, 0, ["cat"])) == {"a dog", "a cow"}
     with pytest.raises(ValueError, match='no column "text"; it has prompt, other'):
         replay_prompts(f"{tmp_path}:text", 2, 0, ["cat"])
 
@@ -132,6 +236,11 @@ def test_replay_prompts_that_name_the_concept_are_refused(tmp_path):
     path.write_text("a dog\nBrad Pitt smiling\n", encoding="utf-8")
     with pytest.raises(ValueError, match='1 of 2 replay prompts name the concept "brad pitt".*"Brad Pitt smiling"'):
         replay_prompts(str(path), 5, 0, ["brad pitt"])
+    with pytest.warns(UserWarning, match='1 of 2 prompts name "brad pitt" and are left out'):
+        assert set(replay_prompts(str(path), 5, 0, ["brad pitt"], drop_naming=True)) == {"a dog"}
+    path.write_text("Brad Pitt smiling\nbrad_pitt\n", encoding="utf-8")
+    with pytest.raises(ValueError, match='all 2 prompts name "brad pitt", so that none is left'):
+        replay_prompts(str(path), 5, 0, ["brad pitt"], drop_naming=True)
 
 
 def test_bad_sources(tmp_path):
@@ -141,6 +250,10 @@ def test_bad_sources(tmp_path):
         replay_prompts(str(empty), 5, 0, ["cat"])
     with pytest.raises(ValueError, match="neither one of 'diverse', 'garments', nor a file"):
         replay_prompts("nothing-like-it", 5, 0, ["cat"])
+    with pytest.raises(ValueError, match='did you mean "garments"'):
+        replay_prompts("garmnets", 5, 0, ["cat"])
+    with pytest.raises(ValueError, match="there is no such file.*did you mean .*empty.txt"):
+        replay_prompts(str(tmp_path / "emtpy.txt"), 5, 0, ["cat"])
     with pytest.raises(ValueError, match="could not be loaded"):
         replay_prompts("nobody/nothing:text", 5, 0, ["cat"])
     with pytest.raises(ValueError, match="no caption of this vocabulary avoids"):
@@ -164,5 +277,37 @@ def test_a_class_is_found_by_any_of_its_names():
     assert class_name("White Shark", labels) == labels[1]
     with pytest.raises(ValueError, match=r'"crane" is the name of several classes: give one of the numbers 2 \(Crane'):
         class_name("crane", labels)
+    with pytest.raises(ValueError, match='did you mean "Tinca tinca"'):
+        class_name("tinka tinca", labels)
     with pytest.raises(ValueError, match="give one of c0, .*, c19, ..., or a number from 0 to 999"):
         class_name("dog", [f"c{index}" for index in range(1000)])
+
+
+def test_names_outside_of_what_the_text_encoder_reads_are_refused(tiny_objective):
+    """The tiny tokenizer makes a token of each letter, and reads 30 of them."""
+    long = "a picture of a wooden house by the sea with {}"
+    for pairs in (pair_concepts(["Brad Pitt"], ["a man"]), pair_concepts(["cat"], ["dog"])):
+        with pytest.raises(ValueError, match=r'reads 32 tokens, and "(Brad Pitt|cat)" ends at token \d+: shorten it'):
+            check_phrasings(tiny_objective, pairs, ["{}", long])
+    with pytest.raises(ValueError, match='and "a man with a very long.*ends at token'):
+        check_phrasings(tiny_objective, pair_concepts(["cat"], ["a man with a very long grey beard and a hat"]), ["{}"])
+    # Partly outside, and just inside.
+    with pytest.raises(ValueError, match='"Brad Pitt" ends at token 33'):
+        check_phrasings(tiny_objective, pair_concepts(["Brad Pitt"], ["a man"]), ["x" * 23 + " {}"])
+    check_phrasings(tiny_objective, pair_concepts(["Brad Pitt"], ["a man"]), ["x" * 22 + " {}", "{} " + "y" * 50])
+
+
+def test_what_is_the_same_to_the_tokenizer_is_refused(tiny_objective):
+    with pytest.raises(ValueError, match='makes nothing of "🔫"|"🔫" and "a man"|makes nothing'):
+        check_phrasings(tiny_objective, pair_concepts(["🔫"], ["a man"]), ["{}"])
+    same = pair_concepts(["cat"], ["ﾃﾞ ｃ a t"])[0]
+    same = type(same)("CAT", type(same.surrogate)("prompt", "cat"))
+    with pytest.raises(ValueError, match='to the model\'s tokenizer "CAT" and "cat" are the same'):
+        check_phrasings(tiny_objective, [same], ["{}"])
+
+
+def test_prompts_that_are_cut_are_counted(tiny_objective, recwarn):
+    warn_of_cut_prompts(tiny_objective, ["a dog", "a cow"], "x")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="prompts.txt: 1 of 2 prompts are longer than what the text encoder reads"):
+        warn_of_cut_prompts(tiny_objective, ["a dog", "a dog " * 20, "a dog"], "prompts.txt")

@@ -313,10 +313,17 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 def load_image(path: str | Path, size: int) -> torch.Tensor:
     """Read an image as `[1, 3, size, size]` in [-1, 1]: resized on its shorter side, cropped in the middle.
 
+    It is what `read_picture` makes of the file: turned as its EXIF data say, transparency over white.
+
     Raises:
         ValueError: The file is not a readable image.
     """
     image = read_picture(path, str(path)).convert("RGB")
+    # Of a long strip only the middle is seen; resized as a whole it could fill the memory.
+    longest = 16 * min(image.size)
+    if max(image.size) > longest:
+        left, top = (max(side - longest, 0) // 2 for side in image.size)
+        image = image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..messages import near_paths, shown, shown_error
 from .pictures import read_picture
 from .prompts import image_files
 
@@ -162,17 +163,25 @@ def load_labelled_images(source: str | Path, split: str = "train") -> LabelledIm
         ValueError: There is no such source, it has no images or no labels, an image is corrupt or of another size; the
             message names the file or the column.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError):
+        raise ValueError(f'"{shown(str(source))}" is neither a folder nor a name: give one of images') from None
+    if is_folder:
         if _idx_file(path, split, "images-idx3"):
             return _from_idx(path, split)
         return _from_image_folder(_split_folder(path, split))
     if path.suffix == ".parquet":
         if not path.is_file():
-            raise ValueError(f"the parquet file {path} does not exist")
+            raise ValueError(f"the parquet file {path} does not exist{near_paths(path)}")
         from datasets import load_dataset
 
-        return _from_dataset(load_dataset("parquet", data_files=str(path), split="train"), str(path))
+        try:
+            dataset = load_dataset("parquet", data_files=str(path), split="train")
+        except Exception as error:  # `datasets` wraps what pyarrow raises, in several ways
+            raise ValueError(f"{path} is not a readable parquet file ({_cause(error)}): fetch it again") from error
+        return _from_dataset(dataset, str(path))
     return _from_hub(str(source), split)
 
 
@@ -227,10 +236,18 @@ def _from_hub(source: str, split: str) -> LabelledImages:
         dataset = load_dataset(name, config or None, split=split)
     except Exception as error:
         raise ValueError(
-            f'"{source}" is neither a folder nor a parquet file, and no dataset of that name with a split "{split}" '
-            f"could be loaded ({error})"
+            f'"{shown(source)}" is neither a folder nor a parquet file, and no dataset of that name with a split '
+            f'"{shown(split)}" '
+            f"could be loaded ({_cause(error)}){near_paths(name)}"
         ) from error
     return _from_dataset(dataset, source)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return shown_error(error)
 
 
 _LABEL_WORDS = ("label", "class", "target", "category")

@@ -3,16 +3,23 @@
 import json
 import random
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from ..messages import did_you_mean, near_paths, shown
+from ..names import ARTICLES, bare_name, name_key, names_concept, says_something
+from ..objectives.base import Objective
+from .prompt_files import FORMS, read_texts, split_source
+
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
-_ARTICLES = ("a", "an", "the")
 UNIFORM_NOISE = "uniform_noise"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Shorter names are often one letter apart and mean different things.
+_SHORTEST_MISSPELT = 7
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,15 @@ def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str], must_exist
     """
     concepts = [" ".join(concept.split()) for concept in concepts]
     surrogates = [" ".join(surrogate.split()) for surrogate in surrogates]
-    return _pair(concepts, [parse_surrogate(surrogate, must_exist) for surrogate in surrogates], bare_name)
+    parsed = [parse_surrogate(surrogate, must_exist) for surrogate in surrogates]
+    for place, surrogate in enumerate(parsed):
+        if surrogate.kind == "prompt" and must_exist:
+            _check_no_folder(surrogate.value)
+        elif surrogate.kind == "prompt" and _meant_as_folder(surrogate.value):
+            parsed[place] = Surrogate("images", surrogate.value)
+    pairs = _pair(concepts, parsed, name_key)
+    _check_near_names(pairs)
+    return pairs
 
 
 def check_pairs(concepts: Sequence[str], surrogates: Sequence[str]) -> None:
@@ -69,6 +84,9 @@ def _pair(concepts: Sequence[str], surrogates: Sequence[Surrogate], key: Callabl
         if not values or not all(values):
             example = '--concept "Brad Pitt" --surrogate "a middle aged man"'
             raise ValueError(f"{kind} is empty: say what to forget and what it turns into, such as {example}")
+        for value in values:
+            if not says_something(value):
+                raise ValueError(f'{kind} "{shown(value)}" holds no letter: say what to forget and what it turns into')
     if len(surrogates) not in (1, len(concepts)):
         raise ValueError(
             f"{len(concepts)} concepts and {len(surrogates)} surrogates do not pair up: give one surrogate for all "
@@ -79,16 +97,16 @@ def _pair(concepts: Sequence[str], surrogates: Sequence[Surrogate], key: Callabl
     pairs: list[ErasurePair] = []
     for concept, surrogate in zip(concepts, surrogates, strict=True):
         if any(key(concept) == key(pair.concept) for pair in pairs):
-            raise ValueError(f'concept "{concept}" stands twice')
+            raise ValueError(f'concept "{shown(concept)}" stands twice')
         if surrogate.kind == "prompt" and key(concept) == key(surrogate.value):
             raise ValueError(
-                f'concept "{concept}" equals its surrogate "{surrogate.value}": nothing would be forgotten. Choose '
-                "another surrogate"
+                f'concept "{shown(concept)}" equals its surrogate "{shown(surrogate.value)}": nothing would be '
+                "forgotten. Choose another surrogate"
             )
         if surrogate.kind == "prompt" and any(key(surrogate.value) == key(other) for other in concepts):
             raise ValueError(
-                f'"{surrogate.value}" is the surrogate of "{concept}" and is itself to be forgotten: choose a '
-                "surrogate that is kept"
+                f'"{shown(surrogate.value)}" is the surrogate of "{shown(concept)}" and is itself to be forgotten: '
+                "choose a surrogate that is kept"
             )
         pairs.append(ErasurePair(concept, surrogate))
     return pairs
@@ -106,26 +124,101 @@ def parse_surrogate(text: str, must_exist: bool = True) -> Surrogate:
     """
     if text == UNIFORM_NOISE:
         return Surrogate("noise", text)
-    path = Path(text).expanduser()
+    path = _folder(text)
     looks_like_path = text.startswith(("/", "./", "../", "~"))
-    if looks_like_path or ("/" in text and path.is_dir()):
+    if looks_like_path or ("/" in text and path is not None and path.is_dir()):
+        if path is None:
+            raise ValueError(f'surrogate "{shown(text)}" is not a path: give a folder of images, or a prompt')
         if must_exist and not path.is_dir():
-            raise ValueError(f'surrogate folder "{text}" does not exist')
+            raise ValueError(f'surrogate folder "{shown(text, 200)}" does not exist{near_paths(path)}')
         if must_exist and not image_files(path):
-            raise ValueError(f'surrogate folder "{text}" holds no image ({", ".join(IMAGE_SUFFIXES)})')
+            raise ValueError(f'surrogate folder "{shown(text, 200)}" holds no image ({", ".join(IMAGE_SUFFIXES)})')
         return Surrogate("images", str(path))
     return Surrogate("prompt", text)
 
 
+def _folder(text: str) -> Path | None:
+    """A text as a path; None if no path can be so."""
+    try:
+        path = Path(text).expanduser()
+        path.is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
+
+
+def _meant_as_folder(text: str) -> bool:
+    """Whether a prompt would more likely be a folder: no sentence, or in a folder that is there."""
+    if "\\" in text:
+        return True
+    path = _folder(text)
+    return "/" in text and (" " not in text or (path is not None and str(path.parent) != "." and path.parent.is_dir()))
+
+
+def _check_no_folder(text: str) -> None:
+    """Refuse a prompt that is more likely a misspelt folder.
+
+    Raises:
+        ValueError: It looks like one.
+    """
+    if _meant_as_folder(text):
+        raise ValueError(
+            f'surrogate "{shown(text, 200)}" looks like a folder, but there is none{near_paths(text)}: write '
+            f'"./{shown(text, 200)}" if you mean a folder, and spaces around the slash if you mean a prompt'
+        )
+    path = _folder(text)
+    if path is not None and path.is_dir() and image_files(path):
+        warnings.warn(
+            f'the surrogate "{shown(text)}" is a prompt, although a folder of images is called so: write '
+            f'"./{shown(text)}" if you mean the folder',
+            stacklevel=3,
+        )
+
+
+def _check_near_names(pairs: Sequence[ErasurePair]) -> None:
+    """Refuse a concept that is another one, or another's surrogate, but for one letter.
+
+    Raises:
+        ValueError: There is one; the message asks which is meant.
+    """
+    for place, pair in enumerate(pairs):
+        for other in pairs[place + 1 :]:
+            if _one_letter_apart(pair.concept, other.concept):
+                raise ValueError(
+                    f'concept "{shown(other.concept)}" is nearly "{shown(pair.concept)}": did you mean one and the '
+                    "same? Give it once, or, if both are meant, forget them in two runs"
+                )
+        for other in pairs:
+            if other is pair or other.surrogate.kind != "prompt" or other.surrogate == pair.surrogate:
+                continue
+            if _one_letter_apart(pair.concept, other.surrogate.value):
+                raise ValueError(
+                    f'"{shown(other.surrogate.value)}", the surrogate of "{shown(other.concept)}", is nearly the '
+                    f'concept "{shown(pair.concept)}": did you mean that? Choose a surrogate that is kept'
+                )
+
+
+def _one_letter_apart(first: str, second: str) -> bool:
+    """Whether two names differ by one letter that is added, left out, another, or in the next one's place."""
+    short, long = sorted((name_key(first), name_key(second)), key=len)
+    if len(long) - len(short) > 1 or len(short) < _SHORTEST_MISSPELT or short == long:
+        return False
+    if names_concept(first, second) or names_concept(second, first):  # the one is the other's plural
+        return False
+    start = next((place for place, pair in enumerate(zip(short, long, strict=False)) if pair[0] != pair[1]), len(short))
+    if len(short) < len(long):
+        return short[start:] == long[start + 1 :]
+    rest, other = short[start:], long[start:]
+    return rest[1:] == other[1:] or (rest[:2] == other[1::-1] and rest[2:] == other[2:])
+
+
 def image_files(folder: str | Path) -> list[Path]:
-    """The image files directly in a folder, by name."""
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def bare_name(text: str) -> str:
-    """A phrase in small letters and without its article: what two names have in common that mean the same."""
-    words = text.casefold().split()
-    return " ".join(words[1:] if len(words) > 1 and words[0] in _ARTICLES else words)
+    """The image files directly in a folder, by name; hidden ones do not count."""
+    return sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+    )
 
 
 def fill_template(template: str, concept: str) -> str:
@@ -138,7 +231,7 @@ def fill_template(template: str, concept: str) -> str:
     >>> fill_template("a photo of a {}", "a middle aged man")
     'a photo of a middle aged man'
     """
-    has_article = concept.casefold().split()[:1] and concept.casefold().split()[0] in _ARTICLES
+    has_article = concept.casefold().split()[:1] and concept.casefold().split()[0] in ARTICLES
     if has_article:
         template = re.sub(r"\b(a|an|the) \{\}", "{}", template, flags=re.IGNORECASE)
     elif concept[:1].casefold() in "aeiou":
@@ -146,19 +239,9 @@ def fill_template(template: str, concept: str) -> str:
     return template.replace("{}", concept)
 
 
-def names_concept(prompt: str, concept: str) -> bool:
-    """Whether a prompt names the concept as whole words, in any case, possessive and plural included.
-
-    A hyphenated word is one word: "t-shirt" does not name "shirt".
-    """
-    words = bare_name(concept).split()
-    pattern = r"\s+".join(re.escape(word) for word in words)
-    return re.search(rf"(?<![\w-]){pattern}(?:'s|’s|s|es)?(?![\w-])", prompt.casefold()) is not None
-
-
 def concept_parts(concept: str) -> list[str]:
     """The words of a concept that mean something by themselves: "Brad" and "Pitt"."""
-    ignored = {*_ARTICLES, "of", "in", "on", "and", "with", "by", "at", "to", "style", "person", "photo"}
+    ignored = {*ARTICLES, "of", "in", "on", "and", "with", "by", "at", "to", "style", "person", "photo"}
     return [word for word in bare_name(concept).split() if word not in ignored and len(word) > 1]
 
 
@@ -198,34 +281,33 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 
 def read_prompts(path: str | Path, concepts: Sequence[str] = (), stands_for: str | None = None) -> list[str]:
-    """Prompts of a text file, one a line; empty lines do not count.
+    """Prompts of a file or a dataset; see `sa_diffusers.data.prompt_files` for the forms.
 
     Args:
-        path: The file.
+        path: `FILE`, `FILE:COLUMN`, `NAME:COLUMN` or `NAME:COLUMN:SPLIT`.
         concepts: What no prompt may name.
         stands_for: What `{}` stands for in the prompts, if for anything; it is told where the file is empty.
 
     Raises:
-        ValueError: There is no such file, it is not text in UTF-8, it is empty, or a prompt names a concept.
+        ValueError: There is no such file, it cannot be read as text, it is empty, or a prompt names a concept.
     """
+    name = shown(str(path), 200)
+    file, column, _ = split_source(str(path))
+    if column is None and not _is_there(file):
+        raise ValueError(
+            f"the file of prompts {name} does not exist and could not be read{near_paths(file)}: give {FORMS}"
+        )
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(
-            f"the file of prompts {path} does not exist and could not be read: give a text file in UTF-8"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"the file of prompts {path} could not be read ({error}): give a text file in UTF-8"
-        ) from error
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+        prompts = read_texts(path, name)
+    except ValueError as error:
+        raise ValueError(f"the file of prompts could not be read: {error}") from error
     if not prompts:
         form = f", with {{}} for the {stands_for}" if stands_for else ""
-        raise ValueError(f"the file of prompts {path} is empty: give one prompt a line{form}")
+        raise ValueError(f"the file of prompts {name} is empty: give one prompt a line{form}")
     for prompt in prompts:
         for concept in concepts:
             if names_concept(prompt, concept):
-                raise ValueError(f'{path}: "{prompt}" names "{concept}", which these prompts must not')
+                raise ValueError(f'{name}: "{shown(prompt)}" names "{shown(concept)}", which these prompts must not')
     return prompts
 
 
@@ -238,8 +320,46 @@ def read_templates(path: str | Path) -> list[str]:
     templates = read_prompts(path, stands_for="concept")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f'{path}: "{template}" has no {{}} where the concept goes')
+            raise ValueError(f'{shown(str(path), 200)}: "{shown(template)}" has no {{}} where the concept goes')
     return templates
+
+
+def check_phrasings(objective: Objective, pairs: Sequence[ErasurePair], templates: Sequence[str]) -> None:
+    """Refuse phrasings that the model reads only in part, or in which a concept and its surrogate are the same to it.
+
+    Args:
+        objective: The model.
+        pairs: Concepts and surrogates.
+        templates: All phrasings of training and evaluation.
+
+    Raises:
+        ValueError: A concept or a surrogate lies outside of what the text encoder reads, or the model makes the same
+            of both, or nothing of one.
+    """
+    for pair in pairs:
+        values = [pair.concept, *([pair.surrogate.value] if pair.surrogate.kind == "prompt" else [])]
+        for template in templates:
+            prompts = [fill_template(template, value) for value in values]
+            for prompt, value in zip(prompts, values, strict=True):
+                if reason := objective.why_unseen(prompt, value):
+                    raise ValueError(reason)
+                if objective.means_the_same(prompt, template.replace("{}", "")):
+                    raise ValueError(f'the model\'s tokenizer makes nothing of "{shown(value)}": choose other words')
+            if len(prompts) == 2 and objective.means_the_same(*prompts):
+                raise ValueError(
+                    f'to the model\'s tokenizer "{shown(values[0])}" and "{shown(values[1])}" are the same: nothing '
+                    "would be forgotten. Choose another surrogate"
+                )
+
+
+def warn_of_cut_prompts(objective: Objective, prompts: Sequence[str], place: str) -> None:
+    """Warn of prompts whose ends the model does not read, such as those of a user's own file."""
+    distinct = list(dict.fromkeys(prompts))
+    if count := objective.count_cut(distinct):
+        warnings.warn(
+            f"{place}: {count} of {len(distinct)} prompts are longer than what the text encoder reads, and are cut",
+            stacklevel=2,
+        )
 
 
 def builtin_vocabularies() -> list[str]:
@@ -308,10 +428,12 @@ def class_name(text: str, labels: Sequence[str]) -> str:
         return named[0]
     if named:
         numbers = ", ".join(f"{labels.index(label)} ({label})" for label in named)
-        raise ValueError(f'"{text}" is the name of several classes: give one of the numbers {numbers}')
-    shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+        raise ValueError(f'"{shown(text)}" is the name of several classes: give one of the numbers {numbers}')
+    listed = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+    near = did_you_mean(bare, [name.strip() for label in labels for name in label.split(",")])
     raise ValueError(
-        f'"{text}" is not a class of this model: give one of {shown}, or a number from 0 to {len(labels) - 1}'
+        f'"{shown(text)}" is not a class of this model: give one of {listed}, or a number from 0 to '
+        f"{len(labels) - 1}{near}"
     )
 
 
@@ -347,8 +469,11 @@ def _class_surrogate(text: str, labels: Sequence[str], must_exist: bool) -> Surr
     except ValueError as error:
         if "/" in text and not must_exist:
             return Surrogate("images", text)
-        if Path(text).is_dir():
-            raise ValueError(f"{error}. To name the folder of images, write ./{text}") from None
+        path = _folder(text)
+        if path is not None and path.is_dir():
+            raise ValueError(f"{error}. To name the folder of images, write ./{shown(text)}") from None
+        if "/" in text:
+            raise ValueError(f"{error}. There is no folder of images of that name{near_paths(text)}") from None
         raise
 
 
@@ -362,24 +487,31 @@ def class_replay_prompts(
 
 
 def replay_prompts(
-    source: str, count: int, seed: int, concepts: Sequence[str], unconditional_share: float = 0.0
+    source: str,
+    count: int,
+    seed: int,
+    concepts: Sequence[str],
+    unconditional_share: float = 0.0,
+    drop_naming: bool = False,
 ) -> list[str]:
     """Prompts to remember, for `count` replay images.
 
     Args:
-        source: A built-in vocabulary (`"diverse"`, `"garments"`), a text file with one prompt a line, or a dataset's
-            column as `NAME:COLUMN` or `NAME:COLUMN:SPLIT`, NAME being a repository on the Hub or a local folder.
+        source: A built-in vocabulary (`"diverse"`, `"garments"`), a text file with one prompt a line, a CSV, TSV, JSON,
+            JSON lines or parquet file as FILE or FILE:COLUMN, or a dataset's column as `NAME:COLUMN` or
+            `NAME:COLUMN:SPLIT`, NAME being a repository on the Hub or a local folder.
         count: Number of prompts; a shorter list is repeated.
         seed: Order and draw.
         concepts: Concepts that are being forgotten.
         unconditional_share: Share of the images that belong to the empty prompt, spread evenly over the list.
             Classifier-free guidance extrapolates away from the empty prompt: if its prediction drifts while the concept
             is missing from replay, guidance pushes the concept's prompt back towards the concept.
+        drop_naming: Leave out prompts that name a concept, with a warning that counts them, in place of refusing them.
 
     Raises:
         ValueError: There is no such source, it is empty, or a prompt names a concept (the message quotes the first).
     """
-    captions = _captions(source, count - round(count * unconditional_share), seed, concepts)
+    captions = _captions(source, count - round(count * unconditional_share), seed, concepts, drop_naming)
     return _with_empty_prompts(captions, count)
 
 
@@ -391,27 +523,58 @@ def _with_empty_prompts(captions: list[str], count: int) -> list[str]:
     ]
 
 
-def _captions(source: str, count: int, seed: int, concepts: Sequence[str]) -> list[str]:
+def _captions(source: str, count: int, seed: int, concepts: Sequence[str], drop_naming: bool) -> list[str]:
     if source in builtin_vocabularies():
         return generate_captions(load_vocabulary(source), count, seed, avoid=concepts)
-    path = Path(source).expanduser()
-    if path.is_file():
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif ":" in source:
-        prompts = _dataset_column(source)
-    else:
+    setting = f'replay_prompts="{shown(source, 200)}"'
+    name, column, _ = split_source(source)
+    known = builtin_vocabularies()
+    if column is None and not Path(name).suffix and "/" not in name and not _is_there(name):
         raise ValueError(
-            f'replay_prompts="{source}" is neither one of {", ".join(map(repr, builtin_vocabularies()))}, nor a file, '
-            "nor a dataset's column written as NAME:COLUMN"
+            f"{setting} is neither one of {', '.join(map(repr, known))}, nor a file{did_you_mean(name, known)}: give "
+            f"one of these, {FORMS}"
         )
+    prompts = read_texts(source, setting)
     if not prompts:
-        raise ValueError(f'replay_prompts="{source}" holds no prompt')
+        raise ValueError(f"{setting} holds no prompt")
+    if drop_naming:
+        prompts = drop_naming_prompts(prompts, concepts, setting)
     check_replay_prompts(prompts, concepts)
     draw = random.Random(seed)
     chosen: list[str] = []
     while len(chosen) < count:
         chosen += draw.sample(prompts, len(prompts))
     return chosen[:count]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def drop_naming_prompts(prompts: Sequence[str], concepts: Sequence[str], place: str) -> list[str]:
+    """The prompts that name no concept; a warning says how many do.
+
+    Args:
+        prompts: Any prompts.
+        concepts: What they must not name.
+        place: Where they come from, for the warning.
+
+    Raises:
+        ValueError: None is left.
+    """
+    kept = [prompt for prompt in prompts if not any(names_concept(prompt, concept) for concept in concepts)]
+    names = " or ".join(f'"{shown(concept)}"' for concept in concepts)
+    if not kept:
+        raise ValueError(f"{place}: all {len(prompts)} prompts name {names}, so that none is left: give others")
+    if len(kept) < len(prompts):
+        warnings.warn(
+            f"{place}: {len(prompts) - len(kept)} of {len(prompts)} prompts name {names} and are left out",
+            stacklevel=2,
+        )
+    return kept
 
 
 def check_replay_prompts(prompts: Sequence[str], concepts: Sequence[str]) -> None:
@@ -424,21 +587,7 @@ def check_replay_prompts(prompts: Sequence[str], concepts: Sequence[str]) -> Non
         naming = [prompt for prompt in prompts if names_concept(prompt, concept)]
         if naming:
             raise ValueError(
-                f'{len(naming)} of {len(prompts)} replay prompts name the concept "{concept}", which replay would '
-                f'teach again. The first is: "{naming[0]}". Remove them'
+                f'{len(naming)} of {len(prompts)} replay prompts name the concept "{shown(concept)}", which replay '
+                f'would teach again. The first is: "{shown(naming[0])}". Remove them, or leave them out with '
+                "--drop_naming_prompts"
             )
-
-
-def _dataset_column(source: str) -> list[str]:
-    name, column, *split = source.split(":")
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, split=split[0] if split else "train")
-    except Exception as error:
-        raise ValueError(f'replay_prompts="{source}": the dataset "{name}" could not be loaded ({error})') from error
-    if column not in dataset.column_names:
-        raise ValueError(
-            f'replay_prompts="{source}": the dataset has no column "{column}"; it has {", ".join(dataset.column_names)}'
-        )
-    return [str(prompt).strip() for prompt in dataset[column] if str(prompt).strip()]

@@ -97,6 +97,21 @@ class Objective(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """Conditions of prompts, `[len(prompts), ...]`, on the model's device."""
 
+    def why_unseen(self, prompt: str, name: str) -> str | None:
+        """Why the model does not see all of a prompt's first mention of a name, as a sentence.
+
+        None if it does, and where conditions are classes.
+        """
+        return None
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than what the model reads of them; 0 where conditions are classes."""
+        return 0
+
+    def means_the_same(self, first: str, second: str) -> bool:
+        """Whether two prompts are one and the same condition to the model."""
+        return first == second
+
     @abstractmethod
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         """Samples of images `[batch, 3 or channels, height, width]` in [-1, 1]; `seed` draws from an encoder's

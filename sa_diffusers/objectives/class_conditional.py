@@ -26,7 +26,7 @@ class ClassConditionalObjective(DiffusionObjective):
         noise_offset: Scale of a further noise that is constant over each channel's pixels.
 
     Raises:
-        ValueError: The prediction type is another one.
+        ValueError: As `DiffusionObjective`.
     """
 
     kind = "class-conditional-diffusion"
@@ -80,7 +80,9 @@ class ClassConditionalObjective(DiffusionObjective):
         keep = self.noise_schedule.alphas_cumprod.to(samples.device)[timesteps].double().view(shape)
         signal, spread = keep.sqrt(), (1 - keep).sqrt()
         noisy = signal * samples + spread * noise
-        mean = truncated_normal_mean(noisy / signal, spread / signal)
+        # Where nothing of the sample is left, its mean is that of all samples.
+        left = signal > 0
+        mean = truncated_normal_mean(noisy / signal.where(left, 1), spread / signal.where(left, 1)) * left
         noise = (noisy - signal * mean) / spread
         return (signal * noise - spread * mean if self.prediction_type == "v_prediction" else noise).float()
 
@@ -118,7 +120,7 @@ class ClassConditionalObjective(DiffusionObjective):
         return self.pipeline.image_processor.postprocess(samples.float(), output_type="pil")
 
     def save(self, folder: Path) -> None:
-        self.pipeline.save_pretrained(folder)
+        self.save_with_own_scheduler(self.pipeline, folder)
 
 
 def truncated_normal_mean(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

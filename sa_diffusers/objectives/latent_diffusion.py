@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ..messages import shown
 from .base import Conditions, SamplingSettings, fingerprint_module
 from .diffusion import DiffusionObjective
 
@@ -26,7 +27,7 @@ class LatentDiffusionObjective(DiffusionObjective):
         noise_offset: Scale of a further noise that is constant over each channel's pixels.
 
     Raises:
-        ValueError: The prediction type is another one.
+        ValueError: As `DiffusionObjective`.
     """
 
     kind = "latent-diffusion"
@@ -75,6 +76,35 @@ class LatentDiffusionObjective(DiffusionObjective):
             )
             parts.append(embeddings.float())
         return {"encoder_hidden_states": torch.cat(parts)}
+
+    @property
+    def _window(self) -> int:
+        """Tokens that the text encoder reads, those of start and end included."""
+        return min(self.pipeline.tokenizer.model_max_length, self.pipeline.text_encoder.config.max_position_embeddings)
+
+    def _count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """All tokens of prompts, those of start and end included."""
+        tokenizer = self.pipeline.tokenizer
+        read = tokenizer(list(prompts), truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+        return [len(tokens) + tokenizer.num_special_tokens_to_add() for tokens in read]
+
+    def why_unseen(self, prompt: str, name: str) -> str | None:
+        (count,) = self._count_tokens([prompt[: prompt.index(name) + len(name)]])
+        if count <= self._window:
+            return None
+        return (
+            f'in the prompt "{shown(prompt)}" the text encoder reads {self._window} tokens, and "{shown(name)}" ends '
+            f"at token {count}: shorten it"
+        )
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        return sum(count > self._window for count in self._count_tokens(prompts)) if prompts else 0
+
+    def means_the_same(self, first: str, second: str) -> bool:
+        one, other = self.pipeline.tokenizer(
+            [first, second], padding="max_length", max_length=self._window, truncation=True
+        )["input_ids"]
+        return one == other
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -128,4 +158,4 @@ class LatentDiffusionObjective(DiffusionObjective):
         return pictures
 
     def save(self, folder: Path) -> None:
-        self.pipeline.save_pretrained(folder)
+        self.save_with_own_scheduler(self.pipeline, folder)

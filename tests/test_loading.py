@@ -1,0 +1,398 @@
+"""From a name or a folder to an objective: what is refused, in which words, and before weights are read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+
+from sa_diffusers import SamplingSettings, load_pipeline, objective_for
+from sa_diffusers.configuration import SAMPLERS
+from sa_diffusers.objectives import SUPPORTED_PIPELINES
+from sa_diffusers.weights import explain_weights_error, find_broken_weights, weights_fault
+
+from .conftest import build_tiny_pipeline
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 335000000\n"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def without_weights(folder):
+    """A pipeline whose weights cannot be read: what is refused now is refused before they are."""
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    return folder
+
+
+def refused(folder, **options):
+    with pytest.raises(ValueError) as error:
+        load_pipeline(str(folder), **options)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+    return str(error.value)
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER.encode(), "is a pointer of git-lfs, not the weights themselves: run `git lfs pull`"),
+        (b"", "is empty: download it again"),
+        (b"abc", "is cut short"),
+        (b"\xff" * 100, "is not safetensors"),
+        (b"\x08" + b"\0" * 7 + b"nonsense", "is damaged"),
+    ],
+)
+@pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model"])
+def test_weights_that_are_none_are_named(folder, part, content, message):
+    file = folder / f"{part}.safetensors"
+    file.write_bytes(content)
+    assert f"{file} {message}" in refused(folder)
+    assert str(file) in find_broken_weights(folder)
+    assert explain_weights_error(folder, RuntimeError("obscure")) == find_broken_weights(folder)
+
+
+def test_weights_cut_anywhere_are_named(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    assert weights_fault(file) is None
+    for length in (5, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert f"{file} is cut short" in refused(folder)
+    file.write_bytes(whole + b"\0")
+    assert f"{file} is damaged" in refused(folder)
+    file.unlink()
+    assert "could not be loaded" in refused(folder)
+    assert explain_weights_error(folder, RuntimeError("first line\nsecond")) == "first line"
+
+
+def test_shards_that_are_missing_are_named(tmp_path):
+    build_tiny_pipeline().save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    shards = sorted((tmp_path / "model" / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    load_pipeline(str(tmp_path / "model"))
+    shards[-1].unlink()
+    assert f"{shards[-1]} is missing" in find_broken_weights(tmp_path / "model")
+    assert f"{shards[-1]} is missing" in refused(tmp_path / "model")
+
+
+def test_weights_of_one_variant_only_are_found_and_told_of(tmp_path):
+    build_tiny_pipeline().to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    with pytest.warns(UserWarning, match="has weights of the variant fp16 only: loaded as with --variant fp16"):
+        pipeline = load_pipeline(str(tmp_path / "model"))
+    assert {value.dtype for value in pipeline.unet.parameters()} == {torch.float32}
+    asked = load_pipeline(str(tmp_path / "model"), variant="fp16")
+    for name, value in pipeline.unet.state_dict().items():
+        assert torch.equal(value, asked.unet.state_dict()[name]), name
+    assert refused(tmp_path / "model", variant="bf16")
+
+
+def test_of_several_variants_one_must_be_named(tmp_path):
+    for variant in ("fp16", "ema"):
+        build_tiny_pipeline().save_pretrained(tmp_path / "model", variant=variant)
+    assert "give --variant ema or --variant fp16" in refused(tmp_path / "model")
+
+
+def test_plain_weights_come_before_variants_even_damaged_ones(folder, recwarn):
+    for part in ("unet", "vae"):
+        (folder / part / "diffusion_pytorch_model.fp16.safetensors").write_text(POINTER)
+    load_pipeline(str(folder))
+    assert not [warning for warning in recwarn if "variant" in str(warning.message)]
+
+
+def test_a_pickle_is_not_executed(folder, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        (weights,) = (folder / part).glob("*.safetensors")
+        kept = weights.read_bytes()
+        weights.unlink()
+        torch.save({"trap": Trap()}, folder / part / f"{name}.bin")
+        assert "could not be loaded" in refused(folder)
+        assert not (tmp_path / "executed").exists()
+        (folder / part / f"{name}.bin").unlink()
+        weights.write_bytes(kept)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name", ["./modle", "modle/", "{}/modle", "C:\\models\\sd", ".\\sd", "a/b/c", "sd.safetensors"]
+)
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(folder, monkeypatch, name):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("sa_diffusers.objectives.loading._why_unreachable", lambda *_: pytest.fail("the Hub was asked"))
+    message = refused(name.format(folder.parent))
+    assert "there is no such file or folder" in message
+    if "modle" in name:
+        assert "did you mean" in message and 'model"' in message
+
+
+def test_a_name_that_is_nearly_a_folder_here_is_asked_about(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ConnectionError, match='did you mean "model"'):
+        load_pipeline("modle")
+
+
+def test_a_home_folder_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert isinstance(load_pipeline("~/model"), StableDiffusionPipeline)
+    assert "no such user" in refused("~nobody-of-that-name/model")
+
+
+def test_single_files_are_not_asked_of_the_hub_and_say_how_to_be_converted(folder, monkeypatch):
+    for name in ("single.safetensors", "single.ckpt"):
+        save_file({"a": torch.zeros(1)}, folder.parent / name)
+        monkeypatch.chdir(folder.parent)
+        assert f"P.from_single_file('{name}').save_pretrained('FOLDER')" in refused(name)
+    assert f"give its folder, {folder}" in refused(folder / "model_index.json")
+    assert f"did you mean {folder}?" in refused(folder / "unet")
+    assert f"did you mean {folder}?" in refused(folder.parent)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\0b", "x" * 5000, "a b", "\ud800", "-a", "a//b"])
+def test_names_that_are_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, ConnectionError)) as error:
+        load_pipeline(name)
+    assert len(str(error.value)) < 900 and str(error.value).isprintable()
+
+
+# Index and configurations, before weights
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"_class_name": 3}', '{"_class_name": "A", "unet": "x"}', "\xff"]
+)
+def test_a_damaged_index(folder, text):
+    (folder / "model_index.json").write_bytes(text.encode("latin-1"))
+    assert "model_index.json" in refused(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_damaged_or_missing_configuration(folder, part):
+    file = folder / part / "config.json"
+    file.write_text("{")
+    assert f"{file} is not valid JSON" in refused(folder)
+    file.unlink()
+    assert f"{file} is missing" in refused(folder)
+
+
+def test_other_kinds_are_refused_before_weights(folder):
+    edit(without_weights(folder) / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    message = refused(folder, kinds=SUPPORTED_PIPELINES)
+    assert message.startswith("StableDiffusionXLPipeline is not supported yet; supported: StableDiffusionPipeline")
+
+
+def test_nine_channels_are_refused_before_weights(folder):
+    edit(without_weights(folder) / "unet" / "config.json", in_channels=9)
+    assert "its UNet takes 9 channels, its autoencoder makes 4: inpainting" in refused(folder)
+    edit(folder / "unet" / "config.json", in_channels=4, out_channels=8)
+    assert "its UNet gives 8 channels" in refused(folder)
+    edit(folder / "unet" / "config.json", out_channels=4, cross_attention_dim=24)
+    assert "takes text embeddings of 24 numbers, its text encoder gives 16" in refused(folder)
+    edit(folder / "model_index.json", text_encoder=[None, None])
+    assert "has no text_encoder" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler(), LCMScheduler(),
+     UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")],
+    ids=lambda scheduler: type(scheduler).__name__,
+)  # fmt: skip
+def test_schedulers_without_known_noise_are_refused_before_weights(folder, scheduler):
+    shutil.rmtree(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
+    assert type(scheduler).__name__ in refused(without_weights(folder))
+    pipeline = build_tiny_pipeline()
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match=type(scheduler).__name__):
+        objective_for(pipeline)
+
+
+# Schedulers
+
+
+def tiny_with(**settings):
+    pipeline = build_tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
+    return pipeline
+
+
+def test_zero_terminal_snr_contradicts_epsilon():
+    pipeline = tiny_with(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="sets rescale_betas_zero_snr.*but the model predicts epsilon"):
+        objective_for(pipeline)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        objective_for(tiny_with(rescale_betas_zero_snr=True, prediction_type="v_prediction"), "epsilon")
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="PNDMScheduler ignores rescale_betas_zero_snr"):
+        objective_for(pipeline)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if sampler != "pndm"])
+def test_samplers_of_zero_terminal_snr_start_at_noise_and_find_the_data(sampler, spacing):
+    """Data that is normally distributed, and a model that knows it."""
+    mean, std = 0.3, 0.5
+    objective = objective_for(
+        tiny_with(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing=spacing)
+    )
+    scheduler = objective.make_sampler(sampler, objective.pipeline.scheduler)
+    scheduler.set_timesteps(40)
+    assert scheduler.timesteps[0] == 999
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4000, 1, 1, 1, generator=generator) * scheduler.init_noise_sigma
+    options = {"generator": generator} if sampler == "ddpm" else {}
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(images, timestep).double()
+        keep = objective.noise_schedule.alphas_cumprod[int(timestep)].double()
+        signal, spread = keep.sqrt(), (1 - keep).sqrt()
+        clean = mean + signal * std**2 / (keep * std**2 + 1 - keep) * (noisy - signal * mean)
+        velocity = (signal * (noisy - signal * clean) / spread - spread * clean).float()
+        images = scheduler.step(velocity, timestep, images, **options).prev_sample
+    assert images.mean().item() == pytest.approx(mean, abs=0.03)
+    assert images.std().item() == pytest.approx(std, abs=0.07)
+
+
+def test_zero_terminal_snr_refuses_the_sampler_that_ignores_it():
+    objective = objective_for(tiny_with(rescale_betas_zero_snr=True, prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match='sampler="pndm" ignores rescale_betas_zero_snr.*use one of ddim, ddpm, euler'):
+        objective.make_sampler("pndm", objective.pipeline.scheduler)
+
+
+def test_zero_terminal_snr_trains_to_finite_losses():
+    objective = objective_for(tiny_with(rescale_betas_zero_snr=True, prediction_type="v_prediction"), snr_gamma=5.0)
+    samples = torch.randn(2, 4, 8, 8)
+    noise = torch.randn_like(samples)
+    last = torch.tensor([999, 0])
+    torch.testing.assert_close(objective.noise_schedule.add_noise(samples, noise, last)[0], noise[0])
+    conditions = objective.encode_prompts(["cat", "dog"])
+    assert objective.negative_elbo(objective.module, samples, conditions, last, noise).isfinite().all()
+    drawn = objective.sample(["cat"], [0], SamplingSettings(num_inference_steps=3))
+    assert drawn.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta_start": 2.0, "beta_end": 3.0}, {"beta_schedule": "none of them"}, {"prediction_type": "sample"}],
+)
+def test_schedulers_that_cannot_be_meant(settings):
+    pipeline = build_tiny_pipeline()
+    pipeline.scheduler.register_to_config(**settings)
+    with pytest.raises(ValueError, match="scheduler|prediction_type"):
+        objective_for(pipeline)
+
+
+def test_a_sampler_that_does_not_know_the_schedule_says_so():
+    pipeline = build_tiny_pipeline()
+    pipeline.scheduler = DDPMScheduler(beta_schedule="sigmoid")
+    objective = objective_for(pipeline)
+    objective.make_sampler("ddpm", pipeline.scheduler)
+    with pytest.raises(ValueError, match='sampler="ddim" cannot follow the model\'s scheduler'):
+        objective.make_sampler("ddim", pipeline.scheduler)
+    with pytest.raises(ValueError, match='sampler="dimm" is not one of'):
+        objective.make_sampler("dimm", pipeline.scheduler)
+
+
+def test_the_prediction_type_given_is_saved_and_the_callers_pipeline_left_alone(tmp_path):
+    pipeline = build_tiny_pipeline(safety_checker=True)
+    objective_for(pipeline, "v_prediction").save(tmp_path / "v")
+    objective_for(pipeline).save(tmp_path / "plain")
+    saved = [
+        json.loads((tmp_path / name / "scheduler" / "scheduler_config.json").read_text()) for name in ("v", "plain")
+    ]
+    assert [values["prediction_type"] for values in saved] == ["v_prediction", "epsilon"]
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert (tmp_path / "v" / "model_index.json").read_text() == (tmp_path / "plain" / "model_index.json").read_text()
+    again = objective_for(load_pipeline(str(tmp_path / "v")))
+    assert again.prediction_type == "v_prediction"
+    settings = SamplingSettings(num_inference_steps=2)
+    expected = objective_for(pipeline, "v_prediction").sample(["cat"], [0], settings)
+    assert torch.equal(again.sample(["cat"], [0], settings), expected)
+
+
+# What is loaded already
+
+
+def test_adapters_are_refused_until_they_are_fused_and_unloaded():
+    pipeline = build_tiny_pipeline()
+    adapter = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipeline.unet.add_adapter(adapter)
+    with pytest.raises(ValueError, match=r"unet has LoRA adapters.*pipeline.fuse_lora\(\) and pipeline.unload_lora"):
+        objective_for(pipeline)
+    pipeline.fuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+    objective_for(pipeline)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), pipeline.text_encoder)
+    with pytest.raises(ValueError, match="text_encoder has LoRA adapters"):
+        objective_for(pipeline)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_half_precision_in_python_is_refused(part):
+    pipeline = build_tiny_pipeline()
+    getattr(pipeline, part).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=f"{part} has weights in bfloat16: load it with dtype=torch.float32"):
+        objective_for(pipeline)
+
+
+def test_other_pipelines_are_refused():
+    pipeline = build_tiny_pipeline()
+    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline is not supported yet"):
+        objective_for(other)
+
+
+def test_weights_of_another_shape_are_one_sentence(folder):
+    other = UNet2DConditionModel.from_config(
+        {**UNet2DConditionModel.load_config(folder / "unet"), "layers_per_block": 2}
+    )
+    other.save_pretrained(folder.parent / "other")
+    file = "diffusion_pytorch_model.safetensors"
+    weights = load_file(folder.parent / "other" / file)
+    save_file({name: torch.zeros(3) for name in weights}, folder / "unet" / file)
+    assert "could not be loaded" in refused(folder)
+
+
+def test_steps_that_a_sampler_cannot_make_are_refused_before_sampling(tiny_objective):
+    def check(sampler, steps):
+        settings = SamplingSettings(sampler, num_inference_steps=steps)
+        tiny_objective.check_sampling(settings, tiny_objective.pipeline.scheduler)
+
+    for sampler in SAMPLERS:
+        check(sampler, 4)
+    with pytest.raises(ValueError, match="num_inference_steps=1001 is more than the 1000 timesteps"):
+        check("ddim", 1001)
+    with pytest.raises(ValueError, match='sampler="dimm" is not one of'):
+        check("dimm", 4)
