@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Tests run side by side, one a core; bits depend on the number of threads, in this process and in those it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import io
