@@ -50,7 +50,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",
-        "transformers>=5.0",
+        "transformers>=5.6",
     ],
     entry_points={
         "console_scripts": ["sa-diffusers = sa_diffusers.commands:main"],
