@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Tests run side by side, one a core; bits depend on the number of threads, in this process and in those it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import io
+import runpy
 import string
 import subprocess
 import sys
@@ -109,6 +112,17 @@ def run_here(main, arguments, folder: Path) -> subprocess.CompletedProcess:
             traceback.print_exc()
             code = 1
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def run_script(script: Path, arguments, folder: Path) -> subprocess.CompletedProcess:
+    """What `python script ...` would end with, as by `run_here`."""
+
+    def main(words):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), *words])
+            runpy.run_path(str(script), run_name="__main__")
+
+    return run_here(main, arguments, folder)
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from sa_diffusers.trainer import create_accelerator
 
-from .conftest import REPOSITORY, run_here
+from .conftest import REPOSITORY, run_here, run_script
 from .test_image_datasets import write_idx
 
 NAMES = {"0": "airplane", "1": "cat", "2": "dog"}
@@ -382,11 +382,11 @@ def test_the_benchmark_measures_the_original_on_its_way(pipeline, tmp_path):
     settings = {"num_surrogate_images": 4, "num_replay_images": 6, "num_fisher_samples": 2, "fisher_timesteps": 2,
                 "max_train_steps": 2, "train_batch_size": 2, "num_inference_steps": 2, "ewc_weight": 0.1}  # fmt: skip
     (tmp_path / "base" / "selective_amnesia_defaults.json").write_text(json.dumps(settings))
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "class_erasure.py"), "--base", "base", "--classifier",
-               "classifier", "--concepts", "cat", "--variants", "default", "original", "EWC x 10", "--images", "4",
-               "--every", "2", "--original_steps", "4", "--work_dir", "work", "--output", "results.json"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    script = REPOSITORY / "benchmarks" / "class_erasure.py"
+    flags = ["--base", "base", "--classifier", "classifier", "--concepts", "cat", "--variants", "default", "original",
+             "EWC x 10", "--images", "4", "--every", "2", "--original_steps", "4", "--work_dir", "work", "--output",
+             "results.json"]  # fmt: skip
+    result = run_script(script, flags, tmp_path)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["cat|default", "cat|original", "cat|EWC x 10"]
@@ -397,7 +397,7 @@ def test_the_benchmark_measures_the_original_on_its_way(pipeline, tmp_path):
     # The end is measured by the erasure itself: the checkpoint before it is another state.
     assert original["on_the_way"][0]["probability"] == pytest.approx(original["concept"]["probability"]["after"], rel=1)
     assert result.stdout.count("| cat |") == 6
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    again = run_script(script, flags, tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
@@ -611,15 +611,17 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
     for name in ("train", "t10k"):
         write_idx(tmp_path / f"{name}-images-idx3-ubyte", generator.integers(0, 256, (20, 28, 28)))
         write_idx(tmp_path / f"{name}-labels-idx1-ubyte", np.arange(20) % 4)
-    command = [sys.executable, str(REPOSITORY / "examples" / "train_class_model.py"), "--model", model, "--data",
-               str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "4", "--checkpointing_steps", "2",
-               "--sample_steps", "4", "--num_inference_steps", "2", "--use_ema", "--report_to", "none", "--affine",
-               "1", "--flip", "--without", "d", "--labels", "a", "b", "c", "d"]  # fmt: skip
+    settings = ["--model", model, "--data", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "4",
+                "--checkpointing_steps", "2", "--sample_steps", "4", "--num_inference_steps", "2", "--use_ema",
+                "--report_to", "none", "--affine", "1", "--flip", "--without", "d", "--labels", "a", "b", "c",
+                "d"]  # fmt: skip
+
+    def command(output, *flags):
+        script = REPOSITORY / "examples" / "train_class_model.py"
+        return run_script(script, [*settings, "--output_dir", output, *flags], tmp_path)
 
     def train(output, *flags):
-        result = subprocess.run(
-            [*command, "--output_dir", output, *flags], cwd=tmp_path, capture_output=True, text=True
-        )
+        result = command(output, *flags)
         assert result.returncode == 0, result.stderr
         assert "15 images of 4 classes" in result.stdout
         return objective_for(load_pipeline(str(tmp_path / output))).module.state_dict()
@@ -635,9 +637,7 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
             (tmp_path / "more").mkdir()
             write_idx(tmp_path / "more" / "train-images-idx3-ubyte", generator.integers(0, 256, (20, 28, 28)))
             write_idx(tmp_path / "more" / "train-labels-idx1-ubyte", np.arange(20) % 5)
-        refused = subprocess.run(
-            [*command, "--output_dir", "base", *flags], cwd=tmp_path, capture_output=True, text=True
-        )
+        refused = command("base", *flags)
         assert refused.returncode == 1
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -662,10 +662,8 @@ def test_mistakes_in_base_training_are_one_line_and_write_nothing(tmp_path, flag
     for name in ("train", "t10k"):
         write_idx(tmp_path / f"{name}-images-idx3-ubyte", np.zeros((4, 28, 28)))
         write_idx(tmp_path / f"{name}-labels-idx1-ubyte", np.arange(4) % 2)
-    script = str(REPOSITORY / "examples" / "train_class_model.py")
-    command = [sys.executable, script, "--model", "mnist_vae", "--data", ".", "--output_dir", "base", *flags]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    script = REPOSITORY / "examples" / "train_class_model.py"
+    result = run_script(script, ["--model", "mnist_vae", "--data", ".", "--output_dir", "base", *flags], tmp_path)
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -679,19 +677,19 @@ def test_a_classifier_is_trained_and_measured(tmp_path):
         images = generator.integers(0, 60, (60, 28, 28)) + 150 * labels[:, None, None]
         write_idx(tmp_path / f"{name}-images-idx3-ubyte", images)
         write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels)
-    script = str(REPOSITORY / "examples" / "train_classifier.py")
-    command = [sys.executable, script, "--data", str(tmp_path), "--epochs", "8", "--batch_size", "20", "--pixels", "32",
-               "--output_dir", "classifier", "--labels", "dark", "bright"]  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    script = REPOSITORY / "examples" / "train_classifier.py"
+    command = ["--data", str(tmp_path), "--epochs", "8", "--batch_size", "20", "--pixels", "32", "--output_dir",
+               "classifier", "--labels", "dark", "bright"]  # fmt: skip
+    result = run_script(script, command, tmp_path)
     assert result.returncode == 0, result.stderr
     measured = json.loads((tmp_path / "classifier" / "accuracy.json").read_text())
     assert measured["accuracy"] > 0.9
     assert set(measured["by_class"]) == {"dark", "bright"}
     tuned = ["again" if part == "classifier" else part for part in command]
-    result = subprocess.run([*tuned, "--base", "classifier", "--flip"], cwd=tmp_path, capture_output=True, text=True)
+    result = run_script(script, [*tuned, "--base", "classifier", "--flip"], tmp_path)
     assert result.returncode == 0, result.stderr
     small = ["cnn" if part == "classifier" else part for part in command]
-    result = subprocess.run([*small, "--cnn", "--affine", "0.5"], cwd=tmp_path, capture_output=True, text=True)
+    result = run_script(script, [*small, "--cnn", "--affine", "0.5"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "cnn" / "accuracy.json").read_text())["accuracy"] > 0.9
     # Where the data has no test split, it is not measured on what it has learnt from.
@@ -700,12 +698,12 @@ def test_a_classifier_is_trained_and_measured(tmp_path):
         for number, image in enumerate(images[labels == label]):
             Image.fromarray(image.astype(np.uint8)).save(tmp_path / "folders" / name / f"{number}.png")
     alone = [*small, "--cnn", "--epochs", "1", "--data", "folders", "--labels", "bright", "dark"]
-    result = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    result = run_script(script, alone, tmp_path)
     assert result.returncode == 0, result.stderr
     held_out = json.loads((tmp_path / "cnn" / "accuracy.json").read_text())
     assert held_out["images"] == 6
     assert "held out" in held_out["measured_on"]
-    result = subprocess.run([*small, "--cnn", "--base", "cnn"], cwd=tmp_path, capture_output=True, text=True)
+    result = run_script(script, [*small, "--cnn", "--base", "cnn"], tmp_path)
     assert result.returncode == 2
     assert "give one of them" in result.stderr
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.models import embedded_classifier, embedded_pipeline
 from sa_diffusers.objectives import SamplingSettings, load_pipeline, objective_for
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, run_script
 
 GARMENTS = load_vocabulary("garments")
 
@@ -115,18 +113,19 @@ def test_a_garment_is_erased_and_the_others_stay(tmp_path):
 
 def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
     variants = ["default", "without replay", "without EWC", "without both"]
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "embedded_erasure.py"), "--concepts", "bag",
-               "--methods", "xattn", "--variants", *variants, "--images", "3", "--work_dir", str(tmp_path), "--output",
-               str(tmp_path / "results.json"), "--set", "max_train_steps=2", "num_surrogate_images=4",
-               "num_replay_images=9", "num_fisher_samples=2", "fisher_timesteps=2", "train_batch_size=2"]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    script = REPOSITORY / "benchmarks" / "embedded_erasure.py"
+    flags = ["--concepts", "bag", "--methods", "xattn", "--variants", *variants, "--images", "3", "--work_dir",
+             str(tmp_path), "--output", str(tmp_path / "results.json"), "--set", "max_train_steps=2",
+             "num_surrogate_images=4", "num_replay_images=9", "num_fisher_samples=2", "fisher_timesteps=2",
+             "train_batch_size=2"]  # fmt: skip
+    first = run_script(script, flags, tmp_path)
     assert first.returncode == 0, first.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert [key.rsplit("|", 1)[1] for key in results] == variants
     assert all(value["configuration"]["max_train_steps"] == 2 for value in results.values())
     table = [line for line in first.stdout.splitlines() if line.startswith("| bag → ")]
     assert len(set(table)) == 4
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    again = run_script(script, flags, tmp_path)
     assert again.returncode == 0, again.stderr
     assert "forgetting" not in again.stderr
     assert [line for line in again.stdout.splitlines() if line.startswith("| bag → ")] == table[-4:]

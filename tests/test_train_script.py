@@ -40,8 +40,7 @@ def run(arguments, folder, environment=None, launch=False, timeout=3600):
     if not launch and environment is None:
         return run_here(main, arguments, folder)
     command = [*(LAUNCH if launch else [sys.executable]), str(REPOSITORY / "examples" / "train_sa.py"), *arguments]
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2",
-                "SA_DIFFUSERS_CACHE": str(folder / "cache"), **(environment or {})}  # fmt: skip
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(folder / "cache"), **(environment or {})}
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=timeout)
 
 
@@ -154,8 +153,7 @@ def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_does(tiny_folder, t
     assert unbroken.returncode == 0, unbroken.stderr
     arguments = quick(tiny_folder, **flags, output_dir="broken")
     command = [sys.executable, str(REPOSITORY / "examples" / "train_sa.py"), *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(tmp_path / "cache"),
-                   "OMP_NUM_THREADS": "2"}  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL) as process:  # fmt: skip
         deadline = time.monotonic() + 300
