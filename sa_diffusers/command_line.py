@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -86,22 +85,20 @@ def main(arguments: Sequence[str] | None = None, build_objective: Callable | Non
     """
     config = parse_config(arguments)
     # Imported late: these take seconds, and a mistake on the command line should not.
-    from .processes import EXIT_INTERRUPTED, Interrupted, is_lost_peer, watching
+    from .processes import EXIT_INTERRUPTED, Interrupted, is_lost_peer, say_stopped, watching
 
     try:
         with watching():
             _erase(config, build_objective)
     except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stop}. The same command goes on from there", file=sys.stderr)
+        say_stopped(stop)
         sys.exit(EXIT_INTERRUPTED)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        print(f"stopped: another process of this run is gone ({str(error).splitlines()[0]}). The same command goes on "
-              "from what is kept", file=sys.stderr)  # fmt: skip
+        say_stopped(f"another process of this run is gone ({str(error).splitlines()[0]})")
         sys.exit(EXIT_INTERRUPTED)
 
 

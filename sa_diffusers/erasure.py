@@ -101,7 +101,7 @@ class Erasure:
         if config.surrogate:
             # Before the model is loaded: a mistake here should cost no time.
             check_pairs(config.concept, config.surrogate)
-        self.blur = must_blur(config.blur, config.concept)
+        self.blur = must_blur(config.blur, [*config.concept, *config.surrogate])
         self.output_dir = config.resolved_output_dir
         self.output = OutputFolder(self.output_dir, config.overwrite_output_dir)
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
@@ -218,7 +218,9 @@ class Erasure:
         if not count:
             return []
         if labels is None:
-            return replay_prompts(config.replay_prompts, count, config.seed, concepts, unconditional_share)
+            return replay_prompts(
+                config.replay_prompts, count, config.seed, concepts, unconditional_share, config.drop_naming_prompts
+            )
         return class_replay_prompts(labels, count, concepts, unconditional_share)
 
     def _check_class_settings(self, labels: list[str]) -> None:

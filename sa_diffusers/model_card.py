@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration import CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
-from .files import read_json, write_text
+from .files import finish_interrupted, read_json, write_text
 from .hub import (
     CARD_MARKER,
     CARD_NAME,
@@ -238,6 +238,7 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
     The card that goes up knows the name on the Hub; the folder's own is not touched.
     """
     folder = Path(folder)
+    finish_interrupted(folder)
     _read_facts(folder, None)
     for path in evaluation_reports(folder, stale=True):
         warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)

@@ -130,6 +130,12 @@ def wait_until(ready: Callable[[], bool]) -> None:
         delay = min(2 * delay, 1.0)
 
 
+def say_stopped(reason: object) -> None:
+    """The line that a program ends with when it was asked to stop; the main process says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"stopped: {reason}. The same command goes on from there", file=sys.stderr, flush=True)
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone."""
     text = str(error)

@@ -258,7 +258,7 @@ def test_a_misspelt_setting_is_an_error_with_a_proposal(tmp_path):
         ("run.yaml", b"concept: \0", "is not text in UTF-8"),
         ("run.yaml", 'concept: "a\\tb"\n3: 4', '"3" is not a setting'),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:30],
 )
 def test_unreadable_files(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())

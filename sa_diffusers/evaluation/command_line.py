@@ -17,11 +17,13 @@ from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_
 from ..data.image_datasets import load_labelled_images
 from ..data.prompts import pair_classes, pair_concepts, read_prompts, read_templates
 from ..data.sensitive import BLUR_CHOICES, must_blur
+from ..files import finish_interrupted
 from ..hub import one_line
 from ..model_card import write_model_card
 from ..objectives import Objective, SamplingSettings, load_pipeline, objective_for
 from ..objectives.base import fingerprint_module
 from ..objectives.loading import resolved_revision
+from ..processes import EXIT_INTERRUPTED, Interrupted, say_stopped, watching
 from .classification import ImageClassifier
 from .clip import Clip
 from .comparison import Comparison, format_scores
@@ -384,13 +386,19 @@ def main(arguments: list[str] | None = None) -> None:
     """
     args = parse_args(arguments)
     try:
-        _run(args)
+        with watching():
+            _run(args)
+    except Interrupted as stop:
+        say_stopped(stop)
+        sys.exit(EXIT_INTERRUPTED)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {one_line(error)}")
 
 
 def _run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
+    # A run that died while it put new weights in place left an erased model of two halves.
+    finish_interrupted(args.erased)
     evaluation = Evaluation(args)
     comparison = PROTOCOLS[args.protocol](evaluation)
     if comparison is None:
