@@ -18,7 +18,9 @@ from .configuration import REPORT_NAME, SelectiveAmnesiaConfig
 from .data.generation import SampleGenerator, surrogate_requests
 from .data.pictures import read_picture
 from .data.prompts import (
+    builtin_vocabularies,
     check_pairs,
+    check_phrasings,
     class_name,
     class_replay_prompts,
     fill_template,
@@ -26,6 +28,7 @@ from .data.prompts import (
     pair_classes,
     pair_concepts,
     replay_prompts,
+    warn_of_cut_prompts,
 )
 from .data.sample_set import MANIFEST_NAME, SampleSet
 from .data.sensitive import must_blur
@@ -202,6 +205,7 @@ class Erasure:
         share = config.replay_unconditional_share if self.objective.unconditional else 0.0
         if labels is None:
             self.pairs = pair_concepts(config.concept, config.surrogate)
+            check_phrasings(self.objective, self.pairs, [*config.concept_templates, *config.eval_templates])
         else:
             self.pairs = pair_classes(config.concept, config.surrogate, labels)
             self._check_class_settings(labels)
@@ -210,6 +214,8 @@ class Erasure:
                 for file in image_files(pair.surrogate.value)[: config.num_surrogate_images]:
                     read_picture(file, str(file))
         self.replay_prompts = self._captions(config.num_replay_images, share)
+        if config.replay_prompts not in builtin_vocabularies():
+            warn_of_cut_prompts(self.objective, self.replay_prompts, f"replay_prompts={config.replay_prompts}")
 
     def _captions(self, count: int, unconditional_share: float = 0.0) -> list[str]:
         """Prompts to remember."""
