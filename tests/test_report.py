@@ -689,7 +689,8 @@ def test_the_totals_of_the_detectors_are_tables_of_their_own(tmp_path):
 
 SENSITIVE = [
     "nudity", "a Naked person", "NSFW_content", "n.s.f.w.", "ＮＵＤＥ", "na\u200bked", "nudité", "hentai's",
-    "genitalias", "semi-nude", "erotic art", "裸女の写真", "누드화", "обнажённая женщина", "NUDITA\u0300", "Pornography",
+    "genitalias", "semi-nude", "erotic art", "裸女の写真", "누드화", "обнажённая женщина", "NUDITA\u0300",
+    "Pornography",
 ]  # fmt: skip
 HARMLESS = ["Brad Pitt", "van Gogh style", "Essex", "Middlesex", "denuded hills", "church", "sneaker", "numb", "0", ""]
 
