@@ -114,11 +114,11 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
     say = erasure.accelerator.print
     say(f"\nPlan\n{erasure.plan()}\n")
     comparison = erasure.run()
-    say(f"\n{comparison.table()}\n")
-    say(f"pipeline  {erasure.output_dir}")
-    say(f"report    {erasure.output_dir / REPORT_NAME}")
-    say(f"pictures  {erasure.output_dir / GRID_NAME}")
-    if erasure.accelerator.is_main_process:
+    if comparison is not None:
+        say(f"\n{comparison.table()}\n")
+        say(f"pipeline  {erasure.output_dir}")
+        say(f"report    {erasure.output_dir / REPORT_NAME}")
+        say(f"pictures  {erasure.output_dir / GRID_NAME}")
         kept = "" if write_model_card(erasure.output_dir) else " (your own; not written)"
         say(f"card      {erasure.output_dir / CARD_NAME}{kept}")
         if config.push_to_hub:

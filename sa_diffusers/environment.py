@@ -51,16 +51,33 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         project_dir=str(output_dir) if output_dir else None,
         logging_dir=str(Path(output_dir) / config.logging_dir) if output_dir else None,
     )
-    accelerator = Accelerator(
-        # Without it two processes on a machine that has no accelerator do not find each other.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
+    return launched(
+        config.mixed_precision,
         log_with=tracker,
         project_config=project,
         # The trainer divides; the environment's ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Buckets that are rebuilt after the first step would sum in another order than those of a resumed run.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def launched(mixed_precision: str | None = None, **options: Any) -> Accelerator:
+    """An accelerator that joins the processes that the launcher has started, all of them.
+
+    Args:
+        mixed_precision: `"no"`, `"fp16"`, `"bf16"`; None is as `accelerate config` says.
+        **options: Further arguments of `Accelerator`.
+
+    Raises:
+        ValueError: The environment asks for processes or sharding otherwise than is in use.
+    """
+    _check_launcher()
+    accelerator = Accelerator(
+        # Without it two processes on a machine that has no accelerator do not find each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        **options,
     )
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     if processes != accelerator.num_processes:
@@ -85,6 +102,9 @@ def _check_environment(config: SelectiveAmnesiaConfig) -> None:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}: give --gradient_accumulation_steps "
             f"{given}, or unset the variable"
         )
+
+
+def _check_launcher() -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):

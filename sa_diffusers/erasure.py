@@ -33,7 +33,16 @@ from .data.prompts import (
 from .data.sample_set import MANIFEST_NAME, SampleSet
 from .data.sensitive import must_blur
 from .environment import create_accelerator, precision_in_use
-from .evaluation import Classification, Comparison, ImageClassifier, compare, draw_groups, label_groups, prompt_groups
+from .evaluation import (
+    Classification,
+    Comparison,
+    ImageClassifier,
+    compare,
+    label_groups,
+    prompt_groups,
+    sample_groups,
+    score_groups,
+)
 from .files import load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
@@ -475,12 +484,12 @@ class Erasure:
             self._choice = choose_checkpoint(self.output_dir, wanted, self.identity, self.config.to_dict())
         return self._choice
 
-    def run(self) -> Comparison:
+    def run(self) -> Comparison | None:
         """Run every stage: samples, Fisher information, training, saving, evaluation. What an earlier call of the same
         settings finished is kept; only what is missing is made.
 
         Returns:
-            The comparison with the base model, saved in the output folder.
+            The comparison with the base model, saved in the output folder; None in all processes but the main one.
 
         Raises:
             ValueError: Another run is using the output folder.
@@ -494,7 +503,7 @@ class Erasure:
             self.output.begin(self.identity, self._settings(), self.config.resume_from_checkpoint == "no")
             return self._run()
 
-    def _run(self) -> Comparison:
+    def _run(self) -> Comparison | None:
         config = self.config
         self.accelerator.wait_for_everyone()
         starts_over = config.resume_from_checkpoint == "no"
@@ -512,24 +521,27 @@ class Erasure:
                 # What lies nearest to the change is the surrogate itself: its samples are at hand, under its prompt.
                 replay = replay + surrogates.under_their_sources()
             fisher = self._timed("fisher", self.fisher)
-        before = self._timed("evaluation before", lambda: self._draw(self.objective, groups))
-        own = self._surrogates_as_seen(surrogates) if self.classifier else None
+        before = self._timed("evaluation before", lambda: self._sampled(self.objective, groups))
         if not finished:
             self._train(surrogates, replay, fisher)
             del replay, fisher
-        del surrogates
         # The evaluation sees what a user will load, not what is in memory.
         self.objective = self.generator = self.parameters = self.given_fisher = None  # type: ignore[assignment]
         self.accelerator.free_memory()
         gc.collect()
         erased = self._build_objective(load_pipeline(str(self.output_dir))).to(self.accelerator.device)
-        after = self._timed("evaluation after", lambda: self._draw(erased, groups))
+        after = self._timed("evaluation after", lambda: self._sampled(erased, groups))
+        if not self._is_main:
+            # The main process scores what all have sampled, and no other waits for it.
+            return None
+        pictures = self._timed("scoring", lambda: [score_groups(erased, groups, kept, self.classifier)
+                                                   for kept in (before, after)])  # fmt: skip
+        own = self._surrogates_as_seen(erased, surrogates) if self.classifier else None
         provenance = {**self._provenance(), "erased_module": fingerprint_module(erased.module)}
-        comparison = compare(groups, before, after, self.settings, self.classifier, provenance, own)
-        if self._is_main:
-            with finishing():
-                comparison.save(self.output_dir)
-                delete_evaluations(config.resolved_artifacts_dir, erased.fingerprint())
+        comparison = compare(groups, *pictures, self.settings, self.classifier, provenance, own)
+        with finishing():
+            comparison.save(self.output_dir)
+            delete_evaluations(config.resolved_artifacts_dir, erased.fingerprint())
         return comparison
 
     @property
@@ -548,7 +560,7 @@ class Erasure:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _surrogates_as_seen(self, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
+    def _surrogates_as_seen(self, objective: Objective, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
         """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go.
 
         A decoder that shows the pixels' means can show no noise, only its mean: that is seen too.
@@ -561,11 +573,11 @@ class Erasure:
                 continue
             prompts = {fill_template(template, pair.concept) for template in self.config.concept_templates}
             rows = [row for row, prompt in enumerate(surrogates.conditions) if prompt in prompts]
-            samples = surrogates.samples[rows].to(self.objective.device)
-            pictures = self.objective.decode(samples[: self.config.num_eval_images])
+            samples = surrogates.samples[rows].to(objective.device)
+            pictures = objective.decode(samples[: self.config.num_eval_images])
             seen[label] = {"samples": self.classifier(pictures)}
-            if self.objective.shows_means and pair.surrogate.kind == "noise":
-                mean = self.objective.decode(samples.mean(0, keepdim=True))
+            if objective.shows_means and pair.surrogate.kind == "noise":
+                mean = objective.decode(samples.mean(0, keepdim=True))
                 seen[label]["mean"] = self.classifier(mean)
         return seen
 
@@ -598,10 +610,9 @@ class Erasure:
         remembered = [prompt for prompt in dict.fromkeys(self.replay_prompts) if prompt][:REMEMBERED_PROMPTS]
         return prompt_groups(self.pairs, remembered, templates, config.num_eval_images, config.eval_seed)
 
-    def _draw(self, objective: Objective, groups: list) -> list:
-        return draw_groups(
-            objective, groups, self.settings, self.config.resolved_artifacts_dir, self.accelerator, self.classifier
-        )
+    def _sampled(self, objective: Objective, groups: list) -> list[list[Path]]:
+        """Where every group's images are, sampled by all processes."""
+        return sample_groups(objective, groups, self.settings, self.config.resolved_artifacts_dir, self.accelerator)
 
     def _timed(self, name: str, stage: Any) -> Any:
         started = time.perf_counter()
@@ -625,6 +636,7 @@ class Erasure:
             "configuration": self.config.to_dict(),
             "identity": self.evaluation_identity().digest,
             "blur": self.blur,
+            "mixed_precision": str(self.accelerator.mixed_precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": self.seconds,
         }

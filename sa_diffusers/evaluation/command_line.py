@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
@@ -17,6 +16,7 @@ from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_
 from ..data.image_datasets import load_labelled_images
 from ..data.prompts import pair_classes, pair_concepts, read_prompts, read_templates
 from ..data.sensitive import BLUR_CHOICES, must_blur
+from ..environment import launched
 from ..files import finish_interrupted
 from ..hub import one_line
 from ..model_card import write_model_card
@@ -196,7 +196,7 @@ class Evaluation:
                 'mixed_precision="fp16", as in the erasure or as given, needs a CUDA device and there is none: give '
                 "--mixed_precision bf16 or --mixed_precision no"
             )
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = launched(config.mixed_precision)
         device = self.accelerator.device
         base, erased = (self.load(*model).to(device) for model in (("base", args.base), ("erased", args.erased)))
         labels = base.labels

@@ -22,6 +22,7 @@ from ..data.sample_set import SampleSet
 from ..files import write_json
 from ..hub import visible
 from ..objectives import Objective, SamplingSettings
+from ..processes import check_stop
 from .classification import Classification, ImageClassifier
 from .memory import in_batches
 from .pictures import before_after_grid, blurred
@@ -298,6 +299,7 @@ def score_groups(
     for group, folders in zip(groups, kept, strict=True):
         scored = []
         for part, folder in zip(_parts(group), folders, strict=True):
+            check_stop()
             samples = SampleSet.load(folder).samples
             decoded = in_batches(samples, len(samples), lambda batch: objective.decode(batch.to(objective.device)))
             pictures = [picture for batch in decoded for picture in batch]

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
-from ..objectives import SamplingSettings, load_pipeline, objective_for
+from ..environment import launched
+from ..objectives import SUPPORTED_PIPELINES, SamplingSettings, load_pipeline, objective_for
 from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"
@@ -63,7 +63,7 @@ class SelectiveAmnesiaTechnique:
         self._autocast = _autocast(mixed_precision or erasure.get("mixed_precision"))
         self.objective = objective_for(
             load_pipeline(model_id, revision, variant), prediction_type or erasure.get("prediction_type")
-        ).to(Accelerator().device)
+        ).to(launched().device)
         if self.objective.labels is not None:
             raise ValueError(
                 f"model_id={model_id} takes classes, not prompts: the benchmark needs a text-to-image model"
@@ -80,10 +80,10 @@ class SelectiveAmnesiaTechnique:
 def _autocast(precision: str | None) -> Callable[[], AbstractContextManager]:
     """What to draw in. The benchmark's own accelerate may be in another precision, which is none of ours to change."""
     if precision is None:
-        return Accelerator().autocast
+        return launched().autocast
     if precision not in _TYPES:
         raise ValueError(f'mixed_precision="{precision}" is not one of {", ".join(_TYPES)}: give one of these')
-    device = Accelerator().device.type
+    device = launched().device.type
     if precision == "fp16" and device != "cuda":
         raise ValueError('mixed_precision="fp16" needs a CUDA device and there is none: give "bf16" or "no"')
     return partial(torch.autocast, device, dtype=_TYPES[precision], enabled=precision != "no")

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.sample_set import SampleSet
-from ..environment import precision_in_use
+from ..environment import launched, precision_in_use
 from ..files import write_bytes
 from ..objectives.base import Objective, fingerprint_module
 from ..parameter_selection import only_trainable
@@ -64,7 +64,7 @@ class FisherEstimator:
         self.timesteps = total if timesteps is None else timesteps
         self.batch_size = batch_size
         self.seed = seed
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or launched()
 
     def estimate(
         self, samples: SampleSet, identity: Mapping[str, Any] | None = None, partial_dir: str | Path | None = None
