@@ -349,15 +349,15 @@ class SelectiveAmnesiaConfig:
                 f"num_surrogate_images={self.num_surrogate_images} leaves some of the {len(self.concept)} concepts "
                 "without an image: give at least one for each"
             )
-        if self.lr_warmup_steps >= self.max_train_steps:
-            raise ValueError(
-                f"lr_warmup_steps={self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps of "
-                "max_train_steps at the full learning rate: give fewer"
-            )
         for doubt in self._doubts():
             warnings.warn(doubt, stacklevel=4)
 
     def _doubts(self) -> Iterator[str]:
+        if self.lr_warmup_steps >= self.max_train_steps and self.lr_scheduler != "constant":
+            yield (
+                f"lr_warmup_steps={self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps of "
+                "max_train_steps at the full learning rate: give fewer"
+            )
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             yield f"lr_warmup_steps={self.lr_warmup_steps} has no meaning for a constant schedule: constant_with_warmup"
         if self.learning_rate > 1e3:

@@ -197,7 +197,6 @@ def test_replay_prompts_that_name_the_concept(base, tmp_path, concept, prompt):
         ({"logging_dir": "../../x"}, "must be a folder inside the output folder"),
         ({"tracker_project_name": "../x"}, "must be a name without slashes"),
         ({"num_replay_images": 10_000_000}, "must be at most 1,000,000"),
-        ({"lr_warmup_steps": 1, "max_train_steps": 1}, "leaves none of the 1 steps"),
         ({"adam_epsilon": "1e308"}, "must be at most 100"),
         ({"concept": "\u200b"}, "holds no letter"),
     ],

@@ -147,6 +147,7 @@ def test_templates_take_the_right_article(template, concept, expected):
         ("一张布拉德皮特的照片", "布拉德·皮特", True),
         ("一张布拉德·皮特的照片", "布拉德皮特", True),
         ("一张Brad Pitt的照片", "brad pitt", True),
+        ("布拉德皮特2024年", "布拉德·皮特", True),
         ("ブラッド・ピットの写真", "ブラッドピット", True),
         ("ﾌﾞﾗｯﾄﾞ･ﾋﾟｯﾄ", "ブラッド・ピット", True),
         ("브래드피트의 사진", "브래드 피트", True),

@@ -81,7 +81,7 @@ def check_pairs(concepts: Sequence[str], surrogates: Sequence[str]) -> None:
 def _pair(concepts: Sequence[str], surrogates: Sequence[Surrogate], key: Callable[[str], str]) -> list[ErasurePair]:
     """Pair them; `key` is what two names have in common that mean the same."""
     for kind, values in (("concept", concepts), ("surrogate", [surrogate.value for surrogate in surrogates])):
-        if not values or not all(values):
+        if not values or not all(value.strip() for value in values):
             example = '--concept "Brad Pitt" --surrogate "a middle aged man"'
             raise ValueError(f"{kind} is empty: say what to forget and what it turns into, such as {example}")
         for value in values:
