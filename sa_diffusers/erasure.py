@@ -47,7 +47,7 @@ from .files import load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
 from .identity import Identity, fingerprint
-from .objectives import Objective, load_pipeline, objective_for
+from .objectives import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
 from .objectives.base import fingerprint_module
 from .objectives.loading import resolved_revision
 from .output_folder import OutputFolder
@@ -120,8 +120,9 @@ class Erasure:
         if self.accelerator.is_main_process:
             self.output.check(self._settings())
         pipeline = load_pipeline(
-            config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir
-        )
+            config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir,
+            None if build_objective else SUPPORTED_PIPELINES,
+        )  # fmt: skip
         self.revision = resolved_revision(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
         self.objective: Objective = self._build_objective(pipeline)
         self._name_prompts()
@@ -152,6 +153,8 @@ class Erasure:
         self.settings = sampling_settings(config)
         self.surrogate_settings = sampling_settings(config, config.surrogate_guidance_scale)
         self.replay_settings = sampling_settings(config, config.replay_guidance_scale)
+        for settings in (self.settings, self.surrogate_settings, self.replay_settings):
+            self.objective.check_sampling(settings, getattr(pipeline, "scheduler", None))
         self._check_seeds()
         self.identity = self._training_identity()
         if self.accelerator.is_main_process:
@@ -214,7 +217,6 @@ class Erasure:
         share = config.replay_unconditional_share if self.objective.unconditional else 0.0
         if labels is None:
             self.pairs = pair_concepts(config.concept, config.surrogate)
-            check_phrasings(self.objective, self.pairs, [*config.concept_templates, *config.eval_templates])
         else:
             self.pairs = pair_classes(config.concept, config.surrogate, labels)
             self._check_class_settings(labels)
@@ -223,8 +225,11 @@ class Erasure:
                 for file in image_files(pair.surrogate.value)[: config.num_surrogate_images]:
                     read_picture(file, str(file))
         self.replay_prompts = self._captions(config.num_replay_images, share)
+        if labels is None:
+            check_phrasings(self.objective, self.pairs, [*config.concept_templates, *config.eval_templates])
         if config.replay_prompts not in builtin_vocabularies():
             warn_of_cut_prompts(self.objective, self.replay_prompts, f"replay_prompts={config.replay_prompts}")
+        warn_of_cut_prompts(self.objective, config.validation_prompts, "validation_prompts")
 
     def _captions(self, count: int, unconditional_share: float = 0.0) -> list[str]:
         """Prompts to remember."""

@@ -20,7 +20,7 @@ from ..environment import launched
 from ..files import finish_interrupted
 from ..hub import one_line
 from ..model_card import write_model_card
-from ..objectives import Objective, SamplingSettings, load_pipeline, objective_for
+from ..objectives import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
 from ..objectives.base import fingerprint_module
 from ..objectives.loading import resolved_revision
 from ..processes import EXIT_INTERRUPTED, Interrupted, say_stopped, watching
@@ -248,7 +248,7 @@ class Evaluation:
         config = self.config
         place = {"base": (config.revision, config.variant), "erased": (self.args.erased_revision, None)}
         try:
-            pipeline = load_pipeline(name, *place.get(role, ()))
+            pipeline = load_pipeline(name, *place.get(role, ()), kinds=SUPPORTED_PIPELINES)
         except (ValueError, OSError) as error:
             # In the words of this program's flags.
             told = one_line(error).replace("--pretrained_model_name_or_path", f"--{role}")

@@ -62,7 +62,8 @@ class SelectiveAmnesiaTechnique:
         self.settings = SamplingSettings(**known, batch_size=batch_size)
         self._autocast = _autocast(mixed_precision or erasure.get("mixed_precision"))
         self.objective = objective_for(
-            load_pipeline(model_id, revision, variant), prediction_type or erasure.get("prediction_type")
+            load_pipeline(model_id, revision, variant, kinds=SUPPORTED_PIPELINES),
+            prediction_type or erasure.get("prediction_type"),
         ).to(launched().device)
         if self.objective.labels is not None:
             raise ValueError(

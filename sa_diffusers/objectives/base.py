@@ -108,6 +108,18 @@ class Objective(ABC):
         """How many prompts are longer than what the model reads of them; 0 where conditions are classes."""
         return 0
 
+    def check_sampling(self, settings: SamplingSettings, scheduler: Any = None) -> None:
+        """Refuse, before anything is sampled, settings that the model cannot be sampled by.
+
+        Args:
+            settings: Sampler, steps, guidance.
+            scheduler: The pipeline's own, where it has one.
+
+        Raises:
+            ValueError: The sampler cannot follow the model's noise schedule, say.
+        """
+        return
+
     def means_the_same(self, first: str, second: str) -> bool:
         """Whether two prompts are one and the same condition to the model."""
         return first == second
