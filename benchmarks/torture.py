@@ -38,10 +38,11 @@ sys.path.insert(0, str(REPOSITORY))
 # One thread: processes are forked from one that has everything imported.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "0"}
 
-SAME, HEALED, REFUSED, ACCEPTED, TRACEBACK, WRONG = (
-    "bit-identical", "healed", "refused", "accepted", "traceback", "wrong",
+# Healed: what was damaged is named, or another number of processes went on; the result is right either way.
+SAME, HEALED, ENDED, REFUSED, ACCEPTED, TRACEBACK, WRONG = (
+    "bit-identical", "healed", "ended", "refused", "accepted", "traceback", "wrong",
 )  # fmt: skip
-OUTCOMES = (SAME, HEALED, REFUSED, ACCEPTED, TRACEBACK, WRONG)
+OUTCOMES = (SAME, HEALED, ENDED, REFUSED, ACCEPTED, TRACEBACK, WRONG)
 STAGES = ("loading", "sampling", "fisher", "evaluation before", "training", "saving", "evaluation after", "report")
 _LIMIT = 180  # seconds that no run here takes
 _PATIENCE = 10  # seconds until what a launcher does is done to a rank that waits for a dead one
@@ -124,8 +125,8 @@ def start(
         output = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
         os.chdir(folder)
         os.environ.update(environment or {})
         code = _command(list(arguments), prepare)
@@ -200,11 +201,13 @@ def end_two(runs: Sequence[Run]) -> tuple[list[int | None], bool]:
 def stage_of(folder: Path, log: Path) -> str:
     """Where a run is, by what it has written."""
     output, text = folder / "out", log.read_text(errors="replace")
-    if (output / "report.json").is_file() or list(output.glob(".report.*")) or list(output.glob(".before_after*")):
+    finished = (output / ".selective_amnesia" / "finished.json").is_file()
+    moving = (output / ".saved").is_dir() or bool(list(output.glob(".saving-*")))
+    if (output / "report.json").is_file() or (moving and finished):
         return "report"
-    if (output / ".saved").is_dir() or list(output.glob(".saving-*")):
+    if moving:
         return "saving"
-    if (output / ".selective_amnesia" / "finished.json").is_file() or "nothing is trained" in text:
+    if finished:
         return "evaluation after"
     for sign, stage in (("forgetting", "training"), ("sampling evaluation", "evaluation before"),
                         ("Fisher information:", "fisher"), ("sampling ", "sampling")):  # fmt: skip
@@ -282,9 +285,11 @@ def contents(folder: Path) -> dict[str, str]:
                 found[name] = json.dumps(report, sort_keys=True)
             except ValueError:
                 found[name] = "no JSON"
-        elif name in ("out/report.md", "out/report.html", "out/.selective_amnesia/report.json"):
+        elif name in ("out/report.md", "out/report.html", "out/.selective_amnesia/reported.json"):
             # They tell seconds.
             found[name] = "there" if path.stat().st_size else "empty"
+        elif name == "out/README.md":
+            found[name] = re.sub(r"The run took \d+ seconds", "", path.read_text(errors="replace"))
         else:
             found[name] = digest_of(path)
     return found
@@ -296,11 +301,10 @@ def differences(folder: Path, reference: Reference) -> list[str]:
     wrong = [f"{name} is missing" for name in theirs if name not in ours]
     wrong += [f"{name} differs" for name in theirs if name in ours and ours[name] != theirs[name]]
     wrong += [f"{name} is left over" for name in ours if name not in theirs]
-    kept = list((folder / "out").glob("checkpoint-*"))
+    kept = [path for path in (folder / "out").glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     if len(kept) > 2:
         wrong.append(f"{len(kept)} checkpoints are kept")
-    folders = [path for path in (folder / "out", folder / "cache", folder / "out" / ".selective_amnesia")]
-    for path in folders:
+    for path in (folder / "out", folder / "cache", folder / "out" / ".selective_amnesia"):
         left = [*path.glob(".saving-*"), *path.glob(".saved"), *path.glob(".part-*"), *path.glob(".*-writing-*")]
         wrong += [f"{entry.relative_to(folder)} is left over" for entry in left]
     return list(dict.fromkeys(wrong))
@@ -580,11 +584,16 @@ def kills(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
 def renames(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
     """Death at every rename of a run, and of one that replaces another erasure; and at other changes of the disk."""
     other = lab.reference("other")
-    walks = {"a run": ("mixed", None, {}), "replacing another erasure": ("mixed", other.folder, {"overwrite_output_dir": True})}
+    walks: dict[str, tuple[Path | None, dict]] = {
+        "a run": (None, {}),
+        "replacing another erasure": (other.folder, {"overwrite_output_dir": True}),
+    }
     changes = ("mkdir", "rmdir", "unlink", "rename", "replace", "fsync")
     cases: list[Callable[[], Result]] = []
 
-    def die(name: str, number: int, after: bool, names: Sequence[str], base: Path | None, reference: Reference) -> Result:
+    def die(
+        name: str, number: int, after: bool, names: Sequence[str], base: Path | None, reference: Reference
+    ) -> Result:
         what = "rename" if len(names) == 2 else "change of the disk"
         folder = lab.place("die", name, what, number, after)
         if base:
@@ -596,8 +605,8 @@ def renames(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         result = go_on("renames", f"{name}: {'after' if after else 'before'} a {what}", folder, reference, [run], note)
         return tidy(folder, result)
 
-    for name, (kind, base, settings) in walks.items():
-        reference = lab.reference(kind, base=base, **settings)
+    for name, (base, settings) in walks.items():
+        reference = lab.reference("mixed", base=base, **settings)
         for names, every in ((("rename", "replace"), args.every_rename), (changes, args.every_change)):
             if not every:
                 continue
@@ -662,9 +671,8 @@ def nearly(result: Result, folder: Path, reference: Reference, lab: Laboratory) 
     """Another number of processes sums in another order: weights agree to 2e-3 of the training's update."""
     if result.outcome == TRACEBACK or not (folder / "out" / WEIGHTS).is_file():
         return result
-    if result.outcome == WRONG and "exit code" in result.note + "refused: ":
-        if "exit code" in result.note.split("; ")[-1] or "refused" in result.note:
-            return result
+    if re.search("exit code|refused|did not end", result.note.split("; ")[-1]):
+        return result
     from safetensors.torch import load_file
 
     ours, theirs, base = (load_file(path / WEIGHTS) for path in
@@ -764,9 +772,11 @@ def signals(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             orphan.kill()
         what, text = "the launcher is killed", run.text
         if not children or alive or "the launcher is gone" not in text or "Traceback" in text:
-            return Result("signals", what, WRONG, f"{len(alive)} of {len(children)} live on: {last_line(text)}", str(log))
-        return Result("signals", what, SAME if list((folder / "out").glob("checkpoint-*")) else WRONG,
-                      f"the process ended by itself after {seconds:.1f} s, with a checkpoint", str(log))  # fmt: skip
+            note = f"{len(alive)} of {len(children)} live on: {last_line(text)}"
+            return Result("signals", what, WRONG, note, str(log))
+        kept = list((folder / "out").glob("checkpoint-*"))
+        note = f"the process ended by itself after {seconds:.1f} s with {len(kept)} checkpoints"
+        return Result("signals", what, ENDED if kept else WRONG, note, str(log))
 
     cases: list[Callable] = [lambda number=number: attack(number) for number in range(args.signals)]
     cases += [lambda number=number: attack_two(number) for number in range(args.signals_in_two)]
@@ -856,6 +866,7 @@ FILES = {
     "report.json": ("finished", "out/report.json"),
     "before_after.png": ("finished", "out/before_after.png"),
     "images before": ("finished, no report", "cache/evaluation-*/samples.safetensors"),
+    "reported.json": ("finished", "out/.selective_amnesia/reported.json"),
 }
 
 
@@ -868,14 +879,15 @@ def states(lab: Laboratory) -> dict[str, Path]:
         """Stop a run for good after the first rename that matches."""
 
         def prepare() -> None:
-            for function in ("rename", "replace"):
-
-                def call(*args: Any, original: Callable = getattr(os, function)) -> None:
+            def watched(original: Callable) -> Callable:
+                def call(*args: Any) -> None:
                     original(*args)
                     if reached(args):
                         os.kill(os.getpid(), signal.SIGKILL)
 
-                setattr(os, function, call)
+                return call
+
+            os.rename, os.replace = watched(os.rename), watched(os.replace)
 
         folder = lab.root / "states" / name
         run = start(reference.arguments, folder, prepare=prepare)
@@ -977,8 +989,9 @@ _PAIRS: tuple[dict[str, Any], ...] = (
     {"reference_features": "x.npz"}, {"classifier": "nowhere"}, {"lr_warmup_steps": 10**6}, {"adam_epsilon": 1e308},
     {"max_train_steps": 10**9, "num_surrogate_images": 10**7}, {"naive": True, "surrogate": None},
     {"eval_templates": ["{}{}"]}, {"concept_templates": []}, {"resolution": 2**40}, {"resolution": 12},
-    {"sampler": "ddpm", "num_inference_steps": 10**6}, {"fisher": "nowhere"}, {"push_to_hub": True, "hub_model_id": "//"},
-    {"train_method": "nothing.*"}, {"train_method": "("}, {"replay_prompts": "nowhere.txt"}, {"mixed_precision": "fp16"},
+    {"sampler": "ddpm", "num_inference_steps": 10**6}, {"fisher": "nowhere"},
+    {"push_to_hub": True, "hub_model_id": "//"}, {"train_method": "nothing.*"}, {"train_method": "("},
+    {"replay_prompts": "nowhere.txt"}, {"mixed_precision": "fp16"},
     {"allow_tf32": True}, {"use_8bit_adam": True}, {"enable_xformers_memory_efficient_attention": True},
     {"fisher_timesteps": 10**6}, {"output_dir": "a" * 300}, {"artifacts_dir": "a" * 300}, {"logging_dir": "/"},
     {"resume_from_checkpoint": "checkpoint-99"}, {"variant": "fp99"}, {"revision": "no such"}, {"report_to": "wandb"},
@@ -1324,9 +1337,11 @@ MODERATE = {"kills": 16, "stage_kills": 1, "every_rename": 6, "every_change": 40
             "signals_in_two": 3, "launchers": 1, "damage": 40, "settings": 400, "together": 1, "disk": 6,
             "places": 9}  # fmt: skip
 SHORT = {"kills": 2, "stage_kills": 0, "every_rename": 25, "every_change": 0, "processes": 1, "signals": 2,
-         "signals_in_two": 0, "launchers": 0, "damage": 5, "settings": 100, "together": 1, "disk": 2, "places": 2}  # fmt: skip
+         "signals_in_two": 0, "launchers": 0, "damage": 5, "settings": 100, "together": 1, "disk": 2,
+         "places": 2}  # fmt: skip
 LARGE = {"kills": 60, "stage_kills": 5, "every_rename": 1, "every_change": 5, "processes": 24, "signals": 30,
-         "signals_in_two": 9, "launchers": 1, "damage": 1000, "settings": 2000, "together": 5, "disk": 20, "places": 9}  # fmt: skip
+         "signals_in_two": 9, "launchers": 1, "damage": 1000, "settings": 2000, "together": 5, "disk": 20,
+         "places": 9}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -1339,7 +1354,8 @@ def parse_args() -> argparse.Namespace:
         "every_change": "die at every n-th change of the disk of any kind (0: at none)",
         "processes": "kills in two processes", "signals": "signals", "signals_in_two": "signals to two processes",
         "launchers": "launchers killed", "damage": "damaged files", "settings": "bad settings",
-        "together": "pairs of runs at once, of each kind", "disk": "full disks", "places": "places that cannot be written",
+        "together": "pairs of runs at once, of each kind", "disk": "full disks",
+        "places": "places that cannot be written",
     }  # fmt: skip
     for name, text in helps.items():
         shown = "/".join(str(size[name]) for size in (SHORT, MODERATE, LARGE))
