@@ -43,7 +43,7 @@ from .evaluation import (
     sample_groups,
     score_groups,
 )
-from .files import load_kept, read_json
+from .files import DamagedArtefact, load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
 from .identity import Identity, fingerprint
@@ -377,23 +377,32 @@ class Erasure:
             return None
         if self.given_fisher is not None:
             return self.given_fisher
-        folder = self.fisher_folder()
-        information = load_kept(folder, FisherInformation.from_pretrained, self.accelerator.is_main_process)
+        wanted = self.fisher_identity()
+        folder = wanted.folder(config.resolved_artifacts_dir)
+
+        def load(place: Path) -> FisherInformation:
+            found = FisherInformation.from_pretrained(place)
+            if found.config.get("identity") != wanted.digest:
+                raise DamagedArtefact(f"{place} holds other Fisher information than its name says")
+            return found
+
+        information = load_kept(folder, load, self.accelerator.is_main_process)
         # The estimate takes all processes, or none.
         found = torch.tensor(float(information is not None), device=self.accelerator.device)
         if self.accelerator.reduce(found, reduction="sum") < self.accelerator.num_processes:
-            information = self._estimated(folder)
+            information = self._estimated(folder, wanted)
         assert information is not None
         information.check(self.fisher_facts, self.parameters)
         return information
 
-    def _estimated(self, folder: Path) -> FisherInformation:
+    def _estimated(self, folder: Path, identity: Identity) -> FisherInformation:
         config = self.config
         estimator = FisherEstimator(
             self.objective, self.parameters, self._fisher_timesteps(), config.fisher_batch_size, config.seed,
             self.accelerator,
         )  # fmt: skip
-        recorded = {"base_model": config.pretrained_model_name_or_path, "revision": self.revision, **self.fisher_facts}
+        recorded = {"base_model": config.pretrained_model_name_or_path, "revision": self.revision, **self.fisher_facts,
+                    "identity": identity.digest}  # fmt: skip
         partial = folder.with_name(f".part-{folder.name}")
         information = estimator.estimate(self.fisher_samples(), recorded, partial)
         if self.accelerator.is_main_process:
@@ -505,14 +514,14 @@ class Erasure:
         if not self._is_main:
             return self._run()
         with self.output.lock:
-            self.output.begin(self.identity, self._settings(), self.config.resume_from_checkpoint == "no")
+            self.output.begin(self.identity, self._settings(), self._starts_over)
             return self._run()
 
     def _run(self) -> Comparison | None:
         config = self.config
         self.accelerator.wait_for_everyone()
-        starts_over = config.resume_from_checkpoint == "no"
-        finished = not starts_over and self.output.is_finished(self.identity, say if self._is_main else _say_nothing)
+        tell = say if self._is_main else _say_nothing
+        finished = not self._starts_over and self.output.is_finished(self.identity, tell)
         if finished and self._is_main:
             say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
         if finished and (report := self._kept_report()):
@@ -545,9 +554,13 @@ class Erasure:
         provenance = {**self._provenance(), "erased_module": fingerprint_module(erased.module)}
         comparison = compare(groups, *pictures, self.settings, self.classifier, provenance, own)
         with finishing():
-            comparison.save(self.output_dir)
             delete_evaluations(config.resolved_artifacts_dir, erased.fingerprint())
+            self.output.save_report(comparison.save, self.evaluation_identity())
         return comparison
+
+    @property
+    def _starts_over(self) -> bool:
+        return self.config.resume_from_checkpoint == "no"
 
     @property
     def _is_main(self) -> bool:
@@ -559,11 +572,8 @@ class Erasure:
         return Identity("report", {**facts, "training": self.identity.digest})
 
     def _kept_report(self) -> dict[str, Any] | None:
-        try:
-            report = read_json(self.output_dir / REPORT_NAME)
-            return report if report["identity"] == self.evaluation_identity().digest else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        whole = self.output.holds_report(self.evaluation_identity(), say if self._is_main else _say_nothing)
+        return read_json(self.output_dir / REPORT_NAME) if whole else None
 
     def _surrogates_as_seen(self, objective: Objective, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
         """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go.
@@ -594,11 +604,13 @@ class Erasure:
             self.objective, config, surrogates, replay, fisher, self.accelerator, self.output_dir, self.identity,
             self.blur,
         )  # fmt: skip
-        trainer.validation_dir = self.output.validation_folder()
+        trainer.validation_dir = self.output.validation_folder(self.identity, self._starts_over)
         try:
             with finishing():
                 self._timed("training", lambda: trainer.train(self.choice()))
                 self._timed("saving", lambda: trainer.save(self.output_dir))
+                # All of it has moved in before any process loads it.
+                self.accelerator.wait_for_everyone()
         finally:
             # The processes still have the evaluation before them: `end_training` would part them.
             for tracker in self.accelerator.trackers:

@@ -19,6 +19,8 @@ _SAVING, _SAVED, _RETIRED, _LEAVING = ".saving-", ".saved", ".retired", ".leavin
 _WRITING = "-writing-"
 # A folder that another machine was writing is left alone for so long.
 _FOREIGN_SECONDS = 24 * 3600
+# A process may seem to have begun so much later than it did.
+_CLOCKS_APART = 2.0
 Kept = TypeVar("Kept")
 
 
@@ -99,6 +101,7 @@ def finish_interrupted(folder: str | Path) -> bool:
     """
     folder = Path(folder)
     sweep(folder, _SAVING)
+    _sweep_files(folder)
     if not (folder / _SAVED).is_dir():
         return False
     _move_in(folder)
@@ -114,7 +117,9 @@ def _move_in(folder: Path) -> None:
             if (folder / name).exists():
                 _retire(folder / name, retired)
         (saved / _LEAVING).unlink()
-    for entry in sorted(saved.rglob("*")):
+    # What is hidden says that the rest is there: it comes last.
+    entries = sorted(saved.rglob("*"), key=lambda path: (path.relative_to(saved).parts[0].startswith("."), path))
+    for entry in entries:
         inside = entry.relative_to(saved)
         if not entry.exists() or inside.parts[0] == _RETIRED:
             continue
@@ -178,6 +183,12 @@ def sweep(parent: str | Path, prefix: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _sweep_files(folder: Path) -> None:
+    for path in folder.glob(f".*{_WRITING}*"):
+        if path.is_file() and not _is_alive(path, path.name.partition(_WRITING)[0] + _WRITING):
+            path.unlink(missing_ok=True)
+
+
 def _owner() -> str:
     return f"{socket.gethostname().replace('-', '_')}-{os.getpid()}"
 
@@ -185,9 +196,16 @@ def _owner() -> str:
 def _is_alive(path: Path, prefix: str) -> bool:
     host, _, rest = path.name.removeprefix(prefix).partition("-")
     number = rest.partition("-")[0]
-    if host == socket.gethostname().replace("-", "_") and number.isdecimal():
-        return psutil.pid_exists(int(number))
-    return time.time() - path.stat().st_mtime < _FOREIGN_SECONDS
+    try:
+        written = path.stat().st_mtime
+        if host == socket.gethostname().replace("-", "_") and number.isdecimal():
+            # A container that is started again gives its processes the numbers of before.
+            return psutil.Process(int(number)).create_time() < written + _CLOCKS_APART
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        return False
+    except psutil.Error:
+        return True
+    return time.time() - written < _FOREIGN_SECONDS
 
 
 # Digests
@@ -250,6 +268,23 @@ def read_sealed(folder: str | Path, name: str, version: int, what: str) -> dict[
     return content
 
 
+def write_record(path: str | Path, version: int, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that holds its own digest."""
+    content = {"format_version": version, **values}
+    write_json(path, {**content, "digest": _digest_of_values(content)})
+
+
+def read_record(path: str | Path, version: int) -> dict[str, Any] | None:
+    """Read what `write_record` wrote; None if it is not there, of another format, or not what was written."""
+    try:
+        content = read_json(path)
+        digest = content.pop("digest")
+        whole = digest == _digest_of_values(content) and content["format_version"] == version
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None
+    return content if whole else None
+
+
 def _digest_of_values(values: Any) -> str:
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -263,9 +298,10 @@ def _disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_disk_error(error) or _ADVICE in str(error):
+        if not _is_disk_error(error):
             raise
-        raise OSError(f"could not write {place} ({error}). What was there before is unchanged. {_ADVICE}") from error
+        cause = error.__cause__ if _ADVICE in str(error) else error
+        raise OSError(f"could not write {place} ({cause}). What was there before is unchanged. {_ADVICE}") from cause
 
 
 _ADVICE = "Free some space on that disk, or choose a folder on another one, and run the same command again."
@@ -311,8 +347,13 @@ def write_bytes(path: str | Path, content: bytes, flush: bool = True) -> None:
         flush: Whether it has to outlive a failure of the machine, not only of the process.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_beside(path, content, flush)
+
+
+def _write_beside(path: Path, content: bytes, flush: bool) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}{_WRITING}{_owner()}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -7,14 +7,24 @@ from typing import Any
 
 from .checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
 from .configuration import CONFIG_NAME
-from .files import digest_of, digests_of, finish_interrupted, read_json, write_json
+from .files import (
+    digest_of,
+    digests_of,
+    finish_interrupted,
+    read_json,
+    read_record,
+    replacing_folder,
+    write_record,
+)
 from .identity import Identity, plain
 from .processes import Lock
 
 # Beside the pipeline, not part of it: hidden, and not published.
 STATE_FOLDER = ".selective_amnesia"
 VALIDATION_NAME = "validation"
-_RUN_NAME, _FINISHED_NAME, _LOCK_NAME = "run.json", "finished.json", "lock"
+_RUN_NAME, _FINISHED_NAME, _REPORTED_NAME, _LOCK_NAME = "run.json", "finished.json", "reported.json", "lock"
+# What says that a report is of the weights beside it; it goes with them.
+REPORTED = f"{STATE_FOLDER}/{_REPORTED_NAME}"
 FORMAT_VERSION = 1
 
 
@@ -56,19 +66,19 @@ class OutputFolder:
                 "with --output_dir"
             )
         recorded = self._recorded()
-        if recorded is None and (self.path / CONFIG_NAME).is_file():
+        if recorded is not None:
+            self._refuse(self._differences(settings, recorded["settings"]))
+        elif self._facts() is None and (self.path / CONFIG_NAME).is_file():
             earlier = read_json(self.path / CONFIG_NAME)
             known = {name: value for name, value in settings.items() if name in earlier}
             differing = Identity("erasure", known).differences({name: earlier[name] for name in known})
             self._refuse(differing or ["it was written by an earlier version, which did not record all it depends on"])
-        elif recorded is not None:
-            self._refuse(self._differences(settings, recorded["settings"]))
 
     def check_identity(self, identity: Identity) -> None:
         """As `check`, by everything that the trained weights depend on."""
-        recorded = self._recorded()
-        if recorded is not None:
-            self._refuse(self._differences(identity.facts, recorded["facts"]))
+        facts = self._facts()
+        if facts is not None:
+            self._refuse(self._differences(identity.facts, facts))
 
     def _differences(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
         left_out = set()
@@ -94,16 +104,20 @@ class OutputFolder:
         return self.state / _FINISHED_NAME
 
     def _recorded(self) -> dict[str, Any] | None:
-        try:
-            recorded = read_json(self._run_file)
-            return recorded if {"facts", "settings"} <= recorded.keys() else None
-        except (OSError, ValueError, AttributeError):
-            return None
+        return read_record(self._run_file, FORMAT_VERSION)
+
+    def _facts(self) -> dict[str, Any] | None:
+        """What the last run depends on; where its own record is damaged, what the weights depend on."""
+        recorded = self._recorded() or read_record(self._finished_file, FORMAT_VERSION)
+        return recorded and recorded["facts"]
 
     def is_of(self, identity: Identity) -> bool:
         """Whether the last run that took the folder is this one, killed or not."""
-        recorded = self._recorded()
-        return recorded is not None and not self._differences(identity.facts, recorded["facts"])
+        facts = self._facts()
+        if facts is None:
+            # A damaged record: each checkpoint says itself whose it is.
+            return self._run_file.is_file()
+        return not self._differences(identity.facts, facts)
 
     def begin(self, identity: Identity, settings: Mapping[str, Any], anew: bool = False) -> None:
         """Take the folder for a run: what an interrupted one left is finished or removed, checkpoints of another go.
@@ -119,48 +133,76 @@ class OutputFolder:
         if anew or not self.is_of(identity):
             for folder in checkpoints(self.path):
                 shutil.rmtree(folder)
+            shutil.rmtree(self.validation_folder(identity, anew), ignore_errors=True)
         if recorded is None or recorded["facts"] != plain(identity.facts):
-            values = {"format_version": FORMAT_VERSION, "facts": dict(identity.facts), "settings": dict(settings)}
-            write_json(self._run_file, values)
+            write_record(self._run_file, FORMAT_VERSION, {"facts": dict(identity.facts), "settings": dict(settings)})
         finish_interrupted(self.path)
+        finish_interrupted(self.state)
         sweep_checkpoints(self.path)
+        if self.names_finished(identity):
+            shutil.rmtree(self.state / VALIDATION_NAME, ignore_errors=True)
 
     def is_finished(self, identity: Identity, tell: Callable[[str], None] = print) -> bool:
         """Whether the weights of this very run are in the folder, every file as it was written."""
-        try:
-            values = read_json(self._finished_file)
-            if values["facts"] != plain(identity.facts):
-                return False
-            damaged = [name for name, digest in values["weights"].items()
-                       if not (self.path / name).is_file() or digest_of(self.path / name) != digest]  # fmt: skip
-            if damaged:
-                tell(f"warning: {self.path / damaged[0]} is not what was written: it is made again")
-            return not damaged
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        if values is None or values["facts"] != plain(identity.facts):
             return False
+        damaged = self._damaged(values["files"])
+        if damaged:
+            tell(f"warning: {self.path / damaged[0]} is not what was written: it is made again")
+        return not damaged
+
+    def _damaged(self, digests: Mapping[str, str]) -> list[str]:
+        return [name for name, digest in digests.items()
+                if not (self.path / name).is_file() or digest_of(self.path / name) != digest]  # fmt: skip
 
     def names_finished(self, identity: Identity) -> bool:
         """As `is_finished`, without a look at the weights."""
-        try:
-            return read_json(self._finished_file)["facts"] == plain(identity.facts)
-        except (OSError, ValueError, KeyError, TypeError):
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        return values is not None and values["facts"] == plain(identity.facts)
+
+    def save_report(self, save: Callable[[Path], None], identity: Identity) -> None:
+        """Write a report, all of it in one step, with what it depends on and its digests.
+
+        Args:
+            save: Writes its files into a folder.
+            identity: What it depends on.
+        """
+        with replacing_folder(self.path) as staging:
+            save(staging)
+            files = digests_of(staging)
+            (staging / STATE_FOLDER).mkdir()
+            write_record(staging / REPORTED, FORMAT_VERSION, {"identity": identity.digest, "files": files})
+
+    def holds_report(self, identity: Identity, tell: Callable[[str], None] = print) -> bool:
+        """Whether a report with these dependencies is in the folder, every file as it was written."""
+        values = read_record(self.path / REPORTED, FORMAT_VERSION)
+        if values is None or values["identity"] != identity.digest:
             return False
+        damaged = self._damaged(values["files"])
+        if damaged:
+            tell(f"warning: {self.path / damaged[0]} is not what was written: the report is made again")
+        return not damaged
 
     def holds_weights(self) -> bool:
         """Whether there are weights of an erasure, whichever."""
         return (self.path / CONFIG_NAME).is_file()
 
-    def validation_folder(self) -> Path:
-        """Where images of the training go: they join the earlier erasure's neither before nor without the weights."""
-        return (self.state if self.holds_weights() else self.path) / VALIDATION_NAME
+    def validation_folder(self, identity: Identity, anew: bool = False) -> Path:
+        """Where images of the training go: they join the earlier erasure's neither before nor without the weights.
+
+        Args:
+            identity: All that the trained weights depend on.
+            anew: Whether weights of this identity count as an earlier erasure's too.
+        """
+        apart = self.holds_weights() and (anew or not self.names_finished(identity))
+        return (self.state if apart else self.path) / VALIDATION_NAME
 
 
 def write_finished(staging: Path, identity: Identity) -> None:
-    """Record in a folder that is about to become an output folder what its weights depend on, and their digests."""
-    weights = {name: digest for name, digest in digests_of(staging).items()
-               if name == "model_index.json" or Path(name).parts[0] not in (name, VALIDATION_NAME)}  # fmt: skip
+    """Record in a folder that is about to become an output folder what its weights depend on, and all digests."""
+    files = {name: digest for name, digest in digests_of(staging).items()
+             if Path(name).parts[0] != VALIDATION_NAME and not Path(name).parts[-1].startswith(".")}  # fmt: skip
     (staging / STATE_FOLDER).mkdir()
-    write_json(
-        staging / STATE_FOLDER / _FINISHED_NAME,
-        {"format_version": FORMAT_VERSION, "facts": dict(identity.facts), "weights": weights},
-    )
+    values = {"facts": dict(identity.facts), "files": files}
+    write_record(staging / STATE_FOLDER / _FINISHED_NAME, FORMAT_VERSION, values)

@@ -44,7 +44,7 @@ from .objectives.base import (
     fingerprint_module,
     index_conditions,
 )
-from .output_folder import VALIDATION_NAME, OutputFolder, write_finished
+from .output_folder import REPORTED, VALIDATION_NAME, OutputFolder, write_finished
 from .parameter_selection import only_trainable, select_parameters
 from .processes import Interrupted, Pace, finishing, is_lost_peer, say, shrinking, stop_requested, wait_until, warn_once
 from .seeds import first_seed, generator_of, seed_of
@@ -376,6 +376,11 @@ class SelectiveAmnesiaTrainer:
             disable=not accelerator.is_main_process,
         )
         skipped_in_a_row = 0
+        picture = self._validation_file(first)
+        if first and self._validates(first) and picture and not picture.is_file():
+            # The run ended between its checkpoint and these images.
+            with _averaged(ema, parameters):
+                self._validate(first)
         for step in bar:
             losses = self._backward(wrapped, frozen, step)
             accelerator.unscale_gradients(optimizer)
@@ -410,9 +415,7 @@ class SelectiveAmnesiaTrainer:
                 if stopping:
                     kept = f"; it is kept in {folder}" if folder else ""
                     raise Interrupted(f"{stop_requested() or 'another process'} after step {step + 1}{kept}")
-            if config.validation_prompts and (
-                (step + 1) % config.validation_steps == 0 or step + 1 == config.max_train_steps
-            ):
+            if self._validates(step + 1):
                 with _averaged(ema, parameters):
                     self._validate(step + 1)
         if ema:
@@ -526,10 +529,19 @@ class SelectiveAmnesiaTrainer:
         self.history, self.skipped = state.history, state.skipped
         return state.step
 
+    def _validates(self, step: int) -> bool:
+        config = self.config
+        return bool(config.validation_prompts) and (
+            step % config.validation_steps == 0 or step == config.max_train_steps
+        )
+
+    def _validation_file(self, step: int) -> Path | None:
+        return self.validation_dir and self.validation_dir / f"step-{step:06d}.png"
+
     @torch.no_grad()
     def _validate(self, step: int) -> None:
         config = self.config
-        path = self.validation_dir and self.validation_dir / f"step-{step:06d}.png"
+        path = self._validation_file(step)
         if not self.accelerator.is_main_process:
             if path:
                 wait_until(path.is_file)
@@ -574,9 +586,12 @@ class SelectiveAmnesiaTrainer:
         if not self.accelerator.is_main_process:
             wait_until(lambda: _holds(folder, self.identity))
             return
-        leaving = [REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME]
+        leaving = [REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, REPORTED]
         if is_own_card(folder):
             leaving.append(CARD_NAME)
+        apart = self.validation_dir is not None and self.validation_dir.parent != folder
+        if apart:
+            leaving.append(VALIDATION_NAME)
         with replacing_folder(folder, leaving) as staging:
             self.objective.save(staging)
             drop_local_names(staging)
@@ -584,9 +599,11 @@ class SelectiveAmnesiaTrainer:
             if self.fisher is not None:
                 write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
             self.config.save(staging / CONFIG_NAME)
-            if self.validation_dir and self.validation_dir.is_dir() and self.validation_dir.parent != folder:
+            if apart and self.validation_dir.is_dir():
                 shutil.copytree(self.validation_dir, staging / VALIDATION_NAME)
             write_finished(staging, self.identity)
+        if apart:
+            shutil.rmtree(self.validation_dir, ignore_errors=True)
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
         """Save pipeline, settings and model card in `output_dir`, and upload that folder.

@@ -13,11 +13,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 from tqdm import tqdm
 
 from ..environment import precision_in_use
-from ..files import digest_of, load_kept, write_bytes
+from ..files import DamagedArtefact, digest_of, load_kept, write_bytes
 from ..identity import Identity, fingerprint
 from ..objectives.base import Objective, SamplingSettings
 from ..processes import check_stop, finishing, shrinking, wait_until
@@ -154,11 +155,18 @@ class SampleGenerator:
             FloatingPointError: A sample is not finite; none is kept.
             Interrupted: The run is to stop. What was sampled is kept, and the same call goes on from there.
         """
-        folder = self.folder(name, conditions, sources, seeds, settings)
+        wanted = self.identity(name, conditions, sources, seeds, settings)
+        folder = wanted.folder(self.artifacts_dir)
         is_main = self.accelerator.is_main_process
 
+        def load(place: Path) -> SampleSet:
+            found = SampleSet.load(place)
+            if found.fingerprint != wanted.digest:
+                raise DamagedArtefact(f"{place} holds other samples than its name says")
+            return found
+
         def kept() -> SampleSet | None:
-            return load_kept(folder, SampleSet.load, is_main)
+            return load_kept(folder, load, is_main)
 
         result = kept()
         while result is None and not is_main and folder.is_dir():
@@ -287,7 +295,7 @@ def _part(parts: Path, start: int) -> Path:
 
 def _write_part(path: Path, part: _Part) -> None:
     samples = part.samples.contiguous()
-    content = {"black": str(part.black), "digest": _tensor_digest(samples)}
+    content = {"black": str(part.black), "digest": _part_digest(path, samples)}
     write_bytes(path, save({"samples": samples}, metadata=content), flush=False)
 
 
@@ -296,8 +304,8 @@ def _read_part(path: Path) -> _Part | None:
     try:
         with safe_open(path, "pt") as file:
             content = file.metadata() or {}
-        samples = load(path.read_bytes())["samples"]
-        if content.get("digest") == _tensor_digest(samples) and torch.isfinite(samples).all():
+        samples = load_tensors(path.read_bytes())["samples"]
+        if content.get("digest") == _part_digest(path, samples) and torch.isfinite(samples).all():
             return _Part(samples, int(content["black"]))
     except (OSError, SafetensorError, KeyError, ValueError):
         pass
@@ -305,9 +313,11 @@ def _read_part(path: Path) -> _Part | None:
     return None
 
 
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(raw), digest_size=16).hexdigest()
+def _part_digest(path: Path, tensor: torch.Tensor) -> str:
+    """Of samples, their shape and their place: a part of another set, or of elsewhere in this one, will not do."""
+    digest = hashlib.blake2b(f"{path.parent.name}/{path.name} {list(tensor.shape)}".encode(), digest_size=16)
+    digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def load_image(path: str | Path, size: int) -> torch.Tensor:

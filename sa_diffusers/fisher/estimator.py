@@ -196,7 +196,7 @@ class _PartialSum:
         if self.path is None:
             return
         tensors = {name: value.cpu().contiguous() for name, value in values.items()}
-        content = save(tensors, metadata={"done": str(done), "digest": _digest(tensors)})
+        content = save(tensors, metadata={"done": str(done), "digest": self._digest(tensors, done)})
         write_bytes(self.path, content, flush=False)
 
     def read(self, values: dict[str, torch.Tensor], count: int) -> int:
@@ -208,19 +208,21 @@ class _PartialSum:
                 content = file.metadata() or {}
             tensors = load(self.path.read_bytes())
             done = int(content["done"])
-            if content["digest"] == _digest(tensors) and tensors.keys() == values.keys() and 0 < done <= count:
+            whole = content["digest"] == self._digest(tensors, done)
+            if whole and tensors.keys() == values.keys() and 0 < done <= count:
                 for name, value in values.items():
                     value.copy_(tensors[name])
                 return done
         return 0
 
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    def _digest(self, tensors: Mapping[str, torch.Tensor], done: int) -> str:
+        """Of the sum, how many samples are in it, and its place: another's sum will not do."""
+        assert self.path is not None
+        digest = hashlib.blake2b(f"{self.path.parent.name}/{self.path.name} {done}".encode(), digest_size=16)
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        return digest.hexdigest()
 
 
 def fisher_identity(
