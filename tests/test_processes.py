@@ -1,0 +1,245 @@
+"""Several processes of one run, and what a launcher or an environment may ask for and not get."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sa_diffusers import SelectiveAmnesiaConfig
+from sa_diffusers.environment import create_accelerator
+from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
+
+from .conftest import REPOSITORY
+from .test_train_script import quick
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SCRIPT = str(REPOSITORY / "examples" / "train_sa.py")
+# A global batch of 6, whatever the number of processes; two steps of Adam, whose first moves every weight by the rate.
+STEPS = {"max_train_steps": 3, "logging_steps": 1, "lr_scheduler": "cosine", "use_ema": True, "sample_batch_size": 2,
+         "num_replay_images": 12, "num_surrogate_images": 6, "num_fisher_samples": 4}  # fmt: skip
+
+
+def environment(folder) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "SA_DIFFUSERS_CACHE": str(folder / "cache"),
+            "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
+
+
+def launch(count: int, arguments, folder, launcher=None) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    command = [sys.executable, *(launcher or torchrun if count > 1 else []), SCRIPT, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
+    )  # fmt: skip
+
+
+def update(folder, base) -> dict[str, torch.Tensor]:
+    after, before = load_file(folder / WEIGHTS), load_file(base / WEIGHTS)
+    return {name: after[name] - before[name] for name in after}
+
+
+def assert_same_update(first, second):
+    """To rounding: Adam turns the rounding of a gradient that is zero into steps of its own, in a few elements."""
+    pairs = [((first[name] - second[name]).abs(), first[name].abs()) for name in first]
+    apart = sum(int((gap > 1e-3 * size + 1e-7).sum()) for gap, size in pairs)
+    total = sum(gap.numel() for gap, _ in pairs)
+    assert apart <= 1e-3 * total, (apart, total)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    """The whole command alone, in two processes and in three, from start to report and card."""
+    results = {}
+    for count in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"processes-{count}")
+        arguments = quick(tiny_folder, **STEPS, train_batch_size=6 // count, output_dir="out")
+        results[count] = (folder, launch(count, arguments, folder))
+    return results
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_same_steps_in_any_number_of_processes(runs, count, tiny_folder):
+    for folder, result in (runs[1], runs[count]):
+        assert result.returncode == 0, result.stderr
+        for name in ("report.json", "before_after.png", "README.md", "report.html"):
+            assert (folder / "out" / name).is_file(), name
+    alone, together = runs[1][0] / "out", runs[count][0] / "out"
+    assert_same_update(update(alone, tiny_folder), update(together, tiny_folder))
+    first, second = (json.loads((folder / "training_history.json").read_text()) for folder in (alone, together))
+    for name in ("surrogate_loss", "replay_loss", "ewc_penalty", "learning_rate"):
+        assert [row[name] for row in first] == pytest.approx([row[name] for row in second], rel=1e-3), name
+    assert runs[count][1].stdout.count("prompted with") == 1  # one process speaks
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_same_samples_and_the_same_fisher_information(runs, count):
+    def kept(folder):
+        return {path.name: path for path in (folder / "cache").iterdir() if not path.name.startswith(".")}
+
+    alone, together = kept(runs[1][0]), kept(runs[count][0])
+    names = [name for name in alone if name.startswith(("surrogate", "replay", "concept", "fisher"))]
+    assert len(names) == 4
+    assert set(names) <= set(together)
+    for name in names:
+        file = "fisher.safetensors" if name.startswith("fisher") else "samples.safetensors"
+        first, second = load_file(alone[name] / file), load_file(together[name] / file)
+        for key, value in first.items():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
+    """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
+    settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
+               *quick(tiny_folder, **settings, train_batch_size=3, checkpointing_steps=3)]  # fmt: skip
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "out").glob("checkpoint-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("stopped: SIGTERM after step") == 1
+    assert "The same command goes on from there" in output
+    newest = max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    arguments = quick(tiny_folder, **{**settings, "max_train_steps": newest + 2}, train_batch_size=6)
+    result = launch(1, arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"checkpoint-{newest} goes on with max_train_steps={newest + 2} (was 400)" in result.stderr
+    steps = [row["step"] for row in json.loads((tmp_path / "out" / "training_history.json").read_text())]
+    assert steps == list(range(1, newest + 3))
+
+
+def test_a_configuration_of_gpus_joins_the_processes_of_a_machine_without(tiny_folder, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nnum_machines: 1\n"
+        "mixed_precision: 'no'\nmachine_rank: 0\nmain_training_function: main\nuse_cpu: false\n"
+    )
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
+    arguments = quick(tiny_folder, output_dir="out")
+    result = launch(2, arguments, tmp_path, launcher)
+    assert result.returncode == 0, result.stderr
+    assert "train     4 steps of 4 + 4 images" in result.stdout
+    assert result.stdout.count("\nPlan\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR|WORLD_SIZE=2|RANK"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_ADDR is in the environment.*no RANK"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is asked for .*not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is asked for .*not supported"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "give --gradient_accumulation_steps 4, or unset"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_the_environment_asks_for_and_would_not_get_is_refused(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        create_accelerator(SelectiveAmnesiaConfig(report_to="none"))
+
+
+def test_an_accumulation_that_the_environment_repeats_is_divided_by_once(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator = create_accelerator(SelectiveAmnesiaConfig(report_to="none", gradient_accumulation_steps=4))
+    weight = torch.nn.Parameter(torch.ones(()))
+    accelerator.backward(weight * 3)
+    assert weight.grad == 3
+
+
+def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
+    script = (
+        "import sys, time\nfrom sa_diffusers.processes import Lock\n"
+        f"with Lock({str(tmp_path / 'lock')!r}, 'in use'):\n    print('held', flush=True)\n    time.sleep(600)\n"
+    )
+    lock = Lock(tmp_path / "lock", "in use by another run")
+    with subprocess.Popen([sys.executable, "-c", script], env=environment(tmp_path), stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="in use by another run"), lock:
+            pass
+        with pytest.raises(ValueError, match="in use by another run"):
+            lock.check()
+        holder.kill()
+    with lock:
+        pass
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_a_run_with_one_line_and_a_code_of_its_own(tiny_folder, tmp_path, name):
+    command = [sys.executable, SCRIPT, *quick(tiny_folder, max_train_steps=400, output_dir="out")]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
+        deadline = time.monotonic() + 300
+        output = ""
+        while "forgetting" not in output:
+            assert process.poll() is None and time.monotonic() < deadline
+            output += process.stdout.read(64)
+        process.send_signal(getattr(signal, name))
+        output += process.stdout.read()
+    assert process.returncode == 75, output
+    assert output.count("stopped: ") == 1
+    assert f"stopped: {name}" in output and "Traceback" not in output
+
+
+def test_a_launcher_that_vanishes_takes_its_run_with_it(tiny_folder, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT,
+               *quick(tiny_folder, max_train_steps=2000, output_dir="out")]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        launcher = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=file, stderr=file)
+        deadline = time.monotonic() + 300
+        while "forgetting" not in log.read_text():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        launcher.kill()
+        launcher.wait()
+        while "stopped: " not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert "stopped: the launcher is gone after step" in log.read_text()
+    assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_waiting_for_another_process_is_no_collective():
+    answers = iter([False, False, True])
+    wait_until(lambda: next(answers))
+    with pytest.raises(StopIteration):
+        next(answers)
+
+
+def test_memory_is_shared_out_until_it_suffices(capsys):
+    tried = []
+
+    def needs(size):
+        tried.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return size
+
+    assert shrinking(needs, 8, "sample_batch_size") == 2
+    assert tried == [8, 4, 2]
+    assert "going on with --sample_batch_size 4" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lower --train_batch_size .now 8."):
+        shrinking(needs, 8, "train_batch_size", processes=2)
+    with pytest.raises(RuntimeError, match="another reason"):
+        shrinking(lambda _: (_ for _ in ()).throw(RuntimeError("another reason")), 8, "x")
+
+
+def test_the_pace_follows_the_cost():
+    pace = Pace(share=0.5, cost=0.2)
+    assert not pace.due()
+    time.sleep(0.45)
+    assert pace.due()
+    began = time.monotonic()
+    pace.done(began)
+    assert pace.cost < 0.1
