@@ -117,6 +117,8 @@ def on_the_way(concept: str, config: SelectiveAmnesiaConfig, seconds: float) -> 
     classifier = ImageClassifier(config.classifier)
     measured = []
     for folder in checkpoints(config.output_dir):
+        if int(folder.name.rpartition("-")[2]) % config.checkpointing_steps:
+            continue
         # Only what was trained is in a checkpoint.
         objective.module.load_state_dict(load_file(folder / PARAMETERS_NAME), strict=False)
         step = int(folder.name.rpartition("-")[2])

@@ -193,21 +193,21 @@ class Choice:
 
 
 def choose_checkpoint(
-    output_dir: Path | None, wanted: str | None, identity: Identity, settings: Mapping[str, Any]
+    output_dir: Path | None, wanted: str | None, identity: Identity | None, settings: Mapping[str, Any]
 ) -> Choice:
     """Find the checkpoint that `resume_from_checkpoint` means. Nothing is loaded but its digests are compared.
 
     Args:
         output_dir: The run's folder.
         wanted: `"latest"` (also None), the newest whole one of this very run; `"no"`; or a checkpoint by path or name.
-        identity: Of the run.
+        identity: Of the run; None where there is neither a folder nor a name to look at.
         settings: Of the run; those that a checkpoint may go on with although they changed are told.
 
     Raises:
         ValueError: A checkpoint that was asked for by name is not there, not whole, or of another run; the message
             names the newest that would do.
     """
-    if wanted == "no":
+    if wanted == "no" or identity is None:
         return Choice(None)
     own = reversed(checkpoints(output_dir)) if output_dir else ()
     if wanted in (None, "latest"):

@@ -119,6 +119,11 @@ def _check_launcher() -> None:
             "launch with torchrun or `accelerate launch --multi_gpu --num_processes N` (on a machine without a GPU "
             "too), or unset MASTER_ADDR"
         )
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not any(os.environ.get(name) for name in ranks):
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is in the environment, but no RANK says which process this one is: "
+            "launch with torchrun or `accelerate launch --multi_gpu --num_processes N`, or unset WORLD_SIZE"
+        )
 
 
 def _check_wandb_key() -> None:

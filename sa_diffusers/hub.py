@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .configuration import CONFIG_NAME, REPORT_NAME
-from .files import read_json, write_json
+from .files import read_json, resealed, write_json
 
 CARD_NAME = "README.md"
 # Whoever keeps this line has their changes overwritten, and is told so by it.
@@ -193,7 +193,7 @@ def _stage(folder: Path, staging: Path, card: str | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if _is_report(inside) else None
         if text is not None and (shortened := without_local_paths(text)) != text:
-            target.write_text(shortened, encoding="utf-8")
+            target.write_text(resealed(text, shortened), encoding="utf-8")
         else:
             target.symlink_to(path.resolve())
     if card is not None and is_own_card(folder):

@@ -146,7 +146,7 @@ class SelectiveAmnesiaTrainer:
         if self.fisher is not None and identity is None:
             expected = fisher_identity(objective, fingerprint_module(objective.module))
             self.fisher.check(expected, self.parameters)
-        self.identity = identity or self._identity()
+        self.identity = identity
         self.validation_dir = self.output_dir and self.output_dir / VALIDATION_NAME
         self.history: list[dict[str, float]] = []
         self.skipped = 0
@@ -308,6 +308,9 @@ class SelectiveAmnesiaTrainer:
         if self._has_trained:
             raise ValueError("this trainer has trained already, and its weights are no longer theta*: make a new one")
         config, accelerator, module = self.config, self.accelerator, self.objective.module
+        if self.identity is None and (self.output_dir or config.resume_from_checkpoint not in (None, "latest", "no")):
+            # Before the weights are others.
+            self.identity = self._identity()
         choice = checkpoint or choose_checkpoint(
             self.output_dir, config.resume_from_checkpoint, self.identity, config.to_dict()
         )
@@ -584,7 +587,7 @@ class SelectiveAmnesiaTrainer:
         """
         folder = Path(folder)
         if not self.accelerator.is_main_process:
-            wait_until(lambda: _holds(folder, self.identity))
+            wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
             return
         leaving = [REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, REPORTED]
         if is_own_card(folder):
@@ -601,7 +604,8 @@ class SelectiveAmnesiaTrainer:
             self.config.save(staging / CONFIG_NAME)
             if apart and self.validation_dir.is_dir():
                 shutil.copytree(self.validation_dir, staging / VALIDATION_NAME)
-            write_finished(staging, self.identity)
+            if self.identity is not None:
+                write_finished(staging, self.identity)
         if apart:
             shutil.rmtree(self.validation_dir, ignore_errors=True)
 

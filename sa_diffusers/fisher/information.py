@@ -151,6 +151,9 @@ The numbers say how much each weight matters to what the model draws, and hold n
                     f'Fisher information "{name_or_path}" is neither a folder nor could it be had from the Hub '
                     f"({error})"
                 ) from error
+        for file in (FISHER_NAME, FISHER_CONFIG_NAME):
+            if not (folder / file).is_file():
+                raise DamagedArtefact(f"{name_or_path} holds no Fisher information: it has no {file}")
         config = read_sealed(folder, FISHER_CONFIG_NAME, FORMAT_VERSION, "Fisher information")
         try:
             values = load_file(folder / FISHER_NAME)
@@ -159,6 +162,7 @@ The numbers say how much each weight matters to what the model draws, and hold n
         for name, value in values.items():
             if not torch.isfinite(value).all() or (value < 0).any():
                 raise DamagedArtefact(f"{folder / FISHER_NAME}: {name} is negative or not finite: compute it again")
+        config.pop("format_version", None)
         return cls(values, config)
 
     def check(self, expected: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> None:
