@@ -473,6 +473,8 @@ class Laboratory:
                 stages[stage] = (stages.get(stage, (now, now))[0], now)
                 time.sleep(0.002)
                 if now > _LIMIT:
+                    for run in runs:
+                        run.kill()
                     sys.exit(f"error: the command does not end: {runs[0].log}")
             if any(run.code for run in runs):
                 sys.exit(f"error: the command fails unattacked: {runs[0].text[-3000:]}")
@@ -617,6 +619,7 @@ def renames(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             run = start(reference.arguments, folder, prepare=die_at(0, names=names, count=count))
             run.wait()
             total = int(count.read_text())
+            print(f"{name}: {total} calls of {', '.join(names)}", file=sys.stderr)
             first = lab.random("renames", name).randrange(every)
             for number in range(1 + first, total + 1, every):
                 for after in (False, True) if len(names) == 2 else (number % 2 == 0,):

@@ -386,7 +386,10 @@ class Erasure:
                 raise DamagedArtefact(f"{place} holds other Fisher information than its name says")
             return found
 
-        information = load_kept(folder, load, self.accelerator.is_main_process)
+        information = load_kept(folder, load, self._is_main)
+        if information is not None and self._is_main:
+            # A run that died between its arrival and the removal of its parts.
+            shutil.rmtree(self._partial(folder), ignore_errors=True)
         # The estimate takes all processes, or none.
         found = torch.tensor(float(information is not None), device=self.accelerator.device)
         if self.accelerator.reduce(found, reduction="sum") < self.accelerator.num_processes:
@@ -403,7 +406,7 @@ class Erasure:
         )  # fmt: skip
         recorded = {"base_model": config.pretrained_model_name_or_path, "revision": self.revision, **self.fisher_facts,
                     "identity": identity.digest}  # fmt: skip
-        partial = folder.with_name(f".part-{folder.name}")
+        partial = self._partial(folder)
         information = estimator.estimate(self.fisher_samples(), recorded, partial)
         if self.accelerator.is_main_process:
             with finishing():
@@ -412,6 +415,10 @@ class Erasure:
         else:
             wait_until(folder.is_dir)
         return FisherInformation.from_pretrained(folder)
+
+    @staticmethod
+    def _partial(folder: Path) -> Path:
+        return folder.with_name(f".part-{folder.name}")
 
     # The whole
 
@@ -545,6 +552,8 @@ class Erasure:
         gc.collect()
         erased = self._build_objective(load_pipeline(str(self.output_dir))).to(self.accelerator.device)
         after = self._timed("evaluation after", lambda: self._sampled(erased, groups))
+        # All have read the images before the main process deletes them.
+        self.accelerator.wait_for_everyone()
         if not self._is_main:
             # The main process scores what all have sampled, and no other waits for it.
             return None

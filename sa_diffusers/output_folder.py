@@ -135,7 +135,9 @@ class OutputFolder:
                 shutil.rmtree(folder)
             shutil.rmtree(self.validation_folder(identity, anew), ignore_errors=True)
         if recorded is None or recorded["facts"] != plain(identity.facts):
-            write_record(self._run_file, FORMAT_VERSION, {"facts": dict(identity.facts), "settings": dict(settings)})
+            replaces = self.holds_weights() and not self.names_finished(identity)
+            values = {"facts": dict(identity.facts), "settings": dict(settings), "replaces": replaces}
+            write_record(self._run_file, FORMAT_VERSION, values)
         finish_interrupted(self.path)
         finish_interrupted(self.state)
         sweep_checkpoints(self.path)
@@ -195,7 +197,11 @@ class OutputFolder:
             identity: All that the trained weights depend on.
             anew: Whether weights of this identity count as an earlier erasure's too.
         """
-        apart = self.holds_weights() and (anew or not self.names_finished(identity))
+        own = self.names_finished(identity)
+        if read_record(self._finished_file, FORMAT_VERSION) is None and self.is_of(identity):
+            # Damaged: the weights are this run's, unless it has come to replace others.
+            own = not (self._recorded() or {"replaces": True})["replaces"]
+        apart = self.holds_weights() and (anew or not own)
         return (self.state if apart else self.path) / VALIDATION_NAME
 
 

@@ -175,6 +175,10 @@ class SampleGenerator:
             time.sleep(0.1)
             result = kept()
         if result is not None:
+            if is_main:
+                # A run that died between the set's arrival and its parts' removal.
+                for left in folder.parent.glob(f"{_PART}{folder.name}-*"):
+                    shutil.rmtree(left, ignore_errors=True)
             return result
         # The batch size changes rounding, and what goes on must end in the same bits.
         parts = folder.with_name(f"{_PART}{folder.name}-{settings.batch_size}")
@@ -232,7 +236,13 @@ class SampleGenerator:
                 batch = slice(start, start + settings.batch_size)
                 samples = self._batch(list(prompts[batch]), list(seeds[batch]), settings)
                 black = count_black(self._decoded(samples, settings)) if preview else 0
-                _write_part(_part(parts, start), _Part(samples, black))
+                try:
+                    _write_part(_part(parts, start), _Part(samples, black))
+                except OSError:
+                    # Another run has made the set, and removed all parts.
+                    if not folder.is_dir():
+                        raise
+                    return
                 bar.update(min(len(samples) * processes, len(prompts) - bar.n))
 
     def _batch(self, prompts: list[str], seeds: list[int], settings: SamplingSettings) -> torch.Tensor:
