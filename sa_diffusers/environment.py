@@ -129,8 +129,13 @@ def _check_launcher() -> None:
 def _check_wandb_key() -> None:
     import wandb
 
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    if not offline and not wandb.Api.api_key and not os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        has_key = wandb.login(prompt=False)
+    except TypeError:  # an older wandb
+        has_key = bool(wandb.api.api_key)
+    if not has_key:
         raise ValueError(
             'report_to="wandb" needs a key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline'
         )

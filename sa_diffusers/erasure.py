@@ -46,6 +46,7 @@ from .evaluation import (
 from .files import DamagedArtefact, load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
+from .hub import one_line
 from .identity import Identity, fingerprint
 from .objectives import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
 from .objectives.base import fingerprint_module
@@ -534,6 +535,9 @@ class Erasure:
         if finished and (report := self._kept_report()):
             return Comparison(report)
         groups = self.evaluation_groups()
+        if not finished and self.accelerator.log_with:
+            # A tracker that cannot be reached should cost no samples.
+            self._start_tracker()
         surrogates = self._timed("surrogate samples", self.surrogates)
         if not finished:
             # Without a replay loss the Fisher information alone asks for these samples, and samples them itself.
@@ -607,8 +611,6 @@ class Erasure:
 
     def _train(self, surrogates: SampleSet, replay: SampleSet | None, fisher: FisherInformation | None) -> None:
         config = self.config
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers(config.tracker_project_name)
         trainer = SelectiveAmnesiaTrainer(
             self.objective, config, surrogates, replay, fisher, self.accelerator, self.output_dir, self.identity,
             self.blur,
@@ -624,6 +626,16 @@ class Erasure:
             # The processes still have the evaluation before them: `end_training` would part them.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def _start_tracker(self) -> None:
+        config = self.config
+        try:
+            self.accelerator.init_trackers(config.tracker_project_name)
+        except Exception as error:  # of whatever kind the tracker's network errors are
+            raise ValueError(
+                f'report_to="{config.report_to}" could not be started ({one_line(error)}): try again, or use another '
+                "tracker, or none"
+            ) from error
 
     def evaluation_groups(self) -> list:
         config = self.config
