@@ -1,4 +1,4 @@
-# Both commands set everything up by themselves: `make demo` and `make test`.
+# All of `make demo`, `make test` and `make torture` set everything up by themselves.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ CONCEPT ?= sneaker
 SURROGATE ?= dress
 METHOD ?= full
 
-.PHONY: demo test lint format clean
+.PHONY: demo test torture lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -20,6 +20,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+
+torture: $(INSTALLED)
+	$(BIN)/python benchmarks/torture.py --jobs 2
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
