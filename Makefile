@@ -1,4 +1,4 @@
-# Every command sets everything up by itself: `make demo`, `make test`, `make test-lowest`.
+# Every command sets everything up by itself: `make demo`, `make test`, `make torture`, `make test-lowest`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ CONCEPT ?= sneaker
 SURROGATE ?= dress
 METHOD ?= full
 
-.PHONY: demo test test-lowest format clean
+.PHONY: demo test torture test-lowest format clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -31,6 +31,9 @@ test-lowest:
 	$(LOWEST)/bin/pytest -n 2 --dist loadscope --ignore tests/test_eval_unlearn.py
 	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[test,eval-unlearn]"
 	$(LOWEST)/bin/pytest tests/test_eval_unlearn.py
+
+torture: $(INSTALLED)
+	$(BIN)/python benchmarks/torture.py --jobs 2
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1132,7 +1132,8 @@ def settings(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         return verdict("planned", number, code, run.text)
 
     def verdict(what: str, number: int, code: int | None, text: str) -> Result:
-        short = f"number {number}: {last_line(text)}"
+        told = next((line for line in text.splitlines() if "error: " in line and "Traceback" not in text), "")
+        short = f"number {number}: {ascii(told[:160]) if told else last_line(text)}"
         if code is None:
             return Result("settings", what, WRONG, f"{short} (took too long)")
         if "Traceback" in text:
