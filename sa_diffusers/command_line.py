@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -111,15 +112,23 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
         # A name that the Hub refuses should not come to light after hours.
         repository_name(config.resolved_output_dir, config.hub_model_id)
     erasure = Erasure(config, build_objective)
-    say = erasure.accelerator.print
+
+    def say(text: str) -> None:
+        try:
+            erasure.accelerator.print(text, flush=True)
+        except BrokenPipeError:
+            # Nobody reads any more: that is no reason to leave the work half done.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     say(f"\nPlan\n{erasure.plan()}\n")
     comparison = erasure.run()
+    own_card = erasure.accelerator.is_main_process and write_model_card(erasure.output_dir)
     if comparison is not None:
         say(f"\n{comparison.table()}\n")
         say(f"pipeline  {erasure.output_dir}")
         say(f"report    {erasure.output_dir / REPORT_NAME}")
         say(f"pictures  {erasure.output_dir / GRID_NAME}")
-        kept = "" if write_model_card(erasure.output_dir) else " (your own; not written)"
+        kept = "" if own_card else " (your own; not written)"
         say(f"card      {erasure.output_dir / CARD_NAME}{kept}")
         if config.push_to_hub:
             say(f"hub       {push_pipeline(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")

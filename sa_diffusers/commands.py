@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     cache.add_argument("--older_than", type=float, default=0.0, metavar="DAYS", help="only what is that old [0]")
     args = parser.parse_args(arguments)
-    folder = SelectiveAmnesiaConfig(artifacts_dir=args.artifacts_dir).resolved_artifacts_dir
     try:
+        folder = SelectiveAmnesiaConfig(artifacts_dir=args.artifacts_dir).resolved_artifacts_dir
         found = entries(folder)
         known = {*STATES, "all", *(entry.kind for entry in found)}
         unknown = [name for name in args.delete if name not in known]
@@ -43,5 +43,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print(f"kept in {folder}:")
             print("\n".join(listing(found)))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

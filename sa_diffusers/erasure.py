@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from .cache import delete_evaluations
 from .checkpoints import Choice, choose_checkpoint
-from .configuration import REPORT_NAME, SelectiveAmnesiaConfig
+from .configuration import CONFIG_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from .data.generation import SampleGenerator, surrogate_requests
 from .data.pictures import read_picture
 from .data.prompts import (
@@ -47,7 +47,7 @@ from .files import DamagedArtefact, load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
 from .hub import one_line
-from .identity import Identity, fingerprint
+from .identity import Identity, fingerprint, plain
 from .objectives import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
 from .objectives.base import fingerprint_module
 from .objectives.loading import resolved_revision
@@ -117,6 +117,7 @@ class Erasure:
         self.blur = must_blur(config.blur, [*config.concept, *config.surrogate])
         self.output_dir = config.resolved_output_dir
         self.output = OutputFolder(self.output_dir, config.overwrite_output_dir)
+        self._check_artifacts_dir()
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
         if self.accelerator.is_main_process:
             self.output.check(self._settings())
@@ -166,12 +167,23 @@ class Erasure:
             self.choice()
         self.seconds: dict[str, float] = {}
 
+    def _check_artifacts_dir(self) -> None:
+        place = self.config.resolved_artifacts_dir
+        for path in (place, *place.absolute().parents):
+            if path.exists() and not path.is_dir():
+                named = "artifacts_dir" if self.config.artifacts_dir else "the environment's SA_DIFFUSERS_CACHE"
+                raise ValueError(f"{named}={place}: {path} is a file, where samples were to be kept: choose a folder")
+
     def _settings(self) -> dict[str, Any]:
         """The settings that the trained weights depend on."""
         config = self.config
         # The precision is that in use, and the batch that of all processes together.
         left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr"}
         own = {name: getattr(config, name) for name in sorted(DEPENDENCIES["training"] - left_out)}
+        base = Path(config.pretrained_model_name_or_path)
+        if base.is_dir():
+            # Folders move; whether the weights are the same, their digest says.
+            own["pretrained_model_name_or_path"] = base.resolve().name
         precision = precision_in_use(self.accelerator)
         return {**own, **settings_facts(config, self.accelerator.num_processes), "precision": precision}
 
@@ -464,7 +476,10 @@ class Erasure:
             f"{config.train_method}: {trained:,} of {total:,} parameters, learning rate {config.learning_rate:g}, "
             f"EWC weight {config.ewc_weight:g}, replay weight {config.replay_weight:g}, target {config.target}"
         )
-        lines += self._checkpoint_plan()
+        if self.output.names_finished(self.identity) and not self._starts_over:
+            lines.append("          these weights are there already: only what is missing is made")
+        else:
+            lines += self._checkpoint_plan()
         scored = f"scored by {config.classifier}" if config.classifier else "no classifier: pixel change"
         lines.append(f"evaluate  {config.num_eval_images} images a row, before and after, {scored}")
         lines.append(f"output    {self.output_dir}")
@@ -532,6 +547,8 @@ class Erasure:
         finished = not self._starts_over and self.output.is_finished(self.identity, tell)
         if finished and self._is_main:
             say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
+        if finished and self._is_main and not self._has_these_settings():
+            self.output.save_settings(config)
         if finished and (report := self._kept_report()):
             return Comparison(report)
         groups = self.evaluation_groups()
@@ -583,6 +600,13 @@ class Erasure:
         """What the report depends on."""
         facts = {name: getattr(self.config, name) for name in (*_REPORT, *_SAMPLING)}
         return Identity("report", {**facts, "training": self.identity.digest})
+
+    def _has_these_settings(self) -> bool:
+        try:
+            recorded = read_json(self.output_dir / CONFIG_NAME)
+        except (OSError, ValueError):
+            return False
+        return plain(self.config.to_dict()).items() <= recorded.items()
 
     def _kept_report(self) -> dict[str, Any] | None:
         whole = self.output.holds_report(self.evaluation_identity(), say if self._is_main else _say_nothing)
@@ -648,8 +672,8 @@ class Erasure:
         remembered = [prompt for prompt in dict.fromkeys(self.replay_prompts) if prompt][:REMEMBERED_PROMPTS]
         return prompt_groups(self.pairs, remembered, templates, config.num_eval_images, config.eval_seed)
 
-    def _sampled(self, objective: Objective, groups: list) -> list[list[Path]]:
-        """Where every group's images are, sampled by all processes."""
+    def _sampled(self, objective: Objective, groups: list) -> list[list[torch.Tensor]]:
+        """Every group's samples, in the main process, sampled by all."""
         return sample_groups(objective, groups, self.settings, self.config.resolved_artifacts_dir, self.accelerator)
 
     def _timed(self, name: str, stage: Any) -> Any:

@@ -46,7 +46,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         try:
             yield staging
             _flush_tree(staging)
-            staging.chmod(0o755)
+            staging.chmod(_mode(0o777))
             try:
                 staging.rename(folder)
             except OSError:
@@ -330,6 +330,13 @@ def _is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
 
 
+def _mode(widest: int) -> int:
+    """The permissions that the user's umask leaves; temporary files have narrower ones."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return widest & ~mask
+
+
 def _flush_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         _flush_to_disk(path)
@@ -378,7 +385,7 @@ def _write_beside(path: Path, content: bytes, flush: bool) -> None:
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, _mode(0o666))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -27,6 +27,7 @@ from .hub import (
     shown_name,
     without_local_paths,
 )
+from .output_folder import OutputFolder
 
 _md = markdown_text
 PAPER = "https://arxiv.org/abs/2305.10120"
@@ -240,6 +241,7 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
     folder = Path(folder)
     finish_interrupted(folder)
     _read_facts(folder, None)
+    OutputFolder(folder).check_whole()
     for path in evaluation_reports(folder, stale=True):
         warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
     return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)))

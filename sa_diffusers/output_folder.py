@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
-from .configuration import CONFIG_NAME
+from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
 from .files import (
     digest_of,
     digests_of,
@@ -72,7 +72,8 @@ class OutputFolder:
             earlier = read_json(self.path / CONFIG_NAME)
             known = {name: value for name, value in settings.items() if name in earlier}
             differing = Identity("erasure", known).differences({name: earlier[name] for name in known})
-            self._refuse(differing or ["it was written by an earlier version, which did not record all it depends on"])
+            missing = f"it was written by an earlier version, or copied without its hidden folder {STATE_FOLDER}"
+            self._refuse(differing or [f"{missing}, so that what it depends on is not known"])
 
     def check_identity(self, identity: Identity) -> None:
         """As `check`, by everything that the trained weights depend on."""
@@ -185,6 +186,32 @@ class OutputFolder:
         if damaged:
             tell(f"warning: {self.path / damaged[0]} is not what was written: the report is made again")
         return not damaged
+
+    def check_whole(self) -> None:
+        """Refuse to publish what is not as it was written, or is being written.
+
+        Raises:
+            ValueError: A file of the pipeline is missing or changed, or a run is using the folder.
+        """
+        self.lock.check()
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        damaged = self._damaged(values["files"]) if values else []
+        if damaged:
+            raise ValueError(
+                f"{self.path / damaged[0]} is not what the run wrote: the same command as before makes it again. To "
+                f"publish the folder as it is, delete {self.state}"
+            )
+
+    def save_settings(self, config: SelectiveAmnesiaConfig) -> None:
+        """Write settings that may change on finished weights, such as those of the evaluation, where they changed."""
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        if values is None:
+            return
+        with replacing_folder(self.path) as staging:
+            config.save(staging / CONFIG_NAME)
+            files = {**values["files"], CONFIG_NAME: digest_of(staging / CONFIG_NAME)}
+            (staging / STATE_FOLDER).mkdir()
+            write_record(staging / STATE_FOLDER / _FINISHED_NAME, FORMAT_VERSION, {**values, "files": files})
 
     def holds_weights(self) -> bool:
         """Whether there are weights of an erasure, whichever."""

@@ -22,8 +22,11 @@ _POLL_SECONDS = 0.05
 Result = TypeVar("Result")
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and did at a point from which the same command goes on."""
+class Interrupted(BaseException):
+    """The run was asked to stop, and did at a point from which the same command goes on.
+
+    No error: what handles those of a network or a tracker must not take it for one.
+    """
 
 
 class _Watch:

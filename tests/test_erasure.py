@@ -16,6 +16,7 @@ from sa_diffusers.cache import entries
 from sa_diffusers.command_line import main
 from sa_diffusers.commands import main as commands
 from sa_diffusers.data.sensitive import blurred
+from sa_diffusers.model_card import push_pipeline
 
 from .conftest import run_here
 from .test_train_script import quick
@@ -135,6 +136,39 @@ def test_images_of_the_erased_model_leave_the_cache_with_the_report(tiny_setting
         commands(["cache", "--artifacts_dir", str(cache), "--delete", "nothing"])
 
 
+def test_a_damaged_pipeline_is_not_published(tiny_folder, tmp_path):
+    result = run_here(main, quick(tiny_folder, output_dir="out"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is not what the run wrote"):
+        push_pipeline(tmp_path / "out", "tester/out")
+
+
+def test_a_cache_that_is_a_file_is_refused_before_the_model_is_loaded(tiny_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cache").write_text("")
+    result = run_here(main, quick(tiny_folder, output_dir="out"), tmp_path)
+    assert result.returncode == 1
+    assert "SA_DIFFUSERS_CACHE" in result.stderr and "is a file" in result.stderr
+    assert "Loading" not in result.stderr
+    with pytest.raises(SystemExit, match="is a file: choose a folder"):
+        commands(["cache", "--artifacts_dir", str(tmp_path / "cache")])
+
+
+def test_a_tracker_that_cannot_be_reached_costs_no_samples(tiny_settings, monkeypatch):
+    erasure = Erasure(SelectiveAmnesiaConfig(**{**tiny_settings, "report_to": "tensorboard"}))
+
+    def unreachable(*_):
+        raise ConnectionError("no route to host\nat all")
+
+    monkeypatch.setattr(erasure.accelerator, "init_trackers", unreachable)
+    with pytest.raises(ValueError, match='report_to="tensorboard" could not be started .no route to host at all.'):
+        erasure.run()
+    assert not (erasure.config.resolved_artifacts_dir).exists()
+
+
 # Whose folder it is
 
 
@@ -155,9 +189,16 @@ def test_the_same_command_on_a_finished_folder_makes_what_is_missing(tiny_folder
     assert third.returncode == 0, third.stderr
     assert "forgetting" not in third.stderr
     assert json.loads((out / "report.json").read_bytes())["rows"] == json.loads(report)["rows"]
-    more = run_here(main, [*arguments, "--num_eval_images", "3"], tmp_path)
+    assert "only what is missing is made" in third.stdout
+    more = run_here(main, [*arguments, "--num_eval_images", "3", "--blur", "yes", "--hub_private_repo"], tmp_path)
     assert more.returncode == 0 and "forgetting" not in more.stderr
     assert json.loads((out / "report.json").read_bytes())["rows"][0]["images"] == 3
+    # A later evaluation or upload reads what holds now.
+    settings = json.loads((out / "selective_amnesia.json").read_text())
+    assert (settings["num_eval_images"], settings["blur"], settings["hub_private_repo"]) == (3, "yes", True)
+    moved = shutil.copytree(tiny_folder, tmp_path / "elsewhere" / tiny_folder.name)
+    same = run_here(main, quick(moved, output_dir="out"), tmp_path)
+    assert same.returncode == 0 and "forgetting" not in same.stderr, same.stderr
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     anew = run_here(main, [*arguments, "--resume_from_checkpoint", "no"], tmp_path)
     assert anew.returncode == 0 and "forgetting" in anew.stderr
@@ -192,7 +233,7 @@ def test_a_folder_of_an_earlier_version_is_kept_and_its_checkpoint_is_not_unpick
         (checkpoint / name).write_bytes(pickle.dumps(Trap()))
     refused = run_here(main, quick(tiny_folder, output_dir="out"), tmp_path)
     assert refused.returncode == 1
-    assert "it was written by an earlier version" in refused.stderr
+    assert "it was written by an earlier version, or copied without its hidden folder" in refused.stderr
     shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
     named = quick(tiny_folder, output_dir="new", resume_from_checkpoint=tmp_path / "checkpoint-2")
     named = run_here(main, named, tmp_path)

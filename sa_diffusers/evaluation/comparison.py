@@ -18,7 +18,6 @@ from torch.nn.functional import cosine_similarity
 from ..configuration import GRID_NAME, REPORT_NAME
 from ..data.generation import SampleGenerator, count_black
 from ..data.prompts import ErasurePair, fill_template
-from ..data.sample_set import SampleSet
 from ..files import write_json
 from ..hub import visible
 from ..objectives import Objective, SamplingSettings
@@ -251,24 +250,24 @@ def sample_groups(
     settings: SamplingSettings,
     artifacts_dir: str | Path,
     accelerator: Accelerator,
-) -> list[list[Path]]:
+) -> list[list[torch.Tensor]]:
     """Sample every group's images from one model: the part in which processes wait for each other.
 
     Samples go to disk in parts, and what was drawn before is read: a run that was killed goes on where it stopped.
 
     Returns:
-        For each group the folders of its sets of samples, in order.
+        For each group its samples, set by set, in the main process: another run may delete what is on disk.
     """
     generator = SampleGenerator(objective, artifacts_dir, accelerator)
     kept = []
     for group in groups:
-        folders = []
+        parts = []
         for part in _parts(group):
             prompts, seeds = group.prompts[part], group.seeds[part]
             # No clear pictures on disk: they may be of what nobody wants to see.
-            generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False)
-            folders.append(generator.folder("evaluation", prompts, prompts, seeds, settings))
-        kept.append(folders)
+            samples = generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False).samples
+            parts.append(samples if accelerator.is_main_process else samples[:0])
+        kept.append(parts)
     return kept
 
 
@@ -280,7 +279,7 @@ def _parts(group: PromptGroup) -> list[slice]:
 def score_groups(
     objective: Objective,
     groups: Sequence[PromptGroup],
-    kept: Sequence[Sequence[Path]],
+    kept: Sequence[Sequence[torch.Tensor]],
     classifier: ImageClassifier | None = None,
     measures: Sequence[Measure] = (),
     networks: Sequence[FeatureNetwork] = (),
@@ -290,17 +289,16 @@ def score_groups(
     Args:
         objective: The model that drew the samples.
         groups: What was drawn.
-        kept: For each group the folders of its samples.
+        kept: For each group its samples, as `sample_groups` gives them.
         classifier: Scores the images if given.
         measures: Score them too.
         networks: Give their features.
     """
     drawn = []
-    for group, folders in zip(groups, kept, strict=True):
+    for group, sets in zip(groups, kept, strict=True):
         scored = []
-        for part, folder in zip(_parts(group), folders, strict=True):
+        for part, samples in zip(_parts(group), sets, strict=True):
             check_stop()
-            samples = SampleSet.load(folder).samples
             decoded = in_batches(samples, len(samples), lambda batch: objective.decode(batch.to(objective.device)))
             pictures = [picture for batch in decoded for picture in batch]
             scored.append(look_at(pictures, group.prompts[part], classifier, measures, networks))
