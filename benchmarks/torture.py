@@ -1340,7 +1340,7 @@ def faults(results: Sequence[Result]) -> Iterator[str]:
 MODERATE = {"kills": 16, "stage_kills": 1, "every_rename": 6, "every_change": 40, "processes": 6, "signals": 9,
             "signals_in_two": 3, "launchers": 1, "damage": 40, "settings": 400, "together": 1, "disk": 6,
             "places": 9}  # fmt: skip
-SHORT = {"kills": 2, "stage_kills": 0, "every_rename": 25, "every_change": 0, "processes": 1, "signals": 2,
+SHORT = {"kills": 2, "stage_kills": 0, "every_rename": 100, "every_change": 0, "processes": 1, "signals": 2,
          "signals_in_two": 0, "launchers": 0, "damage": 5, "settings": 100, "together": 1, "disk": 2,
          "places": 2}  # fmt: skip
 LARGE = {"kills": 60, "stage_kills": 5, "every_rename": 1, "every_change": 5, "processes": 24, "signals": 30,
@@ -1370,6 +1370,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="attacks at a time [1]")
     parser.add_argument("--folder", help="where runs take place; kept [a temporary one, deleted if nothing was wrong]")
     parser.add_argument("--report", help="file for the tables too")
+    parser.add_argument("--results", help="file for what became of each attack, a JSON object a line")
     args = parser.parse_args()
     for name, count in {"short": SHORT, "moderate": MODERATE, "large": LARGE}[args.size].items():
         if getattr(args, name) is None:
@@ -1382,8 +1383,11 @@ def main() -> None:
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="torture-", dir=args.folder))
-    # A user without rights has to get in.
+    # A user without rights has to get in, or root could not be shown a folder that cannot be written.
     root.chmod(0o755)
+    closed = [path for path in root.resolve().parents if not path.stat().st_mode & 0o001]
+    if closed and os.getuid() == 0 and "disk" in args.attacks:
+        sys.exit(f"error: only some users can enter {closed[0]}: choose another --folder")
     lab = Laboratory(root, args.seed, args.jobs)
     again = start(lab.arguments("mixed"), root / "again")
     again.wait()
@@ -1402,7 +1406,8 @@ def main() -> None:
             Path(args.report).write_text("\n\n".join(tables) + "\n")
         for fault in faults(found):
             print(fault, flush=True)
-    (root / "results.jsonl").write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
+    if args.results:
+        Path(args.results).write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
     bad = sum(result.outcome in (TRACEBACK, WRONG) for result in results)
     print(f"\n{len(results)} attacks, {bad} went wrong" + (f"; what they left is in {root}" if bad else ""))
     if not bad and not args.folder:

@@ -127,12 +127,16 @@ def write_checkpoint(
             "scaler": state.scaler,
         }
         write_sealed(staging, STATE_NAME, FORMAT_VERSION, values)
+    delete_oldest(output_dir, state.step, identity, limit)
+    return target
+
+
+def delete_oldest(output_dir: Path, step: int, identity: Identity, limit: int | None) -> None:
+    """Delete the oldest checkpoints of a run up to a step, beyond a limit."""
     if limit:
-        mine = [path for path in checkpoints(output_dir)
-                if _step(path) <= state.step and _belongs(path, identity)]  # fmt: skip
+        mine = [path for path in checkpoints(output_dir) if _step(path) <= step and _belongs(path, identity)]
         for old in mine[:-limit]:
             shutil.rmtree(old)
-    return target
 
 
 def read_checkpoint(folder: str | Path) -> TrainingState:

@@ -70,6 +70,10 @@ class OutputFolder:
             self._refuse(self._differences(settings, recorded["settings"]))
         elif self._facts() is None and (self.path / CONFIG_NAME).is_file():
             earlier = read_json(self.path / CONFIG_NAME)
+            base = earlier.get("pretrained_model_name_or_path")
+            if isinstance(base, str) and Path(base).is_dir():
+                # As in the settings given: a folder counts by its name.
+                earlier["pretrained_model_name_or_path"] = Path(base).resolve().name
             known = {name: value for name, value in settings.items() if name in earlier}
             differing = Identity("erasure", known).differences({name: earlier[name] for name in known})
             missing = f"it was written by an earlier version, or copied without its hidden folder {STATE_FOLDER}"

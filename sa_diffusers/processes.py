@@ -73,6 +73,13 @@ def watching() -> Iterator[None]:
             before[number] = signal.signal(number, _watch.handle)
     try:
         yield
+    except (Interrupted, OSError, FloatingPointError):
+        raise
+    except Exception as error:
+        # What a signal interrupts may be code that answers with an error of its own (an import does).
+        if _watch.reason is None:
+            raise
+        raise Interrupted(_watch.reason) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

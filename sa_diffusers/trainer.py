@@ -22,6 +22,7 @@ from .checkpoints import (
     Choice,
     TrainingState,
     choose_checkpoint,
+    delete_oldest,
     read_checkpoint,
     write_checkpoint,
 )
@@ -379,6 +380,9 @@ class SelectiveAmnesiaTrainer:
             disable=not accelerator.is_main_process,
         )
         skipped_in_a_row = 0
+        if first and self.output_dir and accelerator.is_main_process:
+            # The run may have ended before it did.
+            delete_oldest(self.output_dir, first, self.identity, config.checkpoints_total_limit)
         picture = self._validation_file(first)
         if first and self._validates(first) and picture and not picture.is_file():
             # The run ended between its checkpoint and these images.

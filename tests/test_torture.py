@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from sa_diffusers.files import finish_interrupted, read_record, replacing_folder
 from sa_diffusers.fisher.estimator import _PartialSum
 from sa_diffusers.identity import Identity
 from sa_diffusers.output_folder import STATE_FOLDER, OutputFolder
+from sa_diffusers.processes import Interrupted, watching
 from sa_diffusers.trainer import sampling_settings
 
 from .conftest import REPOSITORY, run_here
@@ -25,19 +27,12 @@ from .conftest import REPOSITORY, run_here
 @pytest.fixture(scope="module")
 def attacks(tmp_path_factory):
     """What became of a handful of each attack, by the attack's name."""
-    folder = tmp_path_factory.mktemp("torture")
-    command = [
-        sys.executable,
-        str(REPOSITORY / "benchmarks" / "torture.py"),
-        "--size",
-        "short",
-        "--folder",
-        str(folder),
-    ]
+    report = tmp_path_factory.mktemp("torture") / "results.jsonl"
+    program = str(REPOSITORY / "benchmarks" / "torture.py")
+    command = [sys.executable, program, "--size", "short", "--results", str(report)]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    found = list(folder.glob("torture-*/results.jsonl"))
-    assert found, ended.stdout + ended.stderr
-    results = [json.loads(line) for line in found[0].read_text().splitlines()]
+    assert report.is_file(), ended.stdout + ended.stderr
+    results = [json.loads(line) for line in report.read_text().splitlines()]
     assert (ended.returncode == 0) == all(result["outcome"] not in ("wrong", "traceback") for result in results)
     for attack in {result["attack"] for result in results}:
         assert f"| {attack} | times |" in ended.stdout
@@ -85,9 +80,8 @@ def test_a_kept_set_with_anothers_content_is_set_aside(tiny_objective, tiny_conf
     settings = sampling_settings(tiny_config)
     cat = generator.drawn("replay", ["cat"], ["cat"], [1], settings)
     generator.drawn("replay", ["dog"], ["dog"], [2], settings)
-    mine, other = (
-        generator.folder("replay", [name], [name], [seed], settings) for name, seed in (("cat", 1), ("dog", 2))
-    )
+    mine = generator.folder("replay", ["cat"], ["cat"], [1], settings)
+    other = generator.folder("replay", ["dog"], ["dog"], [2], settings)
     mine.rename(tmp_path / "elsewhere")
     other.rename(mine)
     again = generator.drawn("replay", ["cat"], ["cat"], [1], settings)
@@ -215,10 +209,38 @@ def test_fisher_information_of_another_run_under_this_ones_name_is_set_aside(tin
     assert weights(tmp_path / "erased") == trained
 
 
+def test_an_error_that_a_signal_caused_is_the_signal():
+    """Code that is interrupted may answer with an error of its own: an import of compiled code does."""
+    with pytest.raises(Interrupted, match="SIGTERM"), watching():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            raise RuntimeError("initialization failed") from None
+    with pytest.raises(RuntimeError, match="another"), watching():
+        raise RuntimeError("another")
+
+
+def test_checkpoints_beyond_the_limit_go_when_a_run_goes_on(tiny_settings, tmp_path):
+    """The run has ended between a checkpoint's arrival and the removal of the oldest."""
+    arguments = command({**tiny_settings, "checkpointing_steps": 1, "checkpoints_total_limit": 3})
+    output = tmp_path / "erased"
+    assert run_here(main, arguments, tmp_path).returncode == 0
+    (output / STATE_FOLDER / "finished.json").unlink()
+    fewer = [*arguments, "--checkpoints_total_limit", "1"]
+    again = run_here(main, fewer, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_validation_images_survive(tiny_settings, tmp_path):
     """A run that ends between a checkpoint and the images of its step makes them; damaged weights cost none."""
-    arguments = command({**tiny_settings, "checkpointing_steps": 2, "validation_steps": 2,
-                         "validation_prompts": ["cat"], "num_validation_images": 1})  # fmt: skip
+    changes = {
+        "checkpointing_steps": 2,
+        "validation_steps": 2,
+        "validation_prompts": ["cat"],
+        "num_validation_images": 1,
+    }
+    arguments = command({**tiny_settings, **changes})
     output = tmp_path / "erased"
     assert run_here(main, arguments, tmp_path).returncode == 0
     pictures = {path.name: path.read_bytes() for path in (output / "validation").iterdir()}
