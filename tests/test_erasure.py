@@ -227,6 +227,8 @@ def test_a_folder_of_an_earlier_version_is_kept_and_its_checkpoint_is_not_unpick
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     shutil.rmtree(out / ".selective_amnesia")
+    for written in out.glob("checkpoint-*"):
+        shutil.rmtree(written)
     checkpoint = out / "checkpoint-2"
     checkpoint.mkdir()
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin"):
@@ -265,7 +267,7 @@ def test_a_replacement_that_fails_leaves_the_earlier_erasure_with_its_settings_a
 
 def test_checkpoints_that_will_not_do_are_passed_over_by_name(tiny_folder, tmp_path):
     """The newest is damaged, an older one of another run: it goes on from the oldest, and ends in the same bits."""
-    flags = {"max_train_steps": 8, "checkpointing_steps": 2, "checkpoints_total_limit": 4, "lr_scheduler": "cosine",
+    flags = {"max_train_steps": 8, "checkpointing_steps": 2, "checkpoints_total_limit": 20, "lr_scheduler": "cosine",
              "use_ema": True}  # fmt: skip
     whole = run_here(main, quick(tiny_folder, **flags, output_dir="whole"), tmp_path)
     assert whole.returncode == 0, whole.stderr
