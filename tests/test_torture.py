@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_unfinished_files_of_dead_processes_go(tmp_path, monkeypatch):
     (left,) = tmp_path.iterdir()
     finish_interrupted(tmp_path)
     assert left.exists(), "its process lives"
-    os.utime(left, (1e9, 1e9))
+    os.utime(left, (time.time() - 12 * 3600,) * 2)
     finish_interrupted(tmp_path)
     assert not left.exists()
 
@@ -165,7 +166,8 @@ def test_unfinished_checkpoints_of_dead_processes_go(tmp_path):
         raise KeyboardInterrupt
     left = folder.path / name
     (tmp_path / "kept").rename(left)
-    os.utime(left, (1e9, 1e9))
+    # Before this process, whose number it has, began.
+    os.utime(left, (time.time() - 12 * 3600,) * 2)
     folder.begin(Identity("training", {"seed": 1}), {"seed": 1})
     assert not left.exists()
 
