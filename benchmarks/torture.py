@@ -47,6 +47,7 @@ STAGES = ("loading", "sampling", "fisher", "evaluation before", "training", "sav
 _LIMIT = 180  # seconds that no run here takes
 _PATIENCE = 10  # seconds until what a launcher does is done to a rank that waits for a dead one
 _LONGEST_MESSAGE = 2000
+SHOWN = 30  # faults of an attack
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -1404,8 +1405,8 @@ def main() -> None:
         print(f"{tables[-1]}\n\n({time.monotonic() - began:.0f} s)\n", flush=True)
         if args.report:
             Path(args.report).write_text("\n\n".join(tables) + "\n")
-        for fault in faults(found):
-            print(fault, flush=True)
+        told = list(faults(found))
+        print("\n".join([*told[:SHOWN], *([f"- and {len(told) - SHOWN} more"] if told[SHOWN:] else [])]), flush=True)
     if args.results:
         Path(args.results).write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
     bad = sum(result.outcome in (TRACEBACK, WRONG) for result in results)

@@ -185,7 +185,7 @@ def sweep(parent: str | Path, prefix: str) -> None:
 
 def _sweep_files(folder: Path) -> None:
     for path in folder.glob(f".*{_WRITING}*"):
-        if path.is_file() and not _is_alive(path, path.name.partition(_WRITING)[0] + _WRITING):
+        if path.is_file() and not _is_alive(path, ""):
             path.unlink(missing_ok=True)
 
 
@@ -194,7 +194,7 @@ def _owner() -> str:
 
 
 def _is_alive(path: Path, prefix: str) -> bool:
-    host, _, rest = path.name.removeprefix(prefix).partition("-")
+    host, _, rest = path.name.rpartition(_WRITING)[2].removeprefix(prefix).partition("-")
     number = rest.partition("-")[0]
     try:
         written = path.stat().st_mtime

@@ -228,10 +228,9 @@ class OutputFolder:
             identity: All that the trained weights depend on.
             anew: Whether weights of this identity count as an earlier erasure's too.
         """
-        own = self.names_finished(identity)
-        if read_record(self._finished_file, FORMAT_VERSION) is None and self.is_of(identity):
-            # Damaged: the weights are this run's, unless it has come to replace others.
-            own = not (self._recorded() or {"replaces": True})["replaces"]
+        # Weights in a folder that this run took are its own, unless it has come to replace others.
+        came_to_replace = (self._recorded() or {"replaces": True})["replaces"]
+        own = self.names_finished(identity) or (self.is_of(identity) and not came_to_replace)
         apart = self.holds_weights() and (anew or not own)
         return (self.state if apart else self.path) / VALIDATION_NAME
 

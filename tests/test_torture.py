@@ -1,10 +1,13 @@
 """A handful of every attack of `benchmarks/torture.py`, and what they have found, each alone."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -14,7 +17,15 @@ from sa_diffusers.command_line import main
 from sa_diffusers.data.generation import SampleGenerator, _Part, _part, _read_part, _write_part
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.environment import create_accelerator
-from sa_diffusers.files import finish_interrupted, read_record, replacing_folder, write_bytes, write_json, write_record
+from sa_diffusers.files import (
+    finish_interrupted,
+    new_folder,
+    read_record,
+    replacing_folder,
+    write_bytes,
+    write_json,
+    write_record,
+)
 from sa_diffusers.fisher.estimator import _PartialSum
 from sa_diffusers.identity import Identity
 from sa_diffusers.output_folder import STATE_FOLDER, OutputFolder
@@ -142,8 +153,22 @@ def test_unfinished_files_of_dead_processes_go(tmp_path, monkeypatch):
     (left,) = tmp_path.iterdir()
     finish_interrupted(tmp_path)
     assert left.exists(), "its process lives"
-    os.utime(left, (1e9, 1e9))
+    os.utime(left, (time.time() - 12 * 3600,) * 2)
     finish_interrupted(tmp_path)
+    assert not left.exists()
+
+
+def test_unfinished_checkpoints_of_dead_processes_go(tmp_path):
+    folder = OutputFolder(tmp_path / "out")
+    with contextlib.suppress(KeyboardInterrupt), new_folder(folder.path / "checkpoint-2") as staging:
+        shutil.copytree(staging, tmp_path / "kept")
+        name = staging.name
+        raise KeyboardInterrupt
+    left = folder.path / name
+    (tmp_path / "kept").rename(left)
+    # Before this process, whose number it has, began.
+    os.utime(left, (time.time() - 12 * 3600,) * 2)
+    folder.begin(Identity("training", {"seed": 1}), {"seed": 1})
     assert not left.exists()
 
 
