@@ -16,11 +16,12 @@ from .configuration import (
     flag_type,
     read_settings,
 )
+from .messages import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `examples/train_sa.py`, one flag for each field of the configuration."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Make a text-to-image model forget a concept.",
         epilog=textwrap.dedent("""\
             Settings are taken from, the later the stronger: the defaults shown here, the base model's own

@@ -1,11 +1,11 @@
 """The command `sa-diffusers`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from .cache import STATES, delete, entries, listing
 from .configuration import SelectiveAmnesiaConfig
+from .messages import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Default: the program's own.
     """
-    parser = argparse.ArgumentParser(prog="sa-diffusers", description=__doc__)
+    parser = Parser(prog="sa-diffusers", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cache = commands.add_parser(
         "cache",

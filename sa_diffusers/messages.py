@@ -1,12 +1,14 @@
 """What messages show of values, files and errors that somebody else made."""
 
+import argparse
 import difflib
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _LONGEST = 80
+_LONGEST_COMPLAINT = 600
 # Of values in values only the first are shown: written out, a few that hold each other could fill the memory.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
@@ -30,6 +32,13 @@ def shown(value: Any, limit: int = _LONGEST) -> str:
         for letter in value[: limit + 1]
     )
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one clean line, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message, _LONGEST_COMPLAINT))
 
 
 def shown_error(error: BaseException, limit: int = 200) -> str:

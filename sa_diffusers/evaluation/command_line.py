@@ -19,6 +19,7 @@ from ..data.sensitive import BLUR_CHOICES, must_blur
 from ..environment import launched
 from ..files import finish_interrupted
 from ..hub import one_line
+from ..messages import Parser
 from ..model_card import write_model_card
 from ..objectives import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
 from ..objectives.base import fingerprint_module
@@ -73,9 +74,7 @@ IMAGES = {"class": 500, "concept": 50, "robustness": 50, "celebrity": CELEBRITY_
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", required=True, help="the model before: a folder or a name on the Hub")
     add("--erased", required=True, help="the model after: a folder that train_sa.py wrote, or a name on the Hub")
