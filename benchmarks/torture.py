@@ -1341,10 +1341,10 @@ def faults(results: Sequence[Result]) -> Iterator[str]:
 MODERATE = {"kills": 16, "stage_kills": 1, "every_rename": 6, "every_change": 40, "processes": 6, "signals": 9,
             "signals_in_two": 3, "launchers": 1, "damage": 40, "settings": 400, "together": 1, "disk": 6,
             "places": 9}  # fmt: skip
-SHORT = {"kills": 2, "stage_kills": 0, "every_rename": 100, "every_change": 0, "processes": 1, "signals": 2,
-         "signals_in_two": 0, "launchers": 0, "damage": 5, "settings": 100, "together": 1, "disk": 2,
+SHORT = {"kills": 1, "stage_kills": 0, "every_rename": 100, "every_change": 0, "processes": 1, "signals": 1,
+         "signals_in_two": 0, "launchers": 0, "damage": 4, "settings": 100, "together": 1, "disk": 2,
          "places": 2}  # fmt: skip
-LARGE = {"kills": 60, "stage_kills": 5, "every_rename": 1, "every_change": 5, "processes": 24, "signals": 30,
+LARGE = {"kills": 60, "stage_kills": 5, "every_rename": 1, "every_change": 10, "processes": 24, "signals": 30,
          "signals_in_two": 9, "launchers": 1, "damage": 1000, "settings": 2000, "together": 5, "disk": 20,
          "places": 9}  # fmt: skip
 
