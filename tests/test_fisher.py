@@ -92,6 +92,10 @@ def test_saved_with_its_origin_and_loaded_alone(objective, samples, tmp_path):
                   "seed", "samples", "trained_module"):  # fmt: skip
         assert field in loaded.config
     loaded.check(fisher_identity(objective, "digest", "xattn"), parameters)
+    # What an earlier version published cannot be told from that of another text encoder or other betas.
+    (tmp_path / "fisher" / "fisher_config.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="has format 1, which does not say all that it depends on"):
+        FisherInformation.from_pretrained(tmp_path / "fisher")
 
 
 def test_fisher_of_another_run_is_refused(objective, samples):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..configuration import FISHER_CONFIG_NAME
-from ..files import DamagedArtefact, new_folder, read_sealed, replacing_folder, write_sealed
+from ..files import DamagedArtefact, new_folder, read_json, read_sealed, replacing_folder, write_sealed
 from ..hub import (
     CARD_MARKER,
     inherited_licence,
@@ -154,6 +154,12 @@ The numbers say how much each weight matters to what the model draws, and hold n
         for file in (FISHER_NAME, FISHER_CONFIG_NAME):
             if not (folder / file).is_file():
                 raise DamagedArtefact(f"{name_or_path} holds no Fisher information: it has no {file}")
+        found = read_json(folder / FISHER_CONFIG_NAME).get("format_version")
+        if isinstance(found, int) and found < FORMAT_VERSION:
+            raise ValueError(
+                f"{name_or_path} has format {found}, which does not say all that it depends on: leave the flag fisher "
+                "out to have it computed again"
+            )
         config = read_sealed(folder, FISHER_CONFIG_NAME, FORMAT_VERSION, "Fisher information")
         try:
             values = load_file(folder / FISHER_NAME)
