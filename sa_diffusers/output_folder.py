@@ -199,7 +199,9 @@ class OutputFolder:
         """
         self.lock.check()
         values = read_record(self._finished_file, FORMAT_VERSION)
-        damaged = self._damaged(values["files"]) if values else []
+        # Settings may say by hand where it goes.
+        files = {name: digest for name, digest in values["files"].items() if name != CONFIG_NAME} if values else {}
+        damaged = self._damaged(files)
         if damaged:
             raise ValueError(
                 f"{self.path / damaged[0]} is not what the run wrote: the same command as before makes it again. To "
