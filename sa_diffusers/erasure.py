@@ -543,14 +543,14 @@ class Erasure:
     def _run(self) -> Comparison | None:
         config = self.config
         self.accelerator.wait_for_everyone()
-        tell = say if self._is_main else _say_nothing
-        finished = not self._starts_over and self.output.is_finished(self.identity, tell)
+        finished = self._agreed(self._is_main and not self._starts_over and self.output.is_finished(self.identity, say))
         if finished and self._is_main:
             say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
-        if finished and self._is_main and not self._has_these_settings():
-            self.output.save_settings(config)
-        if finished and (report := self._kept_report()):
-            return Comparison(report)
+            if not self._has_these_settings():
+                self.output.save_settings(config)
+        report = self._kept_report() if finished and self._is_main else None
+        if self._agreed(report is not None):
+            return Comparison(report) if report is not None else None
         groups = self.evaluation_groups()
         if not finished and self.accelerator.log_with:
             # A tracker that cannot be reached should cost no samples.
@@ -588,6 +588,11 @@ class Erasure:
             self.output.save_report(comparison.save, self.evaluation_identity())
         return comparison
 
+    def _agreed(self, answer: bool) -> bool:
+        """The main process's answer, in all of them: what it writes meanwhile must not part them."""
+        said = torch.tensor(float(answer and self._is_main), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(said, reduction="sum") > 0)
+
     @property
     def _starts_over(self) -> bool:
         return self.config.resume_from_checkpoint == "no"
@@ -609,7 +614,7 @@ class Erasure:
         return plain(self.config.to_dict()).items() <= recorded.items()
 
     def _kept_report(self) -> dict[str, Any] | None:
-        whole = self.output.holds_report(self.evaluation_identity(), say if self._is_main else _say_nothing)
+        whole = self.output.holds_report(self.evaluation_identity(), say)
         return read_json(self.output_dir / REPORT_NAME) if whole else None
 
     def _surrogates_as_seen(self, objective: Objective, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
@@ -721,7 +726,3 @@ def enable_xformers(module: torch.nn.Module) -> None:
             f"enable_xformers_memory_efficient_attention needs xformers and a CUDA device ({error}): pip install "
             "xformers, or leave the flag out (PyTorch's own attention is about as fast)"
         ) from error
-
-
-def _say_nothing(_: str) -> None:
-    """For all processes but the main one."""

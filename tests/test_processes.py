@@ -93,6 +93,22 @@ def test_the_same_samples_and_the_same_fisher_information(runs, count):
             torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-5 * scale)
 
 
+def test_several_processes_agree_on_what_is_finished(runs, tiny_folder):
+    """The settings that changed are rewritten by one while the others look at the folder."""
+    folder, _ = runs[2]
+    arguments = quick(tiny_folder, **STEPS, train_batch_size=3, output_dir="out")
+    weights = (folder / "out" / WEIGHTS).stat().st_mtime_ns
+    changed = launch(2, [*arguments, "--num_eval_images", "3"], folder)
+    again = launch(2, [*arguments, "--num_eval_images", "3"], folder)
+    for result in (changed, again):
+        assert result.returncode == 0, result.stderr
+        assert "forgetting" not in result.stderr
+        assert result.stderr.count("holds this very erasure") == 1
+        assert result.stdout.count("prompted with") == 1
+    assert (folder / "out" / WEIGHTS).stat().st_mtime_ns == weights
+    assert "sampling" not in again.stderr
+
+
 def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
     """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
     settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
