@@ -38,6 +38,13 @@ VARIANTS: dict[str, dict] = {
     "without both": {"replay_weight": 0, "ewc_weight": 0},
     "noise target": {"target": "noise"},
     "bare prompt": {"concept_templates": ["{}"]},
+    "as the paper": {
+        "target": "noise",
+        "concept_templates": ["{}"],
+        "replay_surrogates": False,
+        "fisher_concept_share": None,
+        "ema_warmup": False,
+    },
 }
 
 
@@ -45,7 +52,8 @@ RECORDED = (
     "seed", "eval_seed", "num_eval_images", "concept_templates", "eval_templates", "num_surrogate_images",
     "surrogate_guidance_scale", "num_replay_images", "replay_guidance_scale", "replay_unconditional_share",
     "num_fisher_samples", "fisher_timesteps", "ewc_weight", "replay_weight", "target", "max_train_steps",
-    "train_batch_size", "learning_rate", "lr_scheduler", "use_ema", "ema_decay",
+    "train_batch_size", "learning_rate", "lr_scheduler", "use_ema", "ema_decay", "ema_warmup",
+    "replay_surrogates", "fisher_concept_share",
 )  # fmt: skip
 
 
