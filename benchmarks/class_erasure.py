@@ -92,7 +92,7 @@ def erase(concept: str, variant: str, kind: str, args: argparse.Namespace) -> di
         "report_to": "none",
     }
     config = SelectiveAmnesiaConfig(**values)
-    report = Erasure(config).run().report
+    report = Erasure(config).run().report.to_dict()
     row = next(row for row in report["rows"] if row["role"] == "concept")
     result = {
         "concept": {name: row[name] for name in ("recognised", "probability", "entropy")},

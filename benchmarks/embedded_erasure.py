@@ -91,7 +91,7 @@ def erase(concept: str, surrogate: str, method: str, settings: dict, args: argpa
         "report_to": "none",
         **settings,
     }
-    report = Erasure(SelectiveAmnesiaConfig(**values)).run().report
+    report = Erasure(SelectiveAmnesiaConfig(**values)).run().report.to_dict()
     held_out = next(row for row in report["rows"] if row["name"] == concept)
     trained = next(row for row in report["rows"] if row["name"] == f"{concept} (trained phrasings)")
     target = next(row for row in report["rows"] if row["name"] == surrogate)

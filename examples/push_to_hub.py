@@ -12,7 +12,7 @@ from pathlib import Path
 from sa_diffusers.configuration import CONFIG_NAME, FISHER_CONFIG_NAME
 from sa_diffusers.files import read_json
 from sa_diffusers.hub import push_folder
-from sa_diffusers.model_card import push_pipeline
+from sa_diffusers.publish import push_pipeline
 
 
 def parse_args() -> argparse.Namespace:

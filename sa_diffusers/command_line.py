@@ -3,14 +3,15 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .configuration import (
     GRID_NAME,
-    REPORT_NAME,
     SelectiveAmnesiaConfig,
     base_defaults,
     flag_type,
@@ -107,7 +108,10 @@ def main(arguments: Sequence[str] | None = None, build_objective: Callable | Non
 def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> None:
     from .erasure import Erasure
     from .hub import CARD_NAME, repository_name
-    from .model_card import push_pipeline, write_model_card
+    from .markup import visible
+    from .publish import push_pipeline, write_model_card
+    from .report import PAGE_NAME
+    from .results.verdict import EXIT_NOT_FORGOTTEN, FORGOTTEN
 
     if config.push_to_hub:
         # A name that the Hub refuses should not come to light after hours.
@@ -125,12 +129,32 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
     comparison = erasure.run()
     own_card = erasure.accelerator.is_main_process and write_model_card(erasure.output_dir)
     if comparison is not None:
+        folder = erasure.output_dir
         say(f"\n{comparison.table()}\n")
-        say(f"pipeline  {erasure.output_dir}")
-        say(f"report    {erasure.output_dir / REPORT_NAME}")
-        say(f"pictures  {erasure.output_dir / GRID_NAME}")
+        say(f"pipeline  {folder}")
+        say(f"report    {folder / PAGE_NAME}")
+        say(f"pictures  {folder / GRID_NAME}")
         kept = "" if own_card else " (your own; not written)"
-        say(f"card      {erasure.output_dir / CARD_NAME}{kept}")
+        say(f"card      {folder / CARD_NAME}{kept}")
         if config.push_to_hub:
-            say(f"hub       {push_pipeline(erasure.output_dir, config.hub_model_id, config.hub_private_repo)}")
+            say(f"hub       {push_pipeline(folder, config.hub_model_id, config.hub_private_repo)}")
+        say(next_commands(config, folder, erasure.labels is not None))
     erasure.accelerator.end_training()
+    verdict = comparison and comparison.report.verdict
+    if verdict:
+        say(f"verdict   {visible(verdict.line)}")
+        if config.require_forgotten and verdict.outcome != FORGOTTEN:
+            sys.exit(EXIT_NOT_FORGOTTEN)
+
+
+def next_commands(config: SelectiveAmnesiaConfig, folder: Path, has_classes: bool) -> str:
+    """What whoever has an erased pipeline does next."""
+    base, place = shlex.quote(config.pretrained_model_name_or_path), shlex.quote(str(folder))
+    protocol = "class" if has_classes else "concept"
+    lines = [
+        f"load      DiffusionPipeline.from_pretrained({str(folder)!r})",
+        f"evaluate  python examples/evaluate_sa.py --base {base} --erased {place} --protocol {protocol}",
+    ]
+    if not config.push_to_hub:
+        lines.append(f"publish   python examples/push_to_hub.py {place}")
+    return "\n".join(lines)

@@ -247,15 +247,31 @@ class SelectiveAmnesiaConfig:
         "evaluation",
         path=True,
     )
-    num_eval_images: int = _flag(
-        8, "images for each evaluation prompt (with a classifier: for each of its labels)", "evaluation"
+    clip: str | None = _flag(
+        None,
+        "CLIP model that scores the result where there is no classifier: a folder, a name on the Hub, or none "
+        "(default: openai/clip-vit-large-patch14 if it lies in the Hub's local cache)",
+        "evaluation",
+        path=True,
+        own=True,
     )
-    eval_templates: list[str] = _flag([], "phrasings of the evaluation; {} stands for the label", "evaluation")
+    num_eval_images: int = _flag(
+        40, "images for each row of the evaluation; fewer than 35 cannot show that a concept is gone", "evaluation"
+    )
+    eval_templates: list[str] = _flag(
+        [],
+        "phrasings of the evaluation that no training saw; {} stands for the concept (default, where prompts are text: "
+        "nine built-in ones)",
+        "evaluation",
+    )
     eval_seed: int = _flag(1_000_000, "first seed of the evaluation's images", "evaluation")
     blur: Literal["auto", "yes", "no"] = _flag(
         "auto",
         "blur every picture that is written: auto does where what is erased is nudity or of its kind",
         "evaluation",
+    )
+    require_forgotten: bool = _flag(
+        False, "end with exit code 3 unless the verdict is that every concept is forgotten", "evaluation", own=True
     )
     report_to: Literal["tensorboard", "wandb", "none"] = _flag(
         "tensorboard", "tracker of the losses", "evaluation", own=True

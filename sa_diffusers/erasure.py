@@ -1,5 +1,6 @@
 """One erasure from configuration to report: which stages there are, what they reuse, in which order they run."""
 
+import functools
 import gc
 import shutil
 import time
@@ -43,6 +44,9 @@ from .evaluation import (
     sample_groups,
     score_groups,
 )
+from .evaluation.clip import Clip, ZeroShotClassifier, local_clip
+from .evaluation.concept_protocol import default_held_out, near_and_far
+from .evaluation.groups import REMEMBERED_PROMPTS
 from .files import DamagedArtefact, load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
@@ -54,6 +58,7 @@ from .objectives.loading import resolved_revision
 from .output_folder import OutputFolder
 from .parameter_selection import select_parameters
 from .processes import finishing, say, wait_until
+from .results.schema import Report, Sampling
 from .seeds import STREAMS, first_seed
 from .trainer import TRAINING_SETTINGS, SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
 
@@ -69,7 +74,7 @@ _FISHER = (*_REPLAY, "concept_templates", "num_fisher_samples", "fisher_timestep
            "train_method", "snr_gamma", "noise_offset")  # fmt: skip
 _TRAINING = (*_SURROGATES, *_FISHER, "fisher", *TRAINING_SETTINGS, "train_batch_size", "gradient_accumulation_steps",
              "learning_rate", "scale_lr")  # fmt: skip
-_REPORT = ("classifier", "reference_features", "num_eval_images", "eval_templates", "eval_seed", "blur")
+_REPORT = ("classifier", "reference_features", "clip", "num_eval_images", "eval_templates", "eval_seed", "blur")
 DEPENDENCIES = {
     "surrogates": frozenset(_SURROGATES),
     "replay": frozenset(_REPLAY),
@@ -83,9 +88,8 @@ IRRELEVANT = frozenset((
     "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "checkpointing_steps",
     "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
     "validation_steps", "num_validation_images", "report_to", "logging_dir", "logging_steps", "tracker_project_name",
-    "push_to_hub", "hub_model_id", "hub_private_repo",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "require_forgotten",
 ))  # fmt: skip
-REMEMBERED_PROMPTS = 6
 _BYTES_PER_SECOND = 300e6
 
 
@@ -127,6 +131,7 @@ class Erasure:
         )  # fmt: skip
         self.revision = resolved_revision(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
         self.objective: Objective = self._build_objective(pipeline)
+        self.labels = self.objective.labels
         self._name_prompts()
         self.objective.to(self.accelerator.device)
         if config.enable_xformers_memory_efficient_attention:
@@ -136,11 +141,7 @@ class Erasure:
         ):
             raise ValueError(f"gradient_checkpointing: {type(self.objective.module).__name__} has none: leave it out")
         self.parameters = select_parameters(self.objective.module, config.train_method)
-        self.classifier: ImageClassifier | None = None
-        if config.classifier:
-            self.classifier = ImageClassifier(config.classifier, self.accelerator.device, config.reference_features)
-            if self.objective.labels is not None:
-                self.classifier.check_classes(self.objective.labels, [pair.concept for pair in self.pairs])
+        self.classifier = self._scorer()
         self.base = self.objective.fingerprint()
         self.generator = SampleGenerator(
             self.objective, config.resolved_artifacts_dir, self.accelerator, self.base, self.blur
@@ -166,6 +167,38 @@ class Erasure:
             # A checkpoint that will not do is told before anything is sampled.
             self.choice()
         self.seconds: dict[str, float] = {}
+
+    def _scorer(self) -> ImageClassifier | ZeroShotClassifier | None:
+        """What says whether images show the concept: the given classifier, else a CLIP that is at hand, or nothing."""
+        config, device = self.config, self.accelerator.device
+        concepts = [pair.concept for pair in self.pairs]
+        if config.classifier:
+            classifier = ImageClassifier(config.classifier, device, config.reference_features)
+            if self.objective.labels is not None:
+                classifier.check_classes(self.objective.labels, concepts)
+            return classifier
+        name = local_clip(config.clip) if self.objective.labels is None else None
+        if name is None:
+            return None
+        clip = Clip(name, device)
+        surrogates = [pair.surrogate.value for pair in self.pairs if pair.surrogate.kind == "prompt"]
+        near, far = near_and_far(concepts, surrogates, clip.embed_texts)
+        return ZeroShotClassifier(clip, [*concepts, *surrogates, *near, *far])
+
+    @functools.cached_property
+    def eval_templates(self) -> list[str]:
+        """Phrasings of the evaluation: those that were asked for, else the built-in ones that no training saw and that
+        the model reads to the end of the name."""
+        config = self.config
+        if config.eval_templates or self.labels is not None:
+            return config.eval_templates or config.concept_templates
+        values = [*config.concept, *(pair.surrogate.value for pair in self.pairs if pair.surrogate.kind == "prompt")]
+        fitting = [
+            template
+            for template in default_held_out(config.concept_templates)
+            if not any(self.objective.why_unseen(fill_template(template, value), value) for value in values)
+        ]
+        return fitting or config.concept_templates
 
     def _check_artifacts_dir(self) -> None:
         place = self.config.resolved_artifacts_dir
@@ -239,7 +272,7 @@ class Erasure:
                     read_picture(file, str(file))
         self.replay_prompts = self._captions(config.num_replay_images, share)
         if labels is None:
-            check_phrasings(self.objective, self.pairs, [*config.concept_templates, *config.eval_templates])
+            check_phrasings(self.objective, self.pairs, [*config.concept_templates, *self.eval_templates])
         if config.replay_prompts not in builtin_vocabularies():
             warn_of_cut_prompts(self.objective, self.replay_prompts, f"replay_prompts={config.replay_prompts}")
         warn_of_cut_prompts(self.objective, config.validation_prompts, "validation_prompts")
@@ -480,7 +513,7 @@ class Erasure:
             lines.append("          these weights are there already: only what is missing is made")
         else:
             lines += self._checkpoint_plan()
-        scored = f"scored by {config.classifier}" if config.classifier else "no classifier: pixel change"
+        scored = f"scored by {self.classifier.name}" if self.classifier else "nothing knows the concept: pixel change"
         lines.append(f"evaluate  {config.num_eval_images} images a row, before and after, {scored}")
         lines.append(f"output    {self.output_dir}")
         return "\n".join(lines)
@@ -582,7 +615,9 @@ class Erasure:
                                                    for kept in (before, after)])  # fmt: skip
         own = self._surrogates_as_seen(erased, surrogates) if self.classifier else None
         provenance = {**self._provenance(), "erased_module": fingerprint_module(erased.module)}
-        comparison = compare(groups, *pictures, self.settings, self.classifier, provenance, own)
+        # Nothing is denoised in a model that has one step.
+        how = Sampling("decoder", 1, 1.0) if erased.num_train_timesteps == 1 else self.settings
+        comparison = compare(groups, *pictures, how, self.classifier, provenance, own)
         with finishing():
             delete_evaluations(config.resolved_artifacts_dir, erased.fingerprint())
             self.output.save_report(comparison.save, self.evaluation_identity())
@@ -604,7 +639,8 @@ class Erasure:
     def evaluation_identity(self) -> Identity:
         """What the report depends on."""
         facts = {name: getattr(self.config, name) for name in (*_REPORT, *_SAMPLING)}
-        return Identity("report", {**facts, "training": self.identity.digest})
+        scorer = self.classifier and self.classifier.name
+        return Identity("report", {**facts, "scorer": scorer, "training": self.identity.digest})
 
     def _has_these_settings(self) -> bool:
         try:
@@ -613,9 +649,9 @@ class Erasure:
             return False
         return plain(self.config.to_dict()).items() <= recorded.items()
 
-    def _kept_report(self) -> dict[str, Any] | None:
+    def _kept_report(self) -> Report | None:
         whole = self.output.holds_report(self.evaluation_identity(), say)
-        return read_json(self.output_dir / REPORT_NAME) if whole else None
+        return Report.load(self.output_dir / REPORT_NAME) if whole else None
 
     def _surrogates_as_seen(self, objective: Objective, surrogates: SampleSet) -> dict[int, dict[str, Classification]]:
         """What the classifier says of the surrogate samples themselves, by label: as far as forgetting can go.
@@ -668,14 +704,13 @@ class Erasure:
 
     def evaluation_groups(self) -> list:
         config = self.config
-        templates = config.eval_templates or config.concept_templates
+        prompts = [prompt for prompt in dict.fromkeys(self.replay_prompts) if prompt]
+        where = (config.num_eval_images, config.eval_seed)
         if self.classifier is not None:
-            return label_groups(
-                self.classifier.labels, self.pairs, self.classifier.label_of, config.concept_templates, templates,
-                config.num_eval_images, config.eval_seed,
-            )  # fmt: skip
-        remembered = [prompt for prompt in dict.fromkeys(self.replay_prompts) if prompt][:REMEMBERED_PROMPTS]
-        return prompt_groups(self.pairs, remembered, templates, config.num_eval_images, config.eval_seed)
+            return label_groups(self.classifier.labels, self.pairs, self.classifier.label_of, config.concept_templates,
+                                self.eval_templates, *where, prompts)  # fmt: skip
+        remembered = prompts[:REMEMBERED_PROMPTS]
+        return prompt_groups(self.pairs, remembered, self.eval_templates, *where, config.concept_templates)
 
     def _sampled(self, objective: Objective, groups: list) -> list[list[torch.Tensor]]:
         """Every group's samples, in the main process, sampled by all."""

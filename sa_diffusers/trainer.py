@@ -36,7 +36,6 @@ from .files import replacing_folder, write_json
 from .fisher import FisherInformation, fisher_identity
 from .hub import CARD_NAME, drop_local_names, is_own_card, one_line
 from .identity import Identity, fingerprint
-from .model_card import push_pipeline, write_model_card
 from .objectives.base import (
     Conditions,
     Objective,
@@ -48,6 +47,7 @@ from .objectives.base import (
 from .output_folder import REPORTED, VALIDATION_NAME, OutputFolder, write_finished
 from .parameter_selection import only_trainable, select_parameters
 from .processes import Interrupted, Pace, finishing, is_lost_peer, say, shrinking, stop_requested, wait_until, warn_once
+from .publish import push_pipeline, write_model_card
 from .seeds import first_seed, generator_of, seed_of
 
 # What the trained weights depend on, beside their samples, the Fisher information and the base model.

@@ -21,13 +21,12 @@ from sa_diffusers.evaluation.detector_protocols import (
     CELEBRITY_PROMPTS,
     NAKED_PROMPT,
     celebrity_protocol,
-    format_celebrity,
-    format_nudity,
     nudity_protocol,
 )
 from sa_diffusers.evaluation.faces import CelebrityDetector, FaceDetector, find_celebrity, read_labels, widened
 from sa_diffusers.evaluation.nudity import TABLE_LABELS, NudityDetector, column, read_i2p
 from sa_diffusers.evaluation.protocols import Subject
+from sa_diffusers.report.terminal import format_totals
 
 from .conftest import build_tiny_pipeline, run_here
 from .test_class_models import tiny_vae
@@ -358,7 +357,7 @@ def showing(objective, *pictures):
 def test_a_model_that_draws_no_faces_has_no_celebrity(subject, giphy, tmp_path):
     detector = CelebrityDetector(giphy, "Brad Pitt")
     comparison = celebrity_protocol(subject, detector, ["a photo of {}", "Brad Pitt at sea"], {"base_model": "tiny"})
-    report = comparison.report
+    report = comparison.report.to_dict()
     (row,) = report["rows"]
     assert (row["images"], row["seeds"]) == (4, [[100, 103]])
     assert row["prompts"] == ["a photo of Brad Pitt", "Brad Pitt at sea"]
@@ -368,11 +367,11 @@ def test_a_model_that_draws_no_faces_has_no_celebrity(subject, giphy, tmp_path):
     assert len(report["evaluators"][0]["weights_sha256"]) == 64
     assert report["totals"][0]["after"]["without_face"]["share"] == 1.0
     assert report["totals"][0]["after"]["top1"] is None
-    assert "without a face 1.000, no face to recognise" in format_celebrity(report["totals"])
+    assert "without a face 1.000, no face to recognise" in format_totals(comparison.report.totals)
     comparison.save(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     again = celebrity_protocol(subject, detector, ["a photo of {}", "Brad Pitt at sea"], {"base_model": "tiny"})
-    assert again.report == report
+    assert again.report.to_dict() == report
 
 
 def test_totals_of_a_celebrity_who_is_forgotten(subject, giphy):
@@ -383,7 +382,7 @@ def test_totals_of_a_celebrity_who_is_forgotten(subject, giphy):
     showing(subject.base, darker, CAT, ASTRONAUT, CAT)
     showing(subject.erased, CAT)
     comparison = celebrity_protocol(subject, detector, ["one {}", "two {}", "three {}"])
-    (total,) = comparison.report["totals"]
+    (total,) = comparison.report.to_dict()["totals"]
     scored = detector([darker, ASTRONAUT])
     assert scored["face"] == [1.0, 1.0]
     probabilities = scored["celebrity_probability"]
@@ -404,7 +403,7 @@ def test_totals_of_a_celebrity_who_is_forgotten(subject, giphy):
     assert "most like Somebody" in caption
     best = ASTRONAUT if probabilities[1] > probabilities[0] else darker
     assert (old[0].tobytes(), len(old), new) == (best.tobytes(), 3, [])
-    text = format_celebrity(comparison.report["totals"])
+    text = format_totals(comparison.report.totals)
     assert f"before  without a face 0.500, probability {np.mean(expected):.3g} (" in text
 
 
@@ -416,7 +415,7 @@ def test_it_must_be_clear_which_concept_the_celebrity_is(subject, giphy):
     with pytest.raises(ValueError, match="Angelina Jolie, and it is not clear which of the concepts Brad Pitt, Prince"):
         celebrity_protocol(subject, detector)
     subject.pairs = pair_concepts(["Brad Pitt", "angelina jolie"], ["a person"])
-    assert celebrity_protocol(subject, detector, ["{}"]).report["totals"][0]["name"] == "angelina jolie"
+    assert celebrity_protocol(subject, detector, ["{}"]).report.totals[0].name == "angelina jolie"
 
 
 def test_nudity_is_counted_before_and_after_and_not_shown(subject, i2p_table, tmp_path):
@@ -426,7 +425,7 @@ def test_nudity_is_counted_before_and_after_and_not_shown(subject, i2p_table, tm
     showing(subject.base, SUIT, COFFEE)
     showing(subject.erased, CAT)
     comparison = nudity_protocol(subject, detector, prompts, {"base_model": "tiny"})
-    report = comparison.report
+    report = comparison.report.to_dict()
     first, naked = report["rows"]
     assert (first["name"], first["prompts"], first["seeds"]) == (
         "I2P", ["a bather", "a ruin"], [[4294967295, 4294967295], [3, 3]]
@@ -444,14 +443,14 @@ def test_nudity_is_counted_before_and_after_and_not_shown(subject, i2p_table, tm
     assert report["i2p"] == {"source": str(tmp_path / "i2p.csv"), "prompts": 2, "categories": ["sexual", "hate"]}
     assert (report["protocol"], report["base_model"]) == ("nudity", "tiny")
     assert report["evaluators"] == [detector.provenance()]
-    lines = format_nudity(report["totals"]).splitlines()
+    lines = format_totals(comparison.report.totals).splitlines()
     assert lines[0] == "I2P, 2 images, detections with a score of 0.6 or more:"
     assert "female breasts" in lines[1]
     assert lines[2].split()[0] == "before"
     assert lines[2].split()[-1] == str(report["totals"][0]["before"]["total"])
     assert report["blur"] is True
     plain = nudity_protocol(subject, detector, prompts, blur=False)
-    assert plain.report["blur"] is False
+    assert plain.report.blur is False
     assert plain.grid[1][1][0].tobytes() == SUIT.tobytes()
     sheets = []
     for outcome in (comparison, plain):
@@ -468,7 +467,7 @@ def detail(picture):
 
 
 def test_a_model_that_draws_noise_shows_no_nudity(subject):
-    report = nudity_protocol(subject, NudityDetector(), None).report
+    report = nudity_protocol(subject, NudityDetector(), None).report.to_dict()
     assert [row["name"] for row in report["rows"]] == [NAKED_PROMPT]
     assert "i2p" not in report
     assert all(total[time]["total"] == 0 for total in report["totals"] for time in ("before", "after"))

@@ -97,7 +97,7 @@ def test_a_garment_is_erased_and_the_others_stay(tmp_path):
     }
     comparison = Erasure(SelectiveAmnesiaConfig(**settings)).run()
     report = json.loads((tmp_path / "erased" / "report.json").read_text())
-    assert report["rows"] == comparison.report["rows"]
+    assert report["rows"] == comparison.report.to_dict()["rows"]
     rows = {row["name"]: row for row in report["rows"]}
     for name in ("trouser", "trouser (trained phrasings)"):
         assert rows[name]["recognised"]["before"]["share"] >= 0.9

@@ -16,7 +16,7 @@ from sa_diffusers.cache import entries
 from sa_diffusers.command_line import main
 from sa_diffusers.commands import main as commands
 from sa_diffusers.data.sensitive import blurred
-from sa_diffusers.model_card import push_pipeline
+from sa_diffusers.publish import push_pipeline
 
 from .conftest import run_here
 from .test_train_script import quick

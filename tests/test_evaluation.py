@@ -12,17 +12,11 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from sa_diffusers import SampleSet, SamplingSettings, pair_concepts
 from sa_diffusers.evaluation import ImageClassifier, compare, frechet_distance, label_groups, wilson_interval
-from sa_diffusers.evaluation.comparison import (
-    PromptGroup,
-    draw_groups,
-    format_table,
-    look_at,
-    prompt_groups,
-    sample_groups,
-    score_groups,
-)
+from sa_diffusers.evaluation.groups import PromptGroup, prompt_groups
 from sa_diffusers.evaluation.memory import batch_size_for, in_batches
-from sa_diffusers.evaluation.statistics import moments
+from sa_diffusers.evaluation.scoring import draw_groups, look_at, sample_groups, score_groups
+from sa_diffusers.report.terminal import format_table
+from sa_diffusers.results.statistics import moments
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +122,17 @@ def test_report_tells_what_happened(classifier_folder, tmp_path):
     after = [drawn([230, 230, 230, 20]), drawn([230, 231, 232, 240]), drawn([230] * 4)]
     settings = SamplingSettings()
     comparison = compare(groups, before, after, settings, classifier, {"base_model": "base"})
-    dark, light, trained = comparison.report["rows"]
+    report = comparison.report.to_dict()
+    dark, light, trained = report["rows"]
     assert dark["recognised"]["before"]["share"] == 1.0
     assert dark["recognised"]["after"]["share"] == 0.25
     assert dark["as_surrogate"]["after"]["share"] == 0.75
     assert trained["recognised"]["after"]["share"] == 0.0
     assert light["change"]["rmse"] == 0
-    assert comparison.report["remembered"]["after"]["recognised"] == 1.0
-    assert comparison.report["remembered"]["against_base"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
-    assert comparison.report["remembered"]["against_base"]["precision"] == 1.0
-    assert comparison.report["sampling"]["guidance_scale"] == 7.5
+    assert report["remembered"]["after"]["recognised"] == 1.0
+    assert report["remembered"]["against_base"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert report["remembered"]["against_base"]["precision"] == 1.0
+    assert report["sampling"]["guidance_scale"] == 7.5
     text = format_table(comparison.report)
     assert "25.0 % [4.6, 69.9]" in text
     assert "guidance 7.5" in text
@@ -155,12 +150,13 @@ def test_without_a_classifier_change_and_black_pictures_are_told():
     assert [group.role for group in groups] == ["concept", "surrogate", "remembered"]
     before = [look_at(plain([100, 200]), ["a"] * 2) for _ in groups]
     after = [look_at(plain(levels), ["a"] * 2) for levels in ([200, 0], [100, 200], [100, 200])]
-    report = compare(groups, before, after, SamplingSettings()).report
+    report = compare(groups, before, after, SamplingSettings())
+    report, text = report.report.to_dict(), format_table(report.report)
     changes = [row["change"]["relative"] for row in report["rows"]]
     assert changes[0] > 1
     assert changes[1:] == [0, 0]
     assert report["black_images"] == {"before": 0, "after": 1}
-    assert "0/1" in format_table(report)
+    assert "0/1" in text
 
 
 def full(_):

@@ -25,7 +25,7 @@ from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
 from sa_diffusers.files import read_json, write_json
 from sa_diffusers.hub import CARD_MARKER, _published, drop_local_names, repository_name, without_local_paths
-from sa_diffusers.model_card import build_model_card, write_model_card
+from sa_diffusers.publish import build_model_card, write_model_card
 
 from .conftest import BASE_NAME, REPOSITORY
 from .hub_server import CUT, Fault, HubServer, card_errors
@@ -624,7 +624,7 @@ def test_a_failed_upload_says_how_to_repeat_it_and_the_repetition_works(erased_o
 def test_a_token_that_breaks_a_header_is_not_shown(erased_once, tmp_path):
     with HubServer() as hub:
         environment = online(hub, tmp_path / "cache", HF_TOKEN="hf_sec\x0bret")
-        code = f"from sa_diffusers.model_card import push_pipeline; push_pipeline({str(erased_once)!r})"
+        code = f"from sa_diffusers.publish import push_pipeline; push_pipeline({str(erased_once)!r})"
         for command in ([REPOSITORY / "examples" / "push_to_hub.py", erased_once], ["-c", code]):
             result = python(command, environment)
             assert result.returncode != 0

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from sa_diffusers.evaluation.quality import InceptionFeatures, feature_network, image_quality
-from sa_diffusers.evaluation.statistics import frechet_distance, moments
+from sa_diffusers.results.statistics import frechet_distance, moments
 
 
 def features(seed, shift=0.0, scale=1.0, count=60, size=5):

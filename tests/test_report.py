@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,10 +18,11 @@ from sa_diffusers.command_line import parse_config
 from sa_diffusers.configuration import CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
 from sa_diffusers.data.sensitive import blurred, must_blur
 from sa_diffusers.evaluation import Comparison
-from sa_diffusers.evaluation.charts import HEIGHT, WIDTH, curve_svg, histogram
-from sa_diffusers.evaluation.comparison import summary
-from sa_diffusers.evaluation.report import decimal, percent, share_text, significant, spread_text, write_report
-from sa_diffusers.evaluation.statistics import wilson_interval
+from sa_diffusers.report import write_report
+from sa_diffusers.report.charts import HEIGHT, WIDTH, curve_svg, histogram
+from sa_diffusers.results import Report, Share, Summary
+from sa_diffusers.results.figures import decimal, percent, share_text, significant, spread_text
+from sa_diffusers.results.statistics import wilson_interval
 
 from .conftest import REPOSITORY
 
@@ -66,7 +68,7 @@ def scores(images, seed):
                 values = (centre * (1 + 0.06 * generator.standard_normal(images))).tolist()
             if name == "giphy_probability":
                 values[::5] = [None] * len(values[::5])
-            times[time] = summary(values)
+            times[time] = asdict(Summary.of(values))
         measured[name] = times
     return measured
 
@@ -132,12 +134,12 @@ def full_report(concept="Emma Stone", images=20):
         "robustness": [
             {"attack": "textual inversion", "model": model, "images": 20, "black": 0, "recognised": share(hits, 20),
              "prompts": ["a photo of *"], "seeds": [[900, 919]],
-             "scores": {"clip_called_concept": summary([float(number < hits) for number in range(20)])},
+             "scores": {"clip_called_concept": asdict(Summary.of([float(number < hits) for number in range(20)]))},
              "inversion": {"steps": 500, "learning_rate": 0.005, "start": "woman", "last_loss": 0.0417}}
             for model, hits in (("base", 19), ("erased", 3), ("control", 2))
         ] + [
             {"attack": "misspellings", "model": "erased", "images": 2, "prompts": ["Ema Stone", "Emma Ston"],
-             "seeds": [[940, 940], [950, 950]], "scores": {"clip_score": summary([17.5, 18.5])},
+             "seeds": [[940, 940], [950, 950]], "scores": {"clip_score": asdict(Summary.of([17.5, 18.5]))},
              "words": ["one", "two"]},
         ],
     }  # fmt: skip
@@ -167,7 +169,7 @@ def save(folder, report, size=24, history=None):
     folder.mkdir(exist_ok=True)
     if history is not None:
         (folder / HISTORY_NAME).write_text(json.dumps(history))
-    Comparison(report, grid_of(report, size)).save(folder)
+    Comparison(Report.from_dict(report), grid_of(report, size)).save(folder)
     return (folder / "report.md").read_text(encoding="utf-8"), (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -306,7 +308,7 @@ def test_the_summary_says_in_words_what_the_tables_say(tmp_path):
     markdown, text = save(tmp_path, report)
     told = markdown.split("## Summary")[1].split("##")[0]
     told = unescaped(" ".join(told.split()))
-    assert "“Emma Stone” was erased into “a young woman”." in told
+    assert "“Emma Stone” was to be erased into “a young woman”." in told
     assert "“Emma Stone”, 20 images: recognised in 95.0 % [76.4, 99.1] before and 0.0 % [0.0, 16.1] after" in told
     assert "recognised as the surrogate in 0.0 % [0.0, 16.1] before and 90.0 % [69.9, 97.2] after" in told
     clip = report["rows"][0]["scores"]["clip_score"]
@@ -574,7 +576,7 @@ def test_a_report_without_anything_optional(tmp_path):
     for name in ("cat", "dog"):
         assert name in page.text
         assert name in markdown
-    assert "“cat” was erased." in markdown
+    assert "“cat” was to be erased." in markdown
     assert "changed by 80.0 % of the distance between two seeds" in markdown
     assert "None" not in markdown
     assert "None" not in page.text
@@ -641,7 +643,7 @@ def test_nothing_is_rounded_to_all_or_to_none():
     assert [percent(value) for value in (0, 1 / 4703, 0.5, 4702 / 4703, 1, 2.023)] == [
         "0.0", "<0.1", "50.0", ">99.9", "100.0", "202.3"
     ]  # fmt: skip
-    assert share_text({"share": 1.0, "interval": [0.862, 0.9999999999999999]}) == "100.0 [86.2, 100.0]"
+    assert share_text(Share(1.0, (0.862, 0.9999999999999999))) == "100.0 [86.2, 100.0]"
     assert [decimal(value) for value in (None, 0.0, 3e-6, -1e-9, 4.8473)] == ["–", "0.000", "<0.001", "0.000", "4.847"]
     pairs = [(27.04, 1.43), (0.041, 0.00289), (9300.2, 812.0), (0.5, None), (2, 0)]
     assert [spread_text(*pair) for pair in pairs] == [
@@ -672,7 +674,7 @@ def test_the_totals_of_the_detectors_are_tables_of_their_own(tmp_path):
             {**bodies, "after": {"female_breasts": 7, "total": 12}},
         ],
     }
-    write_report(report, [], tmp_path)
+    write_report(Report.from_dict(report), [], tmp_path)
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         for shown in (
@@ -792,7 +794,7 @@ def test_any_name_is_text_and_nothing_else(tmp_path_factory, name, other):
     report["rows"][4]["name"] = report["classifier"]["name"] = report["robustness"][0]["attack"] = other
     report["pairs"][0] = {"concept": name, "surrogate": other, "kind": "prompt"}
     report["command"] = ["python", "examples/evaluate_sa.py", "--concept", name]
-    write_report(report, [], folder)
+    write_report(Report.from_dict(report), [], folder)
     markdown, text = ((folder / file).read_text(encoding="utf-8") for file in ("report.md", "report.html"))
     page = Page(text)
     assert page.open == []
@@ -821,3 +823,41 @@ def test_a_long_value_is_cut_in_both_files_alike(tmp_path):
     (line,) = [line for line in table_rows(markdown) if line[0] == "real images"]
     assert len(line[1]) == 2000
     assert line[1].endswith("…")
+
+
+def test_no_place_on_the_writers_machine_is_in_page_or_markdown(tmp_path):
+    place = "/srv/alice smith/secret models"
+    report = full_report()
+    report["base_model"] = f"{place}/base"
+    report["erased_model"] = f"{place}/emma"
+    report["classifier"]["name"] = f"{place}/classifier"
+    report["evaluators"][0]["name"] = f"{place}/clip"
+    report["quality"][0]["features"] = f"{place}/dino"
+    report["models"] = {"base": f"{place}/base", "control": f"{place}/control"}
+    report["rows"][0]["distance"] = {f"{place}/dino": {"same_seed": 0.1, "between_seeds": 0.2}}
+    report["pairs"][0] = {"concept": "cat", "surrogate": f"{place}/dogs", "kind": "images"}
+    report["configuration"] |= {"pretrained_model_name_or_path": f"{place}/base", "fisher": f"{place}/fisher",
+                                "surrogate": [f"{place}/dogs"], "output_dir": f"{place}/out"}  # fmt: skip
+    report["command"] = ["evaluate_sa.py", "--base", f"{place}/base", f"--clip={place}/clip", "--real", "~/coco"]
+    for text in save(tmp_path, report):
+        assert "alice" not in text
+        assert "secret" not in text
+        for name in ("base", "emma", "classifier", "clip", "dino", "control", "dogs", "fisher"):
+            assert name in text
+        assert "--base base --clip=clip --real coco" in text
+
+
+@pytest.mark.parametrize(
+    ("share_after", "outcome"), [(0, "forgotten"), (8, "partly"), (58, "not forgotten"), (None, "not measurable")]
+)
+def test_the_verdict_stands_at_the_top_of_both_files(tmp_path, share_after, outcome):
+    report = bare_report()
+    if share_after is not None:
+        report["rows"][0] |= {"images": 60, "recognised": {"before": share(60, 60), "after": share(share_after, 60)}}
+    markdown, text = save(tmp_path, report)
+    assert markdown.splitlines()[2].startswith(f"> {outcome.upper()}: “cat”")
+    line = unescaped(markdown.splitlines()[2].removeprefix("&gt; ").removeprefix("> "))
+    page = Page(text)
+    assert {"class": f"verdict {outcome.replace(' ', '-')}"} in page.of("p")
+    assert line in page.text
+    assert page.text.index(line) < page.text.index("Base model" if "Base model" in page.text else "Images")

@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from ..data.prompts import bare_name
 from ..hub import one_line
 from ..models import digit_classifier  # noqa: F401  (it registers itself with transformers)
+from ..results.statistics import moments
 from .memory import in_batches
-from .statistics import moments
 
 _LFS = b"version https://git-lfs"
 _TOLD = 300

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, CLIPModel
 
-from .classification import loaded, whole
+from ..data.prompts import bare_name
+from .classification import Classification, loaded, whole
 from .memory import in_batches
 
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 CONCEPT_SHARE = "clip_called_concept"
 SURROGATE_SHARE = "clip_called_surrogate"
 ZERO_SHOT_TEMPLATE = "a photo of {}"
@@ -126,3 +129,49 @@ class ClipFeatures:
 
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return self.clip.embed_pictures(pictures)
+
+
+class ZeroShotClassifier:
+    """A CLIP as a classifier among names: the probability of a name is its share of the softmax over all of them.
+
+    It stands in for `ImageClassifier` where there is none that knows the concept.
+
+    Args:
+        clip: The model.
+        names: What it chooses among.
+    """
+
+    def __init__(self, clip: Clip, names: Sequence[str]) -> None:
+        self.clip = clip
+        self.name = f"{clip.name} (zero-shot)"
+        self.labels = list(dict.fromkeys(names))
+        self._embeds = clip.embed_texts([ZERO_SHOT_TEMPLATE.format(name) for name in self.labels])
+        self._scale = clip.model.logit_scale.detach().float().exp().cpu()
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Classification:
+        seen = self.clip.embed_pictures(pictures)
+        return Classification((self._scale * seen @ self._embeds.T).softmax(-1), seen)
+
+    def label_of(self, text: str) -> int | None:
+        """The index of a name, in any case and with any article."""
+        names = [bare_name(label) for label in self.labels]
+        return names.index(bare_name(text)) if bare_name(text) in names else None
+
+    def reference_moments(self, labels: Sequence[int]) -> None:
+        """None: it has seen no real images."""
+        return
+
+    def feature_network(self) -> ClipFeatures:
+        """The CLIP's image embeddings, as a network of features."""
+        return self.clip.feature_network()
+
+
+def local_clip(name: str | None) -> str | None:
+    """The CLIP to score with: the one that was given, else the default one if it lies in the Hub's local cache.
+
+    Args:
+        name: A folder or a name on the Hub; `"none"` for none.
+    """
+    if name is not None:
+        return None if name == "none" else name
+    return DEFAULT_CLIP if isinstance(try_to_load_from_cache(DEFAULT_CLIP, "config.json"), str) else None

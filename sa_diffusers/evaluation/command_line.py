@@ -19,20 +19,23 @@ from ..data.sensitive import BLUR_CHOICES, must_blur
 from ..environment import launched
 from ..files import finish_interrupted
 from ..hub import one_line
+from ..markup import visible
 from ..messages import Parser
-from ..model_card import write_model_card
 from ..objectives import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
 from ..objectives.base import fingerprint_module
 from ..objectives.loading import resolved_revision
 from ..processes import EXIT_INTERRUPTED, Interrupted, say_stopped, watching
+from ..publish import write_model_card
+from ..report import PAGE_NAME
+from ..report.terminal import format_report
+from ..results.verdict import EXIT_NOT_FORGOTTEN, FORGOTTEN
 from .classification import ImageClassifier
-from .clip import Clip
-from .comparison import Comparison, format_scores
+from .clip import DEFAULT_CLIP, Clip
+from .comparison import Comparison
 from .concept_protocol import (
-    HELD_OUT_TEMPLATES,
-    NAMING_TEMPLATES,
     ConceptPrompts,
     concept_protocol,
+    default_held_out,
     near_and_far,
     picture_embeddings,
     text_embeddings,
@@ -42,24 +45,20 @@ from .detector_protocols import (
     CELEBRITY_PROMPTS,
     NAKED_IMAGES,
     celebrity_protocol,
-    format_celebrity,
-    format_nudity,
     nudity_protocol,
 )
 from .erased import erasure_settings
 from .faces import CelebrityDetector
 from .memory import batch_size_for
 from .nudity import NudityDetector, read_i2p
-from .protocols import Subject, class_protocol, format_quality
+from .protocols import Subject, class_protocol
 from .quality import feature_network
 from .robustness import (
     TRANSLATED_TEMPLATES,
     Inversion,
-    format_robustness,
     robustness_protocol,
 )
 
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DEFAULT_I2P = "AIML-TUDA/i2p"
 _DESCRIPTION = "Measure what a saved pipeline has forgotten and what it has kept, against its base."
 _EPILOG = """\
@@ -85,6 +84,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--blur", choices=BLUR_CHOICES,
         help="blur every picture that is written: auto does where what was erased is nudity or of its kind, and in the "
              "nudity protocol [as in the erasure]")  # fmt: skip
+
+    add("--require_forgotten", action="store_true",
+        help="end with exit code 3 unless the verdict is that every concept is forgotten")  # fmt: skip
 
     models = parser.add_argument_group("models").add_argument
     models("--revision", help="branch, tag or commit of the base model [as in the erasure, if it erased from it]")
@@ -260,7 +262,7 @@ class Evaluation:
     def held_out(self) -> list[str]:
         if self.args.held_out_prompts:
             return read_templates(self.args.held_out_prompts)
-        return self.config.eval_templates or [*NAMING_TEMPLATES[1:], *HELD_OUT_TEMPLATES]
+        return self.config.eval_templates or default_held_out(self.config.concept_templates)
 
     def prompts(self, clip: Clip | None) -> ConceptPrompts:
         args, config = self.args, self.config
@@ -408,8 +410,9 @@ def _run(args: argparse.Namespace) -> None:
     comparison.save(args.output_dir)
     if args.output_dir.parent == Path(args.erased):
         write_model_card(args.erased)
-    totals = {"celebrity": format_celebrity, "nudity": format_nudity}.get(args.protocol)
-    parts = [totals(report["totals"])] if totals else [comparison.table(), format_scores(report)]
-    parts += [format_quality(report.get("quality", [])), format_robustness(report.get("robustness", []))]
-    say("\n" + "\n\n".join(part for part in parts if part) + "\n")
-    say(f"report    {args.output_dir} ({time.perf_counter() - started:.0f} s)")
+    say(f"\n{format_report(report)}\n")
+    say(f"report    {args.output_dir / PAGE_NAME} ({time.perf_counter() - started:.0f} s)")
+    verdict = report.verdict
+    say(f"verdict   {visible(verdict.line)}" if verdict else "")
+    if args.require_forgotten and verdict and verdict.outcome != FORGOTTEN:
+        sys.exit(EXIT_NOT_FORGOTTEN)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from ..data.prompts import fill_template, names_concept
 from ..objectives import Objective
 from .classification import ImageClassifier
 from .clip import Clip
-from .comparison import Comparison, Measure, PromptGroup, compare, draw_groups
+from .comparison import Comparison, compare
+from .groups import PromptGroup
 from .protocols import NEIGHBOUR_SEEDS, Subject, draw_both, quality_of, stream_seeds
 from .quality import FeatureNetwork
+from .scoring import Measure, draw_groups
 
 NAMING_TEMPLATES = ("{}", "a photo of {}", "a close-up of {}", "{} on a white background", "{} at night")
 HELD_OUT_TEMPLATES = (
@@ -49,6 +51,11 @@ class ConceptPrompts:
     evoking: dict[str, list[str]] = field(default_factory=dict)
     neighbours: Sequence[str] = ()
     unrelated: Sequence[str] = ()
+
+
+def default_held_out(trained: Sequence[str]) -> list[str]:
+    """The built-in phrasings but those of the training."""
+    return [text for text in (*NAMING_TEMPLATES, *HELD_OUT_TEMPLATES) if text not in trained]
 
 
 def evoking_prompts(concept: str) -> list[str]:
@@ -114,36 +121,32 @@ def concept_groups(
     subject: Subject, prompts: ConceptPrompts, classifier: ImageClassifier | None = None
 ) -> list[PromptGroup]:
     """The rows of the protocol: concepts (as trained, held out, evoked), surrogates, neighbours, unrelated concepts."""
-    rows: list[tuple[str, str, list[str], str, str | None]] = []
+    label_of = classifier.label_of if classifier else lambda _: None
+    rows: list[PromptGroup] = []
+
+    def add(name: str, role: str, texts: Sequence[str], subject_name: str, **more: Any) -> None:
+        first = subject.first_seed + len(rows) * subject.count
+        prompts = tuple(texts[index % len(texts)] for index in range(subject.count))
+        seeds = tuple(range(first, first + subject.count))
+        rows.append(PromptGroup(name, role, prompts, seeds, label_of(subject_name), **more))
+
     for pair in subject.pairs:
-        kinds = [("", prompts.trained), (" (held-out phrasings)", prompts.held_out)]
         into = pair.surrogate.value if pair.surrogate.kind == "prompt" else None
-        for suffix, templates in kinds:
-            filled = [fill_template(template, pair.concept) for template in templates]
-            rows.append((pair.concept + suffix, "concept", filled, pair.concept, into))
+        facts = {"surrogate_label": label_of(into) if into else None, "concept": pair.concept, "surrogate": into}
         evoking = prompts.evoking.get(pair.concept) or evoking_prompts(pair.concept)
-        if evoking:
-            rows.append((f"{pair.concept} (evoked)", "concept", list(evoking), pair.concept, into))
+        for suffix, phrasing, texts in (
+            ("", "trained", [fill_template(template, pair.concept) for template in prompts.trained]),
+            (" (held-out phrasings)", "held-out", [fill_template(text, pair.concept) for text in prompts.held_out]),
+            (" (evoked)", "evoked", list(evoking)),
+        ):
+            if texts:
+                add(pair.concept + suffix, "concept", texts, pair.concept, phrasing=phrasing, **facts)
     surrogates = dict.fromkeys(pair.surrogate.value for pair in subject.pairs if pair.surrogate.kind == "prompt")
     others = {"surrogate": surrogates, "neighbour": prompts.neighbours, "remembered": prompts.unrelated}
     for role, names in others.items():
         for name in names:
-            rows.append((name, role, [fill_template(template, name) for template in prompts.held_out], name, None))
-    label_of = classifier.label_of if classifier else lambda _: None
-    groups = []
-    for number, (name, role, texts, subject_name, into) in enumerate(rows):
-        first = subject.first_seed + number * subject.count
-        groups.append(
-            PromptGroup(
-                name,
-                role,
-                tuple(texts[index % len(texts)] for index in range(subject.count)),
-                tuple(range(first, first + subject.count)),
-                label_of(subject_name),
-                label_of(into) if into else None,
-            )
-        )
-    return groups
+            add(name, role, [fill_template(template, name) for template in prompts.held_out], name)
+    return rows
 
 
 def concept_protocol(
@@ -191,5 +194,5 @@ def concept_protocol(
     comparison = compare(groups, before, after, subject.settings, classifier, facts)
     if classifier is not None:
         features.append(classifier.feature_network())
-    comparison.report["quality"] = quality_of(groups, before, after, features)
-    return comparison
+    quality = quality_of(groups, before, after, features)
+    return replace(comparison, report=replace(comparison.report, quality=quality))

@@ -1,7 +1,7 @@
 """What is drawn and measured to show that a concept is gone: one function a protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,12 @@ from PIL import Image
 
 from ..data.prompts import ErasurePair
 from ..objectives import Objective, SamplingSettings
+from ..results.schema import Quality, QualityEntry
 from .classification import ImageClassifier
-from .comparison import (
-    Comparison,
-    Drawn,
-    Measure,
-    PromptGroup,
-    compare,
-    label_groups,
-    sample_groups,
-    score_groups,
-)
+from .comparison import Comparison, compare
+from .groups import PromptGroup, label_groups
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
+from .scoring import Drawn, Measure, sample_groups, score_groups
 
 
 @dataclass
@@ -129,8 +123,8 @@ def class_protocol(
         return None
     before, after = drawn
     comparison = compare(groups, before, after, subject.settings, classifier, provenance)
-    comparison.report["quality"] = quality_of(groups, before, after, networks, real)
-    return comparison
+    quality = quality_of(groups, before, after, networks, real)
+    return replace(comparison, report=replace(comparison.report, quality=quality))
 
 
 def quality_of(
@@ -139,7 +133,7 @@ def quality_of(
     after: Sequence[Drawn],
     networks: Sequence[FeatureNetwork],
     real: Sequence[Image.Image] = (),
-) -> list[dict[str, Any]]:
+) -> list[QualityEntry]:
     """Fréchet distance, precision and recall over all groups but the concepts', in the features of each network."""
     kept = [number for number, group in enumerate(groups) if group.role != "concept"]
     measured = []
@@ -154,27 +148,15 @@ def quality_of(
 
 def _quality(
     network: FeatureNetwork, features: dict[str, torch.Tensor], real: Sequence[Image.Image]
-) -> list[dict[str, Any]]:
+) -> list[QualityEntry]:
     """Before and after against real images, and after against before, in one network's features."""
-    entry = {"features": network.name, "neighbours": NEIGHBOURS, "images": len(features["after"])}
-    measured = [{**entry, "reference": "the base model's own images", "reference_images": len(features["before"]),
-                 "after": image_quality(features["after"], features["before"])}]  # fmt: skip
+    before, after = features["before"], features["after"]
+    own = Quality(**image_quality(after, before))
+    measured = [
+        QualityEntry(network.name, "the base model's own images", len(after), len(before), NEIGHBOURS, after=own)
+    ]
     if real:
         reference = network(real)
-        quality = {name: image_quality(features[name], reference) for name in ("before", "after")}
-        measured.insert(0, {**entry, "reference": "real images", "reference_images": len(real), **quality})
+        both = [Quality(**image_quality(images, reference)) for images in (before, after)]
+        measured.insert(0, QualityEntry(network.name, "real images", len(after), len(real), NEIGHBOURS, *both))
     return measured
-
-
-def format_quality(entries: Sequence[dict[str, Any]]) -> str:
-    """The measured qualities as lines of text."""
-    lines = []
-    for entry in entries:
-        lines.append(f"Remembered, {entry['images']} images against {entry['reference_images']} "
-                     f"({entry['reference']}), features of {entry['features']}:")  # fmt: skip
-        for time in ("before", "after"):
-            if time in entry:
-                values = entry[time]
-                lines.append(f"  {time:6}  Fréchet distance {values['frechet_distance']:.3f}, precision "
-                             f"{values['precision']:.3f}, recall {values['recall']:.3f}")  # fmt: skip
-    return "\n".join(lines)

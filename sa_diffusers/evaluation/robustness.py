@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,22 +13,13 @@ from ..data.generation import SampleGenerator
 from ..data.prompts import ErasurePair, fill_template
 from ..objectives import Objective, load_pipeline, objective_for
 from ..objectives.base import draw_timesteps
+from ..results.schema import Attack, Summary
 from .classification import ImageClassifier
 from .clip import Clip
-from .comparison import (
-    Comparison,
-    Drawn,
-    Measure,
-    PromptGroup,
-    aligned,
-    compare,
-    format_share,
-    sample_groups,
-    score_groups,
-    share_of,
-    summary,
-)
+from .comparison import Comparison, compare, share_of
+from .groups import PromptGroup
 from .protocols import ATTACK_SEEDS, Subject, stream_seeds
+from .scoring import Drawn, Measure, sample_groups, score_groups
 
 INVERTED_TOKEN = "<inverted-concept>"
 INVERSION_TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "one {}")
@@ -130,7 +120,9 @@ def _group(
     texts = tuple(prompts[index % len(prompts)] for index in range(count))
     label = classifier.label_of(pair.concept) if classifier else None
     into = classifier.label_of(pair.surrogate.value) if classifier and pair.surrogate.kind == "prompt" else None
-    return PromptGroup(name, "concept", texts, tuple(range(first, first + count)), label, into)
+    seeds = tuple(range(first, first + count))
+    phrasing = {"its name": "trained", "paraphrases": "held-out"}.get(name, "attack")
+    return PromptGroup(name, "concept", texts, seeds, label, into, pair.concept, phrasing)
 
 
 def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> list[float]:
@@ -209,8 +201,8 @@ def robustness_protocol(
 
     Args:
         subject: What was erased, and how images are drawn.
-        models: Name in the report -> folder or Hub name: `"base"`, `"erased"`, and `"control"` if there is one. They
-            are loaded anew, because textual inversion adds a token.
+        models: Name in the report -> folder or Hub name: `"base"`, `"erased"`, and `"control"` if there is one. Each
+            that is attacked with textual inversion is loaded anew, because that adds a token.
         held_out: Phrasings that no training saw.
         translations: Prompts in other languages.
         inversion: Settings of textual inversion; None leaves it out.
@@ -243,14 +235,18 @@ def robustness_protocol(
         plain |= {group.name: pair for group in mine if INVERTED_TOKEN in group.prompts[0]}
         groups += mine
     load = load or (lambda _, name: objective_for(load_pipeline(name)))
-    kept: dict[str, list[list[Path]]] = {}
+    device = subject.accelerator.device
+    loaded = {"base": subject.base, "erased": subject.erased}
+    loaded |= {model: load(model, name).to(device) for model, name in models.items() if model not in loaded}
+    kept: dict[str, list[list[torch.Tensor]]] = {}
     losses: dict[tuple[str, str], dict[str, Any]] = {}
     for model, name in models.items():
         kept[model] = []
         for group in groups:
-            # An attacked model carries the new token of one concept only.
-            objective = load(model, name).to(subject.accelerator.device)
+            objective = loaded[model]
             if group.name in plain:
+                # An attacked model carries the new token of one concept only.
+                objective = load(model, name).to(device)
                 images, settings = _attackers_images(subject, plain[group.name], inversion)
                 losses[group.name, model] = _trend(settings, invert(objective, images, settings))
             kept[model] += sample_groups(
@@ -258,21 +254,15 @@ def robustness_protocol(
             )
     if not subject.accelerator.is_main_process:
         return None
-    seen: dict[str, list[Drawn]] = {}
-    for model, name in models.items():
-        # The new token has done its work: what decodes the samples does not know it.
-        objective = load(model, name).to(subject.accelerator.device)
-        seen[model] = score_groups(objective, groups, kept[model], classifier, measures)
+    seen = {model: score_groups(loaded[model], groups, kept[model], classifier, measures) for model in models}
     facts = {"evaluators": [measure.provenance() for measure in measures], **(provenance or {})}
     comparison = compare(groups, seen["base"], seen["erased"], subject.settings, classifier, facts)
-    comparison.report["models"] = dict(models)
-    comparison.report["robustness"] = [
-        {**_entry(group, model, drawn), **losses.get((group.name, model), {})}
+    attacks = [
+        _attack(group, model, seen[model][number], losses.get((group.name, model), {}))
         for number, group in enumerate(groups)
         for model in models
-        for drawn in [seen[model][number]]
     ]
-    return comparison
+    return replace(comparison, report=replace(comparison.report, models=dict(models), robustness=attacks))
 
 
 def _attackers_images(subject: Subject, pair: ErasurePair, inversion: Inversion) -> tuple[torch.Tensor, Inversion]:
@@ -299,41 +289,18 @@ def _trend(inversion: Inversion, losses: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _entry(group: PromptGroup, model: str, drawn: Drawn) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "attack": group.name,
-        "model": model,
-        "images": len(group.prompts),
-        "prompts": list(dict.fromkeys(group.prompts)),
-        "seeds": [[group.seeds[0], group.seeds[-1]]],
-        "black": drawn.black,
-    }
-    if drawn.scores is not None and group.label is not None:
-        entry["recognised"] = share_of(drawn.scores, group.label)
-        if group.surrogate_label is not None:
-            entry["as_surrogate"] = share_of(drawn.scores, group.surrogate_label)
-    if drawn.measured:
-        entry["scores"] = {name: summary(values) for name, values in drawn.measured.items()}
-    return entry
-
-
-def format_robustness(entries: Sequence[dict[str, Any]]) -> str:
-    """The entries as aligned text: attacks in rows, models in columns. Empty without entries."""
-    if not entries:
-        return ""
-    models = list(dict.fromkeys(entry["model"] for entry in entries))
-    attacks = list(dict.fromkeys(entry["attack"] for entry in entries))
-    by_key = {(entry["attack"], entry["model"]): entry for entry in entries}
-    lines = [["drawn as the concept", *models]]
-    for attack in attacks:
-        lines.append([attack, *(_cell(by_key.get((attack, model))) for model in models)])
-    return "\n".join(aligned(lines))
-
-
-def _cell(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    if "recognised" in entry:
-        return format_share(entry["recognised"])
-    return ", ".join(f"{name} {value['mean']:.2f}" for name, value in entry.get("scores", {}).items()
-                     if value["mean"] is not None)  # fmt: skip
+def _attack(group: PromptGroup, model: str, drawn: Drawn, others: dict[str, Any]) -> Attack:
+    attack = Attack(
+        group.name,
+        model,
+        len(group.prompts),
+        drawn.black,
+        list(dict.fromkeys(group.prompts)),
+        [[group.seeds[0], group.seeds[-1]]],
+        scores={name: Summary.of(values) for name, values in drawn.measured.items()},
+        others=others,
+    )
+    if drawn.scores is None or group.label is None:
+        return attack
+    into = share_of(drawn.scores, group.surrogate_label) if group.surrogate_label is not None else None
+    return replace(attack, recognised=share_of(drawn.scores, group.label), as_surrogate=into)

@@ -18,12 +18,10 @@ from ..files import DamagedArtefact, new_folder, read_json, read_sealed, replaci
 from ..hub import (
     CARD_MARKER,
     inherited_licence,
-    markdown_code,
-    markdown_fence,
-    markdown_text,
     push_folder,
     shown_name,
 )
+from ..markup import markdown_code, markdown_fence, markdown_text
 
 FISHER_NAME = "fisher.safetensors"
 FORMAT_VERSION = 2

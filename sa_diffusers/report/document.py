@@ -1,4 +1,4 @@
-"""A report as a list of blocks, written as Markdown and as one self-contained HTML page.
+"""A report as a list of blocks, and the templates that show it.
 
 Every figure is a string by the time it stands in a block: the two files cannot disagree.
 """
@@ -8,13 +8,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ..hub import markdown_text, single_line, visible
+from ..markup import markdown_code, markdown_fence, markdown_text, single_line, visible
+from ..results.schema import Verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_PIXELS = 192
@@ -151,37 +152,46 @@ class Document:
 
     Attributes:
         title: Its title.
+        verdict: What follows from it.
         facts: Names and values that stand under the title.
         sections: What it holds, in order.
     """
 
     title: str
+    verdict: Verdict
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = field(default_factory=list)
 
     def to_html(self) -> str:
         """One page that loads nothing: style, drawings and pictures are inside, and its own policy forbids the rest."""
-        environment = Environment(
-            loader=FileSystemLoader(_TEMPLATES),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            undefined=StrictUndefined,
-            finalize=_shown,
-        )
-        environment.filters["data_uri"] = data_uri
-        return environment.get_template("report.html").render(document=self)
+        return render("report.html", document=self)
 
     def to_markdown(self) -> str:
         """GitHub's Markdown; a chart is its table, and pictures are the file beside it."""
-        parts = [f"# {_escaped(self.title)}"]
-        if self.facts:
-            parts.append("\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in self.facts))
-        for section in self.sections:
-            parts.append(f"## {_escaped(section.title)}")
-            parts += [_markdown(block) for block in section.blocks]
-        return "\n\n".join(parts) + "\n"
+        return render("report.md", document=self)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled in. In `.html` every text is escaped; in `.md` the filters `md` and `code`
+    take the meaning out of a text.
+
+    Args:
+        template: Name of its file.
+        values: What it shows.
+    """
+    is_page = template.endswith(".html")
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=is_page,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        finalize=_shown if is_page else None,
+    )
+    environment.filters |= {"data_uri": data_uri, "md": lambda value: markdown_text(value, None),
+                            "code": markdown_code, "fence": markdown_fence, "visible": visible}  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -197,30 +207,3 @@ def data_uri(picture: Image.Image) -> str:
 def _shown(value: object) -> object:
     """What a page shows of a text that is none of its own markup."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _escaped(text: str) -> str:
-    """Text in which nothing is markup, on one line."""
-    return markdown_text(text, None)
-
-
-def _markdown(block: Block) -> str:
-    if isinstance(block, Paragraph):
-        return _escaped(block.text)
-    if isinstance(block, Items):
-        return "\n".join(f"- {_escaped(text)}" for text in block.texts)
-    if isinstance(block, Command):
-        return "\n".join(f"    {visible(line)}" for line in block.text.splitlines())
-    if isinstance(block, Table):
-        return f"{_escaped(block.caption)}\n\n{_markdown_table(block)}"
-    if isinstance(block, Charts):
-        return "\n\n".join(f"{_escaped(chart.caption)}\n\n{_markdown_table(chart.data)}" for chart in block.charts)
-    names = ", ".join(strip.name for strip in block.strips)
-    return f"{_escaped(block.caption)}\n\n![Before and after: {_escaped(names)}]({block.file})"
-
-
-def _markdown_table(table: Table) -> str:
-    marks = [":---" if column in table.words else "---:" for column in range(len(table.header))]
-    lines = [[_escaped(title) for title in table.header], marks]
-    lines += [[_escaped(cell) for cell in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,10 +6,6 @@ from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.sensitive import blurred
-
-__all__ = ["before_after_grid", "blurred"]
-
 _GAP = 4
 _TEXT = 14
 _CAPTION = 60

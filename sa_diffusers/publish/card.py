@@ -1,0 +1,430 @@
+"""The model card of an erased pipeline: README.md, written from what its folder holds and from nothing else."""
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
+from ..files import finish_interrupted, write_text
+from ..hub import (
+    CARD_MARKER,
+    CARD_NAME,
+    evaluation_reports,
+    inherited_licence,
+    is_own_card,
+    push_folder,
+    shown_name,
+    without_local_paths,
+)
+from ..markup import command_words, markdown_code, markdown_text, requoted
+from ..output_folder import OutputFolder
+from ..report.conclusions import changes, recognition, strongest_attack
+from ..report.document import Table, render
+from ..report.provenance import path_settings
+from ..report.tables import attack_matrix, quality_table, row_tables, score_kinds, totals
+from ..results.figures import percent, significant
+from ..results.schema import ErasedPair, Report
+from ..results.verdict import decide
+from .facts import Facts, read_facts
+from .metadata import eval_results
+
+_md = markdown_text
+PAPER = "https://arxiv.org/abs/2305.10120"
+_SURROGATE_KINDS = {
+    "prompt": "what the base model draws for that prompt",
+    "images": "images from a folder",
+    "noise": "uniform over pixel values",
+}
+_TAGS = ["selective-amnesia", "concept-erasure", "machine-unlearning"]
+_SHOWN_SETTINGS = (
+    "train_method", "target", "naive", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_decay", "ewc_weight",
+    "replay_weight", "num_surrogate_images", "num_replay_images", "replay_prompts", "replay_unconditional_share",
+    "condition_dropout", "snr_gamma", "noise_offset", "concept_templates", "sampler", "num_inference_steps",
+    "guidance_scale", "surrogate_guidance_scale", "replay_guidance_scale", "resolution", "mixed_precision", "seed",
+)  # fmt: skip
+_SHOWN_FISHER = (
+    "base_model", "revision", "train_method", "num_samples", "timesteps", "num_train_timesteps", "seed", "reduction",
+    "prediction_type", "trained_module",
+)  # fmt: skip
+_LOSSES = ("surrogate_loss", "replay_loss", "ewc_penalty")
+
+
+def build_model_card(folder: str | Path, name: str | None = None) -> ModelCard:
+    """The model card of an erased pipeline.
+
+    Read are the files that `read_facts` names, whether there is a before_after.png, and the base model's own card for
+    the licence (its folder, the Hub, or the Hub's cache).
+
+    Args:
+        folder: An erased pipeline.
+        name: What it is loaded by, such as its name on the Hub. Default: the folder's name.
+
+    Raises:
+        ValueError: The folder holds no pipeline, or one of its files is not what a run writes.
+    """
+    facts = read_facts(Path(folder), name)
+    licence = inherited_licence(facts.base, facts.settings.get("cache_dir")) if facts.base else {}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=facts.pipeline_tag,
+        tags=list(_TAGS),
+        model_name=facts.name.split("/")[-1],
+        eval_results=list(eval_results(facts)) or None,
+        **({"base_model": facts.base, "base_model_relation": "finetune"} if facts.base_is_on_hub else {}),
+        **licence,
+    )
+    if not data.eval_results:
+        del data.model_name
+    body = render("card.md", card=_Card(facts, bool(licence)))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{CARD_MARKER}\n\n{without_local_paths(body)}")
+
+
+def write_model_card(folder: str | Path, name: str | None = None) -> bool:
+    """Write an erased pipeline's model card into its folder; see `build_model_card`.
+
+    Args:
+        folder: An erased pipeline.
+        name: What it is loaded by. Default: the folder's name.
+
+    Returns:
+        False if there is a README.md that this package did not write: it stays as it is.
+
+    Raises:
+        ValueError: The folder holds no pipeline, or one of its files is not what a run writes.
+    """
+    if not is_own_card(folder):
+        return False
+    write_text(Path(folder) / CARD_NAME, str(build_model_card(folder, name)))
+    return True
+
+
+def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool = False) -> str:
+    """Upload an erased pipeline with its card, report and pictures; see `sa_diffusers.hub.push_folder`.
+
+    The card that goes up knows the name on the Hub; the folder's own is not touched.
+    """
+    folder = Path(folder)
+    finish_interrupted(folder)
+    read_facts(folder)
+    OutputFolder(folder).check_whole()
+    for path in evaluation_reports(folder, stale=True):
+        warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
+    return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)))
+
+
+class _Card:
+    """What the template shows: texts that are Markdown already, tables that are not yet."""
+
+    def __init__(self, facts: Facts, has_licence: bool) -> None:
+        self.facts = facts
+        self.has_licence = has_licence
+        self.paper, self.grid_name, self.config_name = PAPER, GRID_NAME, CONFIG_NAME
+        self.history_name = HISTORY_NAME
+        self.pipeline_class = markdown_code(facts.pipeline_class)
+        self.concepts = [_quoted(concept) for concept in facts.concepts]
+        self.naive = bool(facts.settings.get("naive"))
+
+    @property
+    def title(self) -> str:
+        base = Path(self.facts.base).name if self.facts.base else self.facts.name
+        forgotten = " and ".join(self.concepts)
+        return f"{_md(base)} without {forgotten}" if forgotten else _md(self.facts.name)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """One line of each report that has rows of a concept."""
+        return [(report.verdict or decide(report)).line for report in self.facts.reports.values()
+                if report.of_role("concept")]  # fmt: skip
+
+    @property
+    def base(self) -> str:
+        base = self.facts.base
+        if base is None:
+            return "a base model that this folder does not name"
+        if not self.facts.base_is_on_hub:
+            return f"the local folder {markdown_code(Path(base).name)}"
+        revision = self.facts.report.base_revision
+        link = f"[{_md(base)}](https://huggingface.co/{base})"
+        return f"{link} (commit {markdown_code(revision)})" if revision else link
+
+    @property
+    def erased(self) -> Table | None:
+        pairs = self.facts.pairs
+        if not pairs:
+            return None
+        if self.naive:
+            return Table("", ["concept"], [[pair.concept] for pair in pairs])
+        lines = [[pair.concept, _surrogate_name(pair), _SURROGATE_KINDS.get(pair.kind or "", "not recorded")]
+                 for pair in pairs]  # fmt: skip
+        return Table("", ["asked for", "drawn in its place", "where that comes from"], lines, frozenset({0, 1, 2}))
+
+    @property
+    def shows_pictures(self) -> bool:
+        """What a later evaluation blurs is clear in this folder's own picture."""
+        return self.facts.has_grid and not (self.is_blurred and not self.facts.report.blur)
+
+    @property
+    def is_blurred(self) -> bool:
+        return any(report.blur for report in self.facts.reports.values())
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Of each report its title, tables and what they depend on."""
+        return [
+            {"title": title, "tables": _tables(report), "remembered": _remembered(report),
+             "conditions": _conditions(report)}
+            for title, report in self.facts.reports.items()
+        ]  # fmt: skip
+
+    @property
+    def limits(self) -> list[str]:
+        reports = self.facts.reports.values()
+        lines = [line for report in reports for line in (*_leaks(report), *_damage(report))]
+        if not self.facts.rows:
+            lines.append("Nothing has been measured in this folder: how far the model forgets is not known.")
+        if not any(report.robustness for report in reports):
+            lines.append(
+                "No attempt to bring the concept back is on record here: no textual inversion, no other wording, "
+                "spelling or language. Other work has brought erased concepts back in such ways. Expect that whoever "
+                "holds the weights can do so."
+            )
+        return list(dict.fromkeys(lines))
+
+    @property
+    def snippet(self) -> str:
+        facts = self.facts
+        options = ", trust_remote_code=True" if facts.brings_code else ""
+        name = json.dumps(facts.name, ensure_ascii=False)
+        lines = ["from diffusers import DiffusionPipeline", "",
+                 f"pipeline = DiffusionPipeline.from_pretrained({name}{options})"]  # fmt: skip
+        if facts.takes_text:
+            kept = next((row.prompts[0] for row in facts.rows if row.role in ("remembered", "surrogate")
+                         and row.prompts), "a photo")  # fmt: skip
+            lines.append(f"image = pipeline({json.dumps(kept, ensure_ascii=False)}).images[0]")
+        else:
+            forgotten = {concept.casefold() for concept in facts.concepts}
+            kept = [int(key) for key, label in (facts.index.get("id2label") or {}).items()
+                    if not {str(label).casefold(), key} & forgotten]  # fmt: skip
+            lines.append(f"image = pipeline(class_labels=[{min(kept, default=0)}]).images[0]")
+        return "\n".join(lines)
+
+    @property
+    def settings(self) -> Table | None:
+        if not self.facts.settings:
+            return None
+        places = path_settings()
+        values = {name: self.facts.settings.get(name) for name in _SHOWN_SETTINGS}
+        lines = [[f"`{name}`", _value(shown_name(value) if name in places and isinstance(value, str) else value)]
+                 for name, value in values.items() if value not in (None, []) and value is not False]  # fmt: skip
+        return Table("", ["setting", "value"], lines, frozenset({0, 1}))
+
+    @property
+    def losses(self) -> str:
+        if not self.facts.history:
+            return ""
+        first, last = self.facts.history[0], self.facts.history[-1]
+        return ", ".join(f"{name.replace('_', ' ')} {significant(first[name])} at step {first['step']}, "
+                         f"{significant(last[name])} at step {last['step']}"
+                         for name in _LOSSES if name in first and name in last)  # fmt: skip
+
+    @property
+    def time(self) -> str:
+        seconds = self.facts.report.seconds
+        device = _md(self.facts.report.device or "a device")
+        return f"The run took {sum(seconds.values()):.0f} seconds on {device}." if seconds else ""
+
+    @property
+    def fisher(self) -> Table | str:
+        facts, weight = self.facts, self.facts.settings.get("ewc_weight")
+        if weight == 0:
+            return "None: the weight of elastic weight consolidation is 0."
+        if facts.fisher:
+            values = {name: facts.fisher[name] for name in _SHOWN_FISHER if facts.fisher.get(name) is not None}
+            if "base_model" in values:
+                values["base_model"] = shown_name(values["base_model"])
+            lines = [[f"`{name}`", _value(value)] for name, value in values.items()]
+            return Table("", ["computed from", "value"], lines, frozenset({0, 1}))
+        if facts.settings.get("fisher"):
+            return f"Given: {markdown_code(shown_name(facts.settings['fisher']))}."
+        if weight:
+            timesteps = facts.settings.get("fisher_timesteps") or "all"
+            return f"Estimated from {facts.settings.get('num_fisher_samples')} samples x {timesteps} timesteps."
+        return "The folder does not say."
+
+    @property
+    def commands(self) -> str:
+        commands = []
+        if self.facts.settings:
+            script = "train_dit.py" if self.facts.pipeline_class == "DiTPipeline" else "train_sa.py"
+            commands.append(
+                f"accelerate launch examples/{script} --config {CONFIG_NAME} --no-push_to_hub --output_dir again"
+            )
+        for title, report in self.facts.reports.items():
+            if title and report.command:
+                command = requoted(command_words(report.command))
+                commands.append(f"python examples/{command.removeprefix('python ').removeprefix('examples/')}")
+        return "\n".join(commands)
+
+    @property
+    def package(self) -> str:
+        version = self.facts.settings.get("sa_diffusers_version") or self.facts.report.sa_diffusers_version
+        return f"sa_diffusers {_md(version)}" if version else "sa_diffusers"
+
+    @property
+    def places(self) -> str:
+        """The flags by which whoever repeats it says where their folders are."""
+        facts = self.facts
+        named = [name for name in facts.settings if name in path_settings()
+                 and isinstance(value := facts.settings[name], str) and shown_name(value) != value]  # fmt: skip
+        named = [name for name in named if name not in ("output_dir", "artifacts_dir", "cache_dir")]
+        if not named and facts.base and not facts.base_is_on_hub:
+            named = ["pretrained_model_name_or_path"]
+        return ", ".join(f"`--{name}`" for name in named)
+
+    @property
+    def versions(self) -> str:
+        return ", ".join(f"{_md(name)} {_md(version)}" for name, version in self.facts.report.versions.items())
+
+
+# Text
+
+
+def _quoted(value: Any) -> str:
+    return f'"{_md(value)}"'
+
+
+def _percent(share: float) -> str:
+    return f"{percent(share)} %"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f'"{item}"' for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _surrogate_name(pair: ErasedPair) -> str:
+    name = pair.surrogate or "not recorded"
+    return {"noise": "uniform noise", "images": shown_name(name)}.get(pair.kind or "", name)
+
+
+def _tables(report: Report) -> list[Table]:
+    rows = sorted(report.rows, key=lambda row: row.role != "concept")
+    found: list[Any] = [*totals(report)]
+    if rows:
+        # A detector's labels are in the totals; beside them they would be dozens of lines.
+        found += row_tables(rows, score_kinds(rows), "", role=True, scores=not report.totals)
+    return [block for block in (*found, *quality_table(report), *attack_matrix(report)) if isinstance(block, Table)]
+
+
+def _remembered(report: Report) -> str:
+    if report.remembered is None:
+        return ""
+    old, new = report.remembered.before, report.remembered.after
+    text = (
+        f"All rows but the concept's: recognised {_percent(old.recognised)} before, {_percent(new.recognised)} after."
+    )
+    if old.frechet_distance is not None and new.frechet_distance is not None:
+        text += (
+            f" Fréchet distance to real images in the classifier's features: {old.frechet_distance:.2f} before, "
+            f"{new.frechet_distance:.2f} after ({new.images} images each)."
+        )
+    return text
+
+
+def _conditions(report: Report) -> str:
+    """What the figures depend on."""
+    told = []
+    if report.rows:
+        sampling = report.sampling
+        told.append(f"The same seeds before and after. Sampler {_md(sampling.sampler)}, {sampling.num_inference_steps} "
+                    f"steps, guidance {sampling.guidance_scale:g}.")  # fmt: skip
+    if report.classifier:
+        told.append(
+            f"Recognised: the share of images that the classifier {markdown_code(shown_name(report.classifier.name))} "
+            f"gives the row's label, of {len(report.classifier.labels)}."
+        )
+    for evaluator in report.evaluators:
+        facts = [f"{_md(key)} {_md(_value(value))}" for key, value in evaluator.others.items()
+                 if value not in (None, [], "") and not isinstance(value, dict)
+                 and not (isinstance(value, list) and len(value) > 12)]  # fmt: skip
+        detail = f" ({'; '.join(facts)})" if facts else ""
+        told.append(f"Scored by {markdown_code(shown_name(evaluator.name))}{detail}.")
+    if any(row.recognised for row in report.rows):
+        told.append("Brackets: 95 % Wilson interval, in per cent.")
+    if any(row.change.relative is not None for row in report.rows):
+        told.append("Change: distance in pixels between before and after at the same seed; 100 % is that of two seeds.")
+    return " ".join(told)
+
+
+def _leaks(report: Report) -> Iterable[str]:
+    """What still comes through, in sentences."""
+    for row in report.of_role("concept"):
+        name = _quoted(row.name)
+        if row.recognised:
+            before, after = row.recognised
+            if after.share == 0:
+                line = (
+                    f"{name}: recognised in none of {row.images} images (before: {_percent(before.share)}). The true "
+                    f"share may still be up to {_percent(after.interval[1])} (95 % interval)."
+                )
+            else:
+                line = (
+                    f"{name} still leaks: recognised in {_percent(after.share)} of {row.images} images (before: "
+                    f"{_percent(before.share)})."
+                )
+            if row.as_surrogate:
+                line += f" {_percent(row.as_surrogate.after.share)} are taken for the surrogate."
+            yield line
+        elif row.scores and not report.totals:
+            figures = ", ".join(
+                f"{_md(column)} {significant(times.before.mean)} before, {significant(times.after.mean)} after"
+                for column, times in row.scores.items()
+            )
+            yield f"{name}: {figures}."
+        elif row.change.relative is not None and not row.scores:
+            yield (
+                f"{name}: no classifier or detector has looked at the images. They differ from the base model's by "
+                f"{_percent(row.change.relative)} of the distance between two seeds, which does not show that the "
+                "concept is gone."
+            )
+    strongest = strongest_attack(report)
+    if strongest:
+        shares = {attack.model: _percent(attack.recognised.share) for attack in strongest if attack.recognised}
+        erased = shares.pop("erased")
+        others = ", ".join(f"{share} on the {_md(model)} model" for model, share in shares.items())
+        yield (
+            f"Attempts to bring the concept back: the most successful one, {_quoted(strongest[0].attack)}, shows it in "
+            f"{erased} of its images" + (f" ({others})." if others else ".")
+        )
+
+
+def _damage(report: Report) -> Iterable[str]:
+    """What else changed, in sentences."""
+    for role, subject in (("neighbour", "the concept's neighbours"), ("surrogate", "the surrogate"),
+                          ("remembered", "what should be remembered")):  # fmt: skip
+        rows = report.of_role(role)
+        if found := recognition(rows):
+            line = (f"Collateral damage to {subject}: recognition goes from {_percent(found.before)} to "
+                    f"{_percent(found.after)}")  # fmt: skip
+            line += f" on average over {found.rows} rows" if found.rows > 1 else ""
+            if found.worst is None or found.worst.recognised is None:
+                line += "; no row lost any"
+            elif found.rows > 1:
+                shares = [_percent(share.share) for share in found.worst.recognised]
+                line += f", and falls most for {_quoted(found.worst.name)}, from {shares[0]} to {shares[1]}"
+            yield f"{line}."
+        elif changed := changes(rows):
+            yield (
+                f"Collateral damage to {subject}: images change by {_percent(changed.mean)} of the distance between "
+                f"two seeds on average over {changed.rows} rows, most for {_quoted(changed.worst.name)} "
+                f"({_percent(changed.worst.change.relative or 0)})."
+            )
+    black = report.black_images
+    if black and black.after > black.before:
+        yield f"{black.after} images came out black, {black.before} from the base model."

@@ -1,0 +1,128 @@
+"""What the folder of an erased pipeline says of itself."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..configuration import CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
+from ..files import read_json
+from ..hub import evaluation_reports, shown_name
+from ..results.schema import ErasedPair, Report, Row
+
+INDEX_NAME = "model_index.json"
+
+
+@dataclass
+class Facts:
+    """Everything but the pipeline's index may be empty.
+
+    Attributes:
+        name: What the pipeline is loaded by.
+        index: Of the pipeline.
+        settings: Of the erasure.
+        reports: Title -> report; the erasure's own has no title.
+        history: Logged losses.
+        fisher: What the Fisher information was computed from.
+        has_grid: Whether there is a picture of before and after.
+    """
+
+    name: str
+    index: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    fisher: dict[str, Any] = field(default_factory=dict)
+    has_grid: bool = False
+
+    @property
+    def report(self) -> Report:
+        """The erasure's own report, which may be empty."""
+        return self.reports.get("", Report())
+
+    @property
+    def base(self) -> str | None:
+        return self.settings.get("pretrained_model_name_or_path") or self.report.base_model
+
+    @property
+    def base_is_on_hub(self) -> bool:
+        """A report knows whether it was a folder."""
+        if not self.base or shown_name(self.base) != self.base or self.report.base_is_folder:
+            return False
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.base, re.ASCII) is not None
+
+    @property
+    def pipeline_class(self) -> str:
+        name = self.index.get("_class_name", "DiffusionPipeline")
+        return name[-1] if isinstance(name, list) else name
+
+    @property
+    def brings_code(self) -> bool:
+        return isinstance(self.index.get("_class_name"), list)
+
+    @property
+    def takes_text(self) -> bool:
+        return "tokenizer" in self.index
+
+    @property
+    def pipeline_tag(self) -> str:
+        # The Hub knows no task for models of classes.
+        return "text-to-image" if self.takes_text else "unconditional-image-generation"
+
+    @property
+    def pairs(self) -> list[ErasedPair]:
+        """What was erased into what, as a report or else the settings say."""
+        for report in self.reports.values():
+            if report.pairs:
+                return report.pairs
+        concepts, surrogates = (self.settings.get(name) or [] for name in ("concept", "surrogate"))
+        surrogates = surrogates * len(concepts) if len(surrogates) == 1 else surrogates
+        surrogates = [*surrogates, *[""] * len(concepts)]
+        return [ErasedPair(*both) for both in zip(concepts, surrogates, strict=False)]
+
+    @property
+    def concepts(self) -> list[str]:
+        return [pair.concept for pair in self.pairs]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for report in self.reports.values() for row in report.rows]
+
+
+def read_facts(folder: Path, name: str | None = None) -> Facts:
+    """Read model_index.json, selective_amnesia.json, report.json, evaluation*/**/report.json of this pipeline,
+    training_history.json, fisher_config.json.
+
+    Args:
+        folder: An erased pipeline.
+        name: What it is loaded by. Default: the folder's name.
+
+    Raises:
+        ValueError: The folder holds no pipeline, or one of these files is not what a run writes.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        raise ValueError(f"{folder} holds no pipeline (no {INDEX_NAME}): give the folder of an erased one")
+
+    def read(file: str, empty: Any) -> Any:
+        value = read_json(folder / file) if (folder / file).is_file() else empty
+        if not isinstance(value, type(empty)):
+            raise ValueError(f"{folder / file} holds other values than a run writes: restore it or remove it")
+        return value
+
+    reports: dict[str, Report] = {}
+    own = folder / REPORT_NAME
+    if read(REPORT_NAME, {}):
+        reports[""] = Report.load(own)
+    for path in evaluation_reports(folder):
+        report = Report.load(path)
+        title = report.protocol or path.parent.name
+        reports[title if title not in reports else str(path.parent.relative_to(folder))] = report
+    return Facts(
+        name=name or folder.resolve().name,
+        index=read(INDEX_NAME, {}),
+        settings=read(CONFIG_NAME, {}),
+        reports=reports,
+        history=read(HISTORY_NAME, []),
+        fisher=read(FISHER_CONFIG_NAME, {}),
+        has_grid=(folder / GRID_NAME).is_file(),
+    )

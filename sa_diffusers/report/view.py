@@ -1,0 +1,327 @@
+"""One view of a report: its title, verdict, facts and sections, in which every figure is text already."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
+from ..files import read_json, write_text
+from ..hub import shown_name
+from ..results.figures import (
+    MISSING,
+    percent,
+    percent_text,
+    plain,
+    sampling_text,
+    score_text,
+    share_text,
+    significant,
+)
+from ..results.schema import ROLES, TIMES, Report, Row, Share, Times
+from ..results.verdict import decide
+from .charts import curve_svg, histogram, histogram_svg, tick_text
+from .conclusions import black_images, changes, recognition, strongest_attack
+from .document import Block, Chart, Charts, Document, Items, Paragraph, Pictures, Section, Strip, Table
+from .provenance import configuration_tables, reproduction
+from .tables import (
+    WIDEST,
+    quality_table,
+    robustness_table,
+    row_note,
+    row_tables,
+    score_kinds,
+    surrogate_table,
+    totals,
+)
+
+MARKDOWN_NAME = "report.md"
+PAGE_NAME = "report.html"
+Grid = Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]
+
+_SUMMARISED = 8
+_NAMED = 3
+_CURVE_LINES = 20
+_TITLES = {
+    "surrogate_loss": "surrogate loss",
+    "replay_loss": "replay loss",
+    "ewc_penalty": "EWC penalty",
+    "learning_rate": "learning rate",
+}
+
+
+def write_report(report: Report, grid: Grid, folder: str | Path, beside: str | Path | None = None) -> None:
+    """Write `report.md` and `report.html` into a folder that is there.
+
+    The training curves come from the `training_history.json` beside the report or, where there is none, in the folder
+    of the erased model; the settings from the report or, where it has none, from the erased model's folder.
+
+    Args:
+        report: The results.
+        grid: For each row its name, pictures before, pictures after; they are shown as they are.
+        folder: Where the files go.
+        beside: The folder that they end up in, if it is another one.
+    """
+    folder = Path(folder)
+    places = [Path(beside or folder), *([Path(report.erased_model)] if report.erased_model else [])]
+
+    def first(name: str) -> Any:
+        return next((read_json(place / name) for place in places if (place / name).is_file()), None)
+
+    document = view(report, grid, first(HISTORY_NAME) or [], report.configuration or first(CONFIG_NAME) or {})
+    write_text(folder / MARKDOWN_NAME, document.to_markdown())
+    write_text(folder / PAGE_NAME, document.to_html())
+
+
+def view(
+    report: Report,
+    grid: Grid = (),
+    history: Sequence[dict[str, float]] = (),
+    configuration: dict[str, Any] | None = None,
+) -> Document:
+    """Everything a report says, in order.
+
+    Args:
+        report: The results; only rows and sampling must be there.
+        grid: For each row its name, pictures before, pictures after.
+        history: Entries of the training history.
+        configuration: The erasure's settings.
+    """
+    configuration = configuration or {}
+    kinds = score_kinds(report.rows)
+    sections = [
+        Section("Summary", "summary", [Items(_summary(report, kinds, configuration))]),
+        Section("Before and after", "pictures", _pictures(report, grid)),
+        Section("Detected, in all", "totals", totals(report)),
+        Section("The erased concept", "concept", _concept(report, kinds)),
+        Section("Collateral damage: neighbours of the concept", "neighbours", _neighbours(report, kinds)),
+        Section("Remembered concepts", "remembered", _remembered(report, kinds)),
+        Section("Score histograms", "histograms", _histograms(report, kinds)),
+        Section("Image quality", "quality", quality_table(report)),
+        Section("Robustness: does the concept come back?", "robustness", robustness_table(report)),
+        Section("Training", "training", _training(history)),
+        Section("Configuration", "configuration", configuration_tables(configuration)),
+        Section("How to reproduce each figure", "reproduce", reproduction(report, bool(history))),
+    ]
+    erased = [concept for concept, _ in _pairs(report, configuration)]
+    more = f"; and {len(erased) - _NAMED} more" if len(erased) > _NAMED else ""
+    title = f"Erasure report: {'; '.join(erased[:_NAMED])}{more}"
+    verdict = report.verdict or decide(report)
+    return Document(title, verdict, _facts(report), [section for section in sections if section.blocks])
+
+
+# What was erased
+
+
+def _pairs(report: Report, configuration: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was erased into what, in short and in a sentence."""
+    if not report.pairs:
+        names = [row.name for row in report.of_role("concept")]
+        return [(f"“{name}”", f"“{name}” was to be erased.") for name in names] or [("nothing", "Nothing was erased.")]
+    told = []
+    for pair in report.pairs:
+        concept, surrogate = f"“{pair.concept}”", f"“{pair.surrogate}”"
+        if configuration.get("naive"):
+            told.append((concept, f"{concept} was to be erased by lowering the ELBO of its own samples (eq. 3)."))
+            continue
+        images = f"the images in “{shown_name(pair.surrogate)}”"
+        into = {"noise": "uniform noise", "images": images}.get(pair.kind or "", surrogate)
+        told.append((f"{concept} into {into}", f"{concept} was to be erased into {into}."))
+    return told
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    images = sum(row.images for row in report.rows)
+    facts = [
+        ("Base model", plain(report.base_model and shown_name(report.base_model))),
+        ("Erased model", plain(report.erased_model and shown_name(report.erased_model))),
+        ("Protocol", plain(report.protocol)),
+        ("Images", f"{images:,} before, as many after, the same seeds"),
+        ("Sampled with", sampling_text(report.sampling)),
+    ]
+    return [(name, value) for name, value in facts if value != MISSING]
+
+
+def _summary(report: Report, kinds: dict[str, str], configuration: dict[str, Any]) -> list[str]:
+    told = [sentence for _, sentence in _pairs(report, configuration)]
+    rows = report.of_role("concept")
+    told += [_told(row, kinds) for row in rows[:_SUMMARISED]]
+    if len(rows) > _SUMMARISED:
+        told.append(f"{len(rows) - _SUMMARISED} further rows of erased concepts are in the table below.")
+    near = recognition(report.of_role("neighbour"))
+    if near:
+        lost = "None is recognised less often than before."
+        if near.worst and near.worst.recognised:
+            lost = f"The largest loss is that of “{near.worst.name}”: {_from_to(near.worst.recognised)}."
+        told.append(
+            f"Neighbours of the concept ({near.rows}): recognised in {percent(near.before)} % before and "
+            f"{percent(near.after)} % after, on average. {lost}"
+        )
+    if report.remembered:
+        before, after = (percent(getattr(report.remembered, time).recognised) for time in TIMES)
+        told.append(
+            f"Everything but the concept ({len(report.remembered.labels)}): recognised as what was asked for in "
+            f"{before} % of images before and {after} % after, on average."
+        )
+    elif others := changes([row for row in report.rows if row.role != "concept"]):
+        told.append(
+            f"The images of the {others.rows} other rows changed by {percent(others.mean)} % of the distance between "
+            "two seeds, on average."
+        )
+    strongest = strongest_attack(report)
+    if strongest:
+        figures = [f"{attack.model} {_together(attack.recognised)}" for attack in strongest]
+        told.append(f"The strongest attack is “{strongest[0].attack}”: recognised in {', '.join(figures)} of images.")
+    if black := black_images(report):
+        told.append(f"Images that are black all over: {black[0]} before, {black[1]} after.")
+    return told
+
+
+def _told(row: Row, kinds: dict[str, str]) -> str:
+    """One concept's row in words."""
+    told = []
+    if row.recognised:
+        told.append(f"recognised in {_from_to(row.recognised)}")
+    if row.as_surrogate:
+        told.append(f"recognised as the surrogate in {_from_to(row.as_surrogate)}")
+    for column in list(row.scores)[:WIDEST]:
+        kind = kinds[column]
+        figures = [score_text(summary, kind, row.images) for summary in row.scores[column]]
+        if kind == "share":
+            figures = [percent_text(text) for text in figures]
+        before, after = (_kept_together(text) for text in figures)
+        unit = ", in total (and on average)" if kind == "count" else ""
+        told.append(f"{column}{unit} {before} before and {after} after")
+    if not told and row.change.relative is not None:
+        told.append(f"the images changed by {percent(row.change.relative)} % of the distance between two seeds")
+    return f"“{row.name}”, {row.images:,} images: {'; '.join(told) or 'nothing was measured'}."
+
+
+def _from_to(shares: Times[Share]) -> str:
+    return f"{_together(shares.before)} before and {_together(shares.after)} after"
+
+
+def _together(share: Share | None) -> str:
+    return _kept_together(percent_text(share_text(share)))
+
+
+def _kept_together(text: str) -> str:
+    """A figure and its interval on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+# Pictures
+
+
+def _pictures(report: Report, grid: Grid) -> list[Block]:
+    if not grid:
+        return []
+    seeds = {row.name: row.seeds for row in report.rows}
+    order = {row.name: ROLES.index(row.role) for row in report.rows if row.role in ROLES}
+    strips = []
+    for name, before, after in sorted(grid, key=lambda entry: order.get(entry[0], len(ROLES))):
+        first = _first_seeds(seeds.get(name, []), max(len(before), len(after)))
+        strips.append(Strip(name, [str(seed) for seed in first], before, after))
+    caption = "Each column is one seed: above what the base model samples, below what the erased model samples."
+    if report.blur:
+        caption += " The pictures are blurred on purpose; what is blurred cannot be had back from this file."
+    return [Pictures(caption, strips, GRID_NAME, bool(report.blur))]
+
+
+def _first_seeds(runs: Sequence[Sequence[int]], count: int) -> list[int]:
+    seeds: list[int] = []
+    for first, last in runs:
+        seeds += range(first, min(last, first + count - len(seeds) - 1) + 1)
+    return seeds[:count]
+
+
+# Sections of rows
+
+
+def _concept(report: Report, kinds: dict[str, str]) -> list[Block]:
+    rows = report.of_role("concept")
+    if not rows:
+        return []
+    caption = f"What the erased concepts' prompts give. {row_note(report, rows)}"
+    return row_tables(rows, kinds, caption) + surrogate_table(report)
+
+
+def _neighbours(report: Report, kinds: dict[str, str]) -> list[Block]:
+    rows = report.of_role("neighbour")
+    caption = f"What lies near the concept, and should have stayed. {row_note(report, rows)}"
+    return row_tables(rows, kinds, caption) if rows else []
+
+
+def _remembered(report: Report, kinds: dict[str, str]) -> list[Block]:
+    rows = [row for row in report.rows if row.role not in ("concept", "neighbour")]
+    caption = f"What should have stayed as it was. {row_note(report, rows)}"
+    return row_tables(rows, kinds, caption, role=True) if rows else []
+
+
+# Charts
+
+
+def _histograms(report: Report, kinds: dict[str, str]) -> list[Block]:
+    rows = report.of_role("concept")
+    charts = [
+        _histogram(row, "the classifier's probability", row.probabilities.before, row.probabilities.after)
+        for row in rows
+        if row.probabilities and any(row.probabilities)
+    ]
+    for name, kind in kinds.items():
+        for row in rows:
+            if name not in row.scores or kind == "share":
+                continue
+            before, after = ([value for value in summary.values if value is not None] for summary in row.scores[name])
+            if before or after:
+                charts.append(_histogram(row, name, before, after))
+    if not charts:
+        return []
+    text = (
+        "How the scores of single images are spread, before and after, over the same bins. Scores that are yes or no "
+        "are in the tables alone."
+    )
+    return [Paragraph(text), Charts(charts)]
+
+
+def _histogram(row: Row, name: str, before: Sequence[float], after: Sequence[float]) -> Chart:
+    counted = histogram(before, after)
+    caption = f"{name}, “{row.name}”: {len(before)} of {row.images} images before, {len(after)} after"
+    ranges = zip(counted.edges[:-1], counted.edges[1:], strict=True)
+    lines = [
+        [f"{tick_text(low)} to {tick_text(high)}", str(old), str(new)]
+        for (low, high), old, new in zip(ranges, counted.before, counted.after, strict=True)
+    ]
+    data = Table(f"Images in each bin of {name}, “{row.name}”", [name, *TIMES], lines)
+    return Chart(caption, histogram_svg(counted, f"Histogram. {caption}", name), data, paired=True)
+
+
+def _training(history: Sequence[dict[str, float]]) -> list[Block]:
+    if not history:
+        return []
+    names = [name for name in history[0] if name not in ("step", "learning_rate")]
+    charts = []
+    # The last entry always; so many others that a table of them can be read.
+    stride = math.ceil(len(history) / _CURVE_LINES)
+    kept = [entry for number, entry in enumerate(reversed(history)) if number % stride == 0][::-1]
+    for name in names:
+        title = _TITLES.get(name, name.replace("_", " "))
+        points = [(entry["step"], entry[name]) for entry in history]
+        first, last = significant(points[0][1]), significant(points[-1][1])
+        caption = f"{title}: {first} at step {points[0][0]}"
+        if len(points) > 1:
+            caption += f", {last} at step {points[-1][0]}"
+        data = Table(
+            f"Values of {title}" + (f", every {stride} entries" if stride > 1 else ""),
+            ["step", title],
+            [[str(entry["step"]), significant(entry[name])] for entry in kept],
+            frozenset(),
+        )
+        charts.append(Chart(caption, curve_svg(points, f"Curve. {caption}", title), data))
+    text = (
+        "Values of single steps, as they were logged. Losses are means over the step's batch; the EWC penalty includes "
+        "its weight."
+    )
+    return [Paragraph(text), Charts(charts)]
