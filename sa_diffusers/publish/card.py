@@ -51,6 +51,7 @@ _SHOWN_FISHER = (
     "base_model", "revision", "train_method", "num_samples", "timesteps", "num_train_timesteps", "seed", "reduction",
     "prediction_type", "trained_module",
 )  # fmt: skip
+_LONGEST = 300
 _LOSSES = ("surrogate_loss", "replay_loss", "ewc_penalty")
 
 
@@ -80,7 +81,7 @@ def build_model_card(folder: str | Path, name: str | None = None) -> ModelCard:
     )
     if not data.eval_results:
         del data.model_name
-    body = render("card.md", card=_Card(facts, bool(licence)))
+    body = render("card.md", _LONGEST, card=_Card(facts, bool(licence)))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{CARD_MARKER}\n\n{without_local_paths(body)}")
 
 

@@ -171,12 +171,13 @@ class Document:
         return render("report.md", document=self)
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, longest_cell: int | None = None, **values: Any) -> str:
     """A template of this package, filled in. In `.html` every text is escaped; in `.md` the filters `md` and `code`
     take the meaning out of a text.
 
     Args:
         template: Name of its file.
+        longest_cell: In Markdown, longer cells of tables are cut.
         values: What it shows.
     """
     is_page = template.endswith(".html")
@@ -190,6 +191,7 @@ def render(template: str, **values: Any) -> str:
         finalize=_shown if is_page else None,
     )
     environment.filters |= {"data_uri": data_uri, "md": lambda value: markdown_text(value, None),
+                            "cell": lambda value: markdown_text(value, longest_cell),
                             "code": markdown_code, "fence": markdown_fence, "visible": visible}  # fmt: skip
     return environment.get_template(template).render(**values)
 
