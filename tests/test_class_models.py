@@ -32,12 +32,12 @@ from sa_diffusers import (
     pair_concepts,
     select_parameters,
 )
-from sa_diffusers.command_line import main
+from sa_diffusers.commands.erase import main
+from sa_diffusers.commands.evaluate import main as evaluation
 from sa_diffusers.configuration import base_defaults, read_settings
 from sa_diffusers.data.prompts import pair_classes
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.evaluation import ImageClassifier
-from sa_diffusers.evaluation.command_line import main as evaluation
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
@@ -348,7 +348,7 @@ def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
 )  # fmt: skip
 def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypatch):
     """All of a file's settings but the sizes, on models that were never trained."""
-    file = REPOSITORY / "examples" / "configurations" / f"{name}.yaml"
+    file = REPOSITORY / "sa_diffusers" / "configurations" / f"{name}.yaml"
     settings = read_settings(file)
     labels = ["airplane", "bird"] if settings["concept"] == "airplane" else ["0", "1"]
     monkeypatch.chdir(tmp_path)

@@ -40,8 +40,10 @@ ORDER = [
     "cache",
     "evaluation",
     "erasure",
-    "command_line",
+    "base_training",
     "commands",
+    "command_line",
+    "__main__",
 ]
 
 
@@ -102,7 +104,7 @@ def test_the_script_is_thin():
 
 
 def test_flags_in_the_readme_exist():
-    from sa_diffusers.command_line import build_parser
+    from sa_diffusers.commands.erase import build_parser
 
     known = build_parser().format_help()
     text = (REPOSITORY / "README.md").read_text()
