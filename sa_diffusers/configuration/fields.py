@@ -128,8 +128,8 @@ def type_name(spec: dataclasses.Field) -> str:
     kind, is_list, allowed = flag_type(spec.type)
     if allowed is None:
         return f"list of {kind.__name__}" if is_list else kind.__name__
-    first = ", ".join(f'"{item}"' for item in allowed[:-1])
-    return f'{first} or "{allowed[-1]}"'
+    names = [f'"{item}"' for item in allowed]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def flag_type(annotation: Any) -> tuple[type, bool, tuple | None]:

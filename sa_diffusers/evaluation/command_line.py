@@ -46,7 +46,7 @@ from .faces import CelebrityDetector
 from .memory import batch_size_for
 from .nudity import NudityDetector, read_i2p
 from .protocols import Subject, class_protocol, format_quality
-from .quality import feature_network
+from .quality import check_can_measure, feature_network
 from .robustness import (
     TRANSLATED_TEMPLATES,
     Inversion,
@@ -185,6 +185,8 @@ def check_scorers(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Non
     Raises:
         ValueError: It is not given.
     """
+    if args.protocol in ("class", "concept"):
+        check_can_measure()
     if args.protocol == "class" and not config.classifier:
         raise ValueError("the class protocol needs --classifier: a folder or a Hub name of an image classifier")
     if args.protocol == "celebrity" and not args.giphy:

@@ -25,7 +25,7 @@ from ..processes import check_stop
 from .classification import Classification, ImageClassifier
 from .memory import in_batches
 from .pictures import before_after_grid, blurred
-from .quality import NEIGHBOURS, FeatureNetwork, image_quality
+from .quality import NEIGHBOURS, FeatureNetwork, can_measure, image_quality
 from .report import MARKDOWN_NAME, PAGE_NAME, write_report
 from .statistics import frechet_distance, moments, wilson_interval
 
@@ -508,7 +508,7 @@ def _remembered(
             "frechet_distance": frechet_distance(moments(features), reference) if reference else None,
             "images": len(features),
         }
-    if len(seen["after"]) > NEIGHBOURS:
+    if len(seen["after"]) > NEIGHBOURS and can_measure():
         result["against_base"] = image_quality(seen["after"], seen["before"])
     return result
 
