@@ -341,11 +341,14 @@ def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
     assert surrogate_loss("uniform_noise", "frozen") < surrogate_loss(None, "frozen")
 
 
-@pytest.mark.parametrize(
-    ("name", "model"),
-    [("mnist_vae", "mnist_vae"), ("mnist_vae_cpu", "mnist_vae"), ("mnist_diffusion_cpu", "small_32"),
-     ("cifar10_cpu", "small_32_rgb"), ("stl10_cpu", "small_64")],
-)  # fmt: skip
+# The files of settings of class experiments, each with a model of its kind.
+EXPERIMENTS = {
+    "mnist_vae": "mnist_vae", "mnist_vae_cpu": "mnist_vae", "mnist_diffusion_cpu": "small_32",
+    "cifar10": "small_32_rgb", "cifar10_cpu": "small_32_rgb", "stl10": "small_64", "stl10_cpu": "small_64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "model"), EXPERIMENTS.items())
 def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypatch):
     """All of a file's settings but the sizes, on models that were never trained."""
     file = REPOSITORY / "sa_diffusers" / "configurations" / f"{name}.yaml"

@@ -14,8 +14,8 @@ import sa_diffusers
 from sa_diffusers.commands import COMMANDS, main
 from sa_diffusers.configuration import EvaluationConfig, SelectiveAmnesiaConfig, experiments, flags_of, read_settings
 
-from .conftest import REPOSITORY, run_here
-from .test_class_models import tiny_vae, write_classifier
+from .conftest import BASE_NAME, REPOSITORY, run_here
+from .test_class_models import EXPERIMENTS, tiny_vae, write_classifier
 from .test_train_script import quick
 
 # What training can do without.
@@ -216,3 +216,29 @@ def test_the_papers_experiments_go_by_their_names():
     assert {"mnist_vae", "brad_pitt_man", "nudity"} <= set(experiments())
     for name, path in experiments().items():
         assert read_settings(name) == read_settings(path)
+
+
+TEXT = [name for name in experiments() if read_settings(name)["pretrained_model_name_or_path"] == BASE_NAME]
+
+
+def test_every_experiment_is_run():
+    assert {*TEXT, *EXPERIMENTS} == set(experiments())
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_papers_experiments_run_as_their_files_say(name, tiny_folder, tmp_path):
+    """All of a file's settings but the sizes, on a model that was never trained."""
+    sizes = {"num_surrogate_images": 4, "num_replay_images": 2, "num_fisher_samples": 2, "fisher_timesteps": 1,
+             "num_inference_steps": 2, "gradient_accumulation_steps": 1, "train_batch_size": 2, "max_train_steps": 2,
+             "num_eval_images": 1, "pretrained_model_name_or_path": tiny_folder}  # fmt: skip
+    flags = [str(word) for size in sizes.items() for word in (f"--{size[0]}", size[1])]
+    result = run_here(main, ["erase", "--config", name, *flags, "--output_dir", "out", "--report_to", "none"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    used = json.loads((tmp_path / "out" / "selective_amnesia.json").read_text())
+    given = read_settings(name)
+    assert {"concept", "surrogate", "train_method", "ewc_weight", "use_ema"} <= set(given)
+    for key in given.keys() - sizes.keys():
+        value = [given[key]] if isinstance(used[key], list) and isinstance(given[key], str) else given[key]
+        assert used[key] == (float(value) if isinstance(used[key], float) else value), key
+    for file in ("report.json", "README.md", "unet/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "out" / file).is_file()
