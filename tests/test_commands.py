@@ -212,6 +212,22 @@ def test_earlier_imports_work_and_are_warned_of(monkeypatch):
 # What the package carries
 
 
+def test_what_is_installed_holds_every_file_of_the_package(tmp_path):
+    """Templates, vocabularies, YAML files, the embedded pipeline, py.typed."""
+    built = tmp_path / "built"
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "build_py",
+               "--build-lib", str(built)]  # fmt: skip
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    here, there = (
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*")
+         if path.is_file() and "__pycache__" not in path.parts}
+        for folder in (REPOSITORY / "sa_diffusers", built / "sa_diffusers")
+    )  # fmt: skip
+    assert here == there
+    assert {"py.typed", "configurations/nudity.yaml", "models/embedded/pipeline/model_index.json"} <= there
+
+
 def test_the_papers_experiments_go_by_their_names():
     assert {"mnist_vae", "brad_pitt_man", "nudity"} <= set(experiments())
     for name, path in experiments().items():

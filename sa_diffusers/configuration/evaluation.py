@@ -19,8 +19,8 @@ _KNOWN = ", ".join(f"{protocol} {count}" for protocol, count in IMAGES.items())
 class _Subject(Settings):
     """What is measured."""
 
-    base: str = flag(help="the model before: a folder or a name on the Hub")
-    erased: str = flag(help="the model after: a folder that an erasure wrote, or a name on the Hub")
+    base: str = flag(help="the model before: a folder or a name on the Hub", any_text=True)
+    erased: str = flag(help="the model after: a folder that an erasure wrote, or a name on the Hub", any_text=True)
     protocol: Literal["class", "concept", "robustness", "celebrity", "nudity"] = flag(help="what is measured")
     concept: list[str] | None = flag(None, "what was erased [as the erased model's folder says]")
     surrogate: list[str] | None = flag(None, "what it turned into [as the erased model's folder says]")

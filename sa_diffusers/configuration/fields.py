@@ -33,6 +33,7 @@ def flag(
     check: Callable[[str, Any], None] | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    any_text: bool = False,
 ) -> Any:
     """A setting.
 
@@ -46,9 +47,9 @@ def flag(
         check: Called with the name and the value, where there is one; raises ValueError.
         metavar: Stands for the value in the help of the command line.
         positional: Whether the command line takes it without a name.
+        any_text: Whether it is left to its user to refuse what no file could hold.
     """
-    metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most, "below": below, "path": path,
-                "own": own, "check": check, "metavar": metavar, "positional": positional}  # fmt: skip
+    metadata = {name: value for name, value in locals().items() if name != "default"}
     if default is _NEEDED:
         return field(metadata=metadata)
     if isinstance(default, list):
@@ -227,6 +228,8 @@ def _coerced(spec: dataclasses.Field, value: Any) -> Any:
 
 def _text(spec: dataclasses.Field, value: str) -> str:
     """A text that files can hold; where it is a path, with its `~` expanded."""
+    if spec.metadata["any_text"]:
+        return value
     unwritable = [letter for letter in value if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
     if unwritable:
         raise ValueError(f'{spec.name}="{shown(value)}" holds the character {shown(unwritable[0])}: leave it out')
