@@ -1,6 +1,6 @@
 """Make a generative model forget: Selective Amnesia (Heng and Soh, NeurIPS 2023) for diffusers.
 
-From a concept's name to an erased pipeline, as `sa-diffusers erase` does it:
+From a concept's name to an erased pipeline:
 
     from sa_diffusers import Erasure, SelectiveAmnesiaConfig, embedded_pipeline
 

@@ -12,7 +12,16 @@ import yaml
 
 import sa_diffusers
 from sa_diffusers.commands import COMMANDS, main
-from sa_diffusers.configuration import EvaluationConfig, SelectiveAmnesiaConfig, experiments, flags_of, read_settings
+from sa_diffusers.configuration import (
+    EvaluationConfig,
+    SelectiveAmnesiaConfig,
+    experiments,
+    flag_type,
+    flags_of,
+    read_settings,
+)
+from sa_diffusers.configuration.evaluation import IMAGES
+from sa_diffusers.evaluation.command_line import PROTOCOLS
 
 from .conftest import BASE_NAME, REPOSITORY, run_here
 from .test_class_models import EXPERIMENTS, tiny_vae, write_classifier
@@ -64,6 +73,11 @@ def test_help_of_the_settings_says_what_each_means():
             assert f"{spec.name} (" in said
             assert " ".join(spec.metadata["help"].split()) in said
     assert 'mixed_precision ("no", "fp16" or "bf16"): no, fp16 or bf16' in SelectiveAmnesiaConfig.__doc__
+
+
+def test_every_protocol_is_a_choice_with_a_number_of_images():
+    (spec,) = [spec for spec in flags_of(EvaluationConfig) if spec.name == "protocol"]
+    assert list(PROTOCOLS) == list(flag_type(spec.type)[2]) == list(IMAGES)
 
 
 def test_the_page_of_flags_is_current():
