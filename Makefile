@@ -1,4 +1,4 @@
-# Every command sets everything up by itself: `make demo`, `make test`, `make torture`, `make test-lowest`.
+# Every command sets everything up by itself: `make demo`, `make test`, `make lint`, `make torture`, `make test-lowest`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ CONCEPT ?= sneaker
 SURROGATE ?= dress
 METHOD ?= full
 
-.PHONY: demo test torture test-lowest format clean
+.PHONY: demo lint test torture test-lowest format clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -17,9 +17,11 @@ demo: $(INSTALLED)
 		--concept "$(CONCEPT)" --surrogate "$(SURROGATE)" --train_method $(METHOD) --output_dir outputs/demo \
 		--overwrite_output_dir
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test: lint
 	$(BIN)/pytest -n 2 --dist loadscope
 
 # The lowest versions that setup.py declares, as uv finds them there: first without eval-unlearn, which needs newer

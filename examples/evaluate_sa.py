@@ -3,7 +3,7 @@
 python examples/evaluate_sa.py --base CompVis/stable-diffusion-v1-4 --erased brad-pitt --protocol concept
 """
 
-from sa_diffusers.evaluation.command_line import main
+from sa_diffusers.commands.evaluate import main
 
 if __name__ == "__main__":
     main()

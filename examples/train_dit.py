@@ -16,7 +16,7 @@ import torch
 from diffusers import DiTPipeline
 from PIL import Image
 
-from sa_diffusers.command_line import main
+from sa_diffusers.commands.erase import main
 from sa_diffusers.objectives.base import Conditions, Denoiser, SamplingSettings, fingerprint_module
 from sa_diffusers.objectives.diffusion import DiffusionObjective
 

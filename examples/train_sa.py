@@ -3,7 +3,7 @@
 accelerate launch examples/train_sa.py --concept "Brad Pitt" --surrogate "a middle aged man"
 """
 
-from sa_diffusers.command_line import main
+from sa_diffusers.commands.erase import main
 
 if __name__ == "__main__":
     main()

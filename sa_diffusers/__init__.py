@@ -1,4 +1,18 @@
-"""Make a generative model forget: Selective Amnesia (Heng and Soh, NeurIPS 2023) for diffusers."""
+"""Make a generative model forget: Selective Amnesia (Heng and Soh, NeurIPS 2023) for diffusers.
+
+From a concept's name to an erased pipeline:
+
+    from sa_diffusers import Erasure, SelectiveAmnesiaConfig, embedded_pipeline
+
+    config = SelectiveAmnesiaConfig(
+        pretrained_model_name_or_path=str(embedded_pipeline()), concept="sneaker", surrogate="dress", output_dir="out"
+    )
+    Erasure(config).run()
+
+`help(SelectiveAmnesiaConfig)` says what each setting means. The steps are there one by one: `load_pipeline` and
+`objective_for` make a model known, `SampleGenerator` samples from it, `FisherEstimator` finds what matters to what it
+is to remember, and `SelectiveAmnesiaTrainer` trains it. Names are imported when they are first used.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -59,3 +73,7 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

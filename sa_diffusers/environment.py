@@ -1,6 +1,8 @@
 """What the machine and the launcher offer a run, and what of it is refused."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from .configuration import SelectiveAmnesiaConfig
+from .processes import say
 
 _SUPPORTED_TYPES = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,
@@ -26,8 +29,6 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
         ProjectConfiguration,
-        is_tensorboard_available,
-        is_wandb_available,
     )
 
     has_cuda = torch.cuda.is_available()
@@ -40,12 +41,7 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         torch.backends.cudnn.allow_tf32 = True
     if config.use_8bit_adam:
         import_bitsandbytes()
-    tracker = None if output_dir is None or config.report_to == "none" else config.report_to
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    if tracker and not available[tracker]():
-        raise ValueError(f'report_to="{tracker}" needs the package {tracker}: pip install {tracker}, or use "none"')
-    if tracker == "wandb":
-        _check_wandb_key()
+    tracker = None if output_dir is None else chosen_tracker(config.report_to)
     _check_environment(config)
     project = ProjectConfiguration(
         project_dir=str(output_dir) if output_dir else None,
@@ -60,6 +56,35 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         # Buckets that are rebuilt after the first step would sum in another order than those of a resumed run.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def chosen_tracker(report_to: str | None) -> str | None:
+    """The tracker to use: the one asked for, or TensorBoard where none is and it is installed.
+
+    Raises:
+        ValueError: Its package is not installed, or it needs a key and has none.
+    """
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    if report_to == "none":
+        return None
+    if report_to is None and not is_tensorboard_available():
+        if os.environ.get("RANK", "0") == "0":
+            say("losses are not tracked: pip install tensorboard, or give --report_to none")
+        return None
+    tracker = report_to or "tensorboard"
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if not available[tracker]():
+        raise ValueError(f'report_to="{tracker}" needs the package {tracker}: pip install {tracker}, or use "none"')
+    if tracker == "wandb":
+        _check_wandb_key()
+    return tracker
+
+
+def tracked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: numbers, truth values and texts; anything else as JSON writes it."""
+    return {name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for name, value in settings.items()}  # fmt: skip
 
 
 def launched(mixed_precision: str | None = None, **options: Any) -> Accelerator:

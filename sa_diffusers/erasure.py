@@ -33,7 +33,7 @@ from .data.prompts import (
 )
 from .data.sample_set import MANIFEST_NAME, SampleSet
 from .data.sensitive import must_blur
-from .environment import create_accelerator, precision_in_use
+from .environment import create_accelerator, precision_in_use, tracked
 from .evaluation import (
     Classification,
     Comparison,
@@ -695,11 +695,11 @@ class Erasure:
     def _start_tracker(self) -> None:
         config = self.config
         try:
-            self.accelerator.init_trackers(config.tracker_project_name)
+            self.accelerator.init_trackers(config.tracker_project_name, tracked(config.to_dict()))
         except Exception as error:  # of whatever kind the tracker's network errors are
             raise ValueError(
-                f'report_to="{config.report_to}" could not be started ({one_line(error)}): try again, or use another '
-                "tracker, or none"
+                f'report_to="{config.report_to or "tensorboard"}" could not be started ({one_line(error)}): try again, '
+                "or use another tracker, or none"
             ) from error
 
     def evaluation_groups(self) -> list:

@@ -115,9 +115,11 @@ def _one_line_errors(name: str, repeat: str) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """An error's message in one line, without the token, its control characters shown as such."""
     text = visible(" ".join(str(error).split())) or type(error).__name__
-    token = get_token()
-    if token:
-        text = text.replace(token, "***")
+    # A token that this user may not read is in no message.
+    with contextlib.suppress(OSError):
+        token = get_token()
+        if token:
+            text = text.replace(token, "***")
     return re.sub(r"Bearer [^\s'\"]+", "Bearer ***", text)
 
 

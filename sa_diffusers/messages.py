@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import itertools
 import reprlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +37,20 @@ def shown(value: Any, limit: int = _LONGEST) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one clean line, whatever was typed."""
+    """A parser whose complaints are one clean line, whatever was typed; a misspelt flag is answered with near ones."""
+
+    def __init__(self, **options: Any) -> None:
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
+        super().__init__(**options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            name = word.partition("=")[0]
+            if word.startswith("--") and " " not in word and name not in self._option_string_actions:
+                near = did_you_mean(name, self._option_string_actions, "").replace(";", ":", 1)
+                self.error(f"unknown flag {shown(name)}{near or ': --help shows all'}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         super().error(shown(message, _LONGEST_COMPLAINT))

@@ -140,10 +140,10 @@ def wait_until(ready: Callable[[], bool]) -> None:
         delay = min(2 * delay, 1.0)
 
 
-def say_stopped(reason: object) -> None:
+def say_stopped(reason: object, then: str = "The same command goes on from there") -> None:
     """The line that a program ends with when it was asked to stop; the main process says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"stopped: {reason}. The same command goes on from there", file=sys.stderr, flush=True)
+        print(f"stopped: {reason}. {then}", file=sys.stderr, flush=True)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sa_diffusers import load_pipeline
-from sa_diffusers.command_line import main, parse_config
+from sa_diffusers.commands.erase import main, parse_config
 from sa_diffusers.erasure import Erasure
 
 from .conftest import build_tiny_pipeline, run_here

@@ -32,12 +32,12 @@ from sa_diffusers import (
     pair_concepts,
     select_parameters,
 )
-from sa_diffusers.command_line import main
+from sa_diffusers.commands.erase import main
+from sa_diffusers.commands.evaluate import main as evaluation
 from sa_diffusers.configuration import base_defaults, read_settings
 from sa_diffusers.data.prompts import pair_classes
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.evaluation import ImageClassifier
-from sa_diffusers.evaluation.command_line import main as evaluation
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
@@ -341,14 +341,17 @@ def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
     assert surrogate_loss("uniform_noise", "frozen") < surrogate_loss(None, "frozen")
 
 
-@pytest.mark.parametrize(
-    ("name", "model"),
-    [("mnist_vae", "mnist_vae"), ("mnist_vae_cpu", "mnist_vae"), ("mnist_diffusion_cpu", "small_32"),
-     ("cifar10_cpu", "small_32_rgb"), ("stl10_cpu", "small_64")],
-)  # fmt: skip
+# The files of settings of class experiments, each with a model of its kind.
+EXPERIMENTS = {
+    "mnist_vae": "mnist_vae", "mnist_vae_cpu": "mnist_vae", "mnist_diffusion_cpu": "small_32",
+    "cifar10": "small_32_rgb", "cifar10_cpu": "small_32_rgb", "stl10": "small_64", "stl10_cpu": "small_64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "model"), EXPERIMENTS.items())
 def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypatch):
     """All of a file's settings but the sizes, on models that were never trained."""
-    file = REPOSITORY / "examples" / "configurations" / f"{name}.yaml"
+    file = REPOSITORY / "sa_diffusers" / "configurations" / f"{name}.yaml"
     settings = read_settings(file)
     labels = ["airplane", "bird"] if settings["concept"] == "airplane" else ["0", "1"]
     monkeypatch.chdir(tmp_path)

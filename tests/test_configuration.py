@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa_diffusers import SelectiveAmnesiaConfig
-from sa_diffusers.command_line import build_parser, parse_config
+from sa_diffusers.commands.erase import build_parser, parse_config
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, base_defaults, read_settings
 from sa_diffusers.models import class_defaults
 
@@ -353,7 +353,7 @@ def test_a_mistake_on_the_command_line_ends_with_code_2_and_a_message(capsys):
 
 
 def test_the_papers_experiments_are_configurations_that_load():
-    files = sorted((REPOSITORY / "examples" / "configurations").glob("*.yaml"))
+    files = sorted((REPOSITORY / "sa_diffusers" / "configurations").glob("*.yaml"))
     assert {"brad_pitt_man", "brad_pitt_clown", "nudity", "van_gogh"} <= {file.stem for file in files}
     for file in files:
         config = parse_config(["--config", str(file)])
@@ -363,7 +363,7 @@ def test_the_papers_experiments_are_configurations_that_load():
             assert not config.replay_surrogates, file
             assert config.fisher_concept_share is None, file
             assert not config.use_ema or (config.ema_decay == 0.9999 and not config.ema_warmup), file
-    nudity = parse_config(["--config", str(REPOSITORY / "examples" / "configurations" / "nudity.yaml")])
+    nudity = parse_config(["--config", str(REPOSITORY / "sa_diffusers" / "configurations" / "nudity.yaml")])
     assert nudity.concept == ["nudity", "naked", "erotic", "sexual"]
     assert nudity.train_method == "noxattn"
     assert {"mnist_vae", "cifar10", "stl10"} <= {file.stem for file in files}
@@ -378,7 +378,7 @@ CPU_VARIANTS = {
 
 
 def test_the_cpu_variants_write_out_what_comes_with_the_model():
-    folder = REPOSITORY / "examples" / "configurations"
+    folder = REPOSITORY / "sa_diffusers" / "configurations"
     assert {file.stem for file in folder.glob("*_cpu.yaml")} == set(CPU_VARIANTS)
     for name, model in CPU_VARIANTS.items():
         settings = read_settings(folder / f"{name}.yaml")

@@ -45,7 +45,7 @@ def test_what_is_shipped_is_small_plain_safetensors_in_float32():
     for folder in (embedded_pipeline(), embedded_classifier()):
         card = (folder / "README.md").read_text()
         assert "license: mit" in card
-        assert "examples/train_embedded.py" in card
+        assert "benchmarks/train_embedded.py" in card
 
 
 def test_plain_diffusers_draws_what_is_asked_for(classifier):

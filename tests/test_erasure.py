@@ -13,8 +13,8 @@ from PIL import Image
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig
 from sa_diffusers import erasure as erasure_module
 from sa_diffusers.cache import entries
-from sa_diffusers.command_line import main
 from sa_diffusers.commands import main as commands
+from sa_diffusers.commands.erase import main
 from sa_diffusers.data.sensitive import blurred
 from sa_diffusers.publish import push_pipeline
 

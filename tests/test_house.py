@@ -44,8 +44,10 @@ ORDER = [
     "cache",
     "evaluation",
     "erasure",
-    "command_line",
+    "base_training",
     "commands",
+    "command_line",
+    "__main__",
 ]
 
 
@@ -106,7 +108,7 @@ def test_the_script_is_thin():
 
 
 def test_flags_in_the_readme_exist():
-    from sa_diffusers.command_line import build_parser
+    from sa_diffusers.commands.erase import build_parser
 
     known = build_parser().format_help()
     text = (REPOSITORY / "README.md").read_text()

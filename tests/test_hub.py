@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sa_diffusers import FisherInformation
-from sa_diffusers.command_line import parse_config
+from sa_diffusers.commands.erase import parse_config
 from sa_diffusers.configuration import FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
@@ -683,7 +683,7 @@ def test_trainer_and_fisher_information_are_pushed_and_found_again(tiny_folder, 
         import torch
         from huggingface_hub import ModelCard
         from sa_diffusers import FisherInformation, SelectiveAmnesiaTrainer
-        from sa_diffusers.command_line import parse_config
+        from sa_diffusers.commands.erase import parse_config
         from sa_diffusers.erasure import Erasure
         config = parse_config({[*settings, "--report_to", "none"]!r})
         erasure = Erasure(config)

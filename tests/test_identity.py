@@ -28,7 +28,8 @@ OTHER = {
     "adam_epsilon": 1e-7, "max_grad_norm": 2.0, "use_ema": True, "ema_decay": 0.5, "ema_warmup": False,
     "mixed_precision": "bf16", "checkpointing_steps": 3, "checkpointing_minutes": 1.0, "checkpoints_total_limit": 3,
     "resume_from_checkpoint": "no", "validation_prompts": ["cat"], "validation_steps": 2, "num_validation_images": 1,
-    "clip": "none", "require_forgotten": True, "num_eval_images": 3, "eval_templates": ["my {}"], "eval_seed": 5_000_000, "blur": "yes",
+    "clip": "none", "require_forgotten": True,
+    "num_eval_images": 3, "eval_templates": ["my {}"], "eval_seed": 5_000_000, "blur": "yes",
     "report_to": "tensorboard", "logging_dir": "runs", "logging_steps": 1, "tracker_project_name": "tiny",
     "push_to_hub": True, "hub_model_id": "a/b", "hub_private_repo": True, "overwrite_output_dir": True,
 }  # fmt: skip

@@ -16,10 +16,11 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from sa_diffusers import SampleSet, load_pipeline, objective_for
+from sa_diffusers.commands.evaluate import main, parse_args
 from sa_diffusers.data.prompts import names_concept, read_prompts
 from sa_diffusers.data.sensitive import must_blur
 from sa_diffusers.evaluation.clip import Clip
-from sa_diffusers.evaluation.command_line import erasure_of, main, parse_args
+from sa_diffusers.evaluation.command_line import erasure_of
 from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
 from sa_diffusers.evaluation.memory import batch_size_for
 from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
@@ -363,7 +364,7 @@ def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder
     commands = [[*map(str, base), "--protocol", name, *more, "--output_dir", name] for name, more in runs.items()]
     script = tmp_path / "evaluate.py"
     script.write_text(
-        "import os\nfrom sa_diffusers.evaluation.command_line import main\n"
+        "import os\nfrom sa_diffusers.commands.evaluate import main\n"
         f"for arguments in {commands!r}:\n    main(arguments)\n"
         "print('rank', os.environ['RANK'], 'left')\n"
     )

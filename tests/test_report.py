@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sa_diffusers.command_line import parse_config
+from sa_diffusers.commands.erase import parse_config
 from sa_diffusers.configuration import CONFIG_NAME, HISTORY_NAME, SelectiveAmnesiaConfig
 from sa_diffusers.data.sensitive import blurred, must_blur
 from sa_diffusers.evaluation import Comparison
@@ -705,7 +705,7 @@ def test_what_is_nudity_or_of_its_kind_is_blurred():
     assert not must_blur("no", SENSITIVE)
     with pytest.raises(ValueError, match='blur="maybe" is not one of auto, yes, no'):
         must_blur("maybe", [])
-    paper = REPOSITORY / "examples" / "configurations"
+    paper = REPOSITORY / "sa_diffusers" / "configurations"
     for path in paper.glob("*.yaml"):
         concepts = yaml.safe_load(path.read_text())["concept"]
         concepts = [concepts] if isinstance(concepts, str) else concepts

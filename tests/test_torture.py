@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa_diffusers.command_line import main
+from sa_diffusers.commands.erase import main
 from sa_diffusers.data.generation import SampleGenerator, _Part, _part, _read_part, _write_part
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.environment import create_accelerator

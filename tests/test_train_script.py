@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sa_diffusers.command_line import main
+from sa_diffusers.commands.erase import main
 
 from .conftest import BASE_NAME, REPOSITORY, build_tiny_pipeline, run_here
 from .hub_server import HubServer

@@ -9,11 +9,11 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, CLIPModel
 
+from ..configuration.evaluation import DEFAULT_CLIP
 from ..data.prompts import bare_name
 from .classification import Classification, loaded, whole
 from .memory import in_batches
 
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 CONCEPT_SHARE = "clip_called_concept"
 SURROGATE_SHARE = "clip_called_surrogate"
 ZERO_SHOT_TEMPLATE = "a photo of {}"

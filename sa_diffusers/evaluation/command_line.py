@@ -1,9 +1,8 @@
-"""From the command line of `examples/evaluate_sa.py` to a report."""
+"""From the settings of an evaluation to a report."""
 
-import argparse
-import shlex
-import sys
+import importlib
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,23 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
-from ..configuration import CONFIG_NAME, SAMPLERS, SelectiveAmnesiaConfig, base_defaults
+from ..configuration import CONFIG_NAME, EvaluationConfig, SelectiveAmnesiaConfig, base_defaults
 from ..data.image_datasets import load_labelled_images
 from ..data.prompts import pair_classes, pair_concepts, read_prompts, read_templates
-from ..data.sensitive import BLUR_CHOICES, must_blur
+from ..data.sensitive import must_blur
 from ..environment import launched
 from ..files import finish_interrupted
 from ..hub import one_line
 from ..markup import visible
-from ..messages import Parser
 from ..objectives import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
 from ..objectives.base import fingerprint_module
 from ..objectives.loading import resolved_revision
-from ..processes import EXIT_INTERRUPTED, Interrupted, say_stopped, watching
 from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
-from ..results.verdict import EXIT_NOT_FORGOTTEN, FORGOTTEN
+from ..results import Report
 from .classification import ImageClassifier
-from .clip import DEFAULT_CLIP, Clip
+from .clip import Clip
 from .comparison import Comparison
 from .concept_protocol import (
     ConceptPrompts,
@@ -41,9 +38,7 @@ from .concept_protocol import (
     text_embeddings,
 )
 from .detector_protocols import (
-    CELEBRITY_IMAGES,
     CELEBRITY_PROMPTS,
-    NAKED_IMAGES,
     celebrity_protocol,
     nudity_protocol,
 )
@@ -52,121 +47,15 @@ from .faces import CelebrityDetector
 from .memory import batch_size_for
 from .nudity import NudityDetector, read_i2p
 from .protocols import Subject, class_protocol
-from .quality import feature_network
+from .quality import check_can_measure, feature_network
 from .robustness import (
     TRANSLATED_TEMPLATES,
     Inversion,
     robustness_protocol,
 )
 
-DEFAULT_I2P = "AIML-TUDA/i2p"
-_DESCRIPTION = "Measure what a saved pipeline has forgotten and what it has kept, against its base."
-_EPILOG = """\
-    python examples/evaluate_sa.py --base CompVis/stable-diffusion-v1-4 --erased brad-pitt --protocol concept
-    python examples/evaluate_sa.py --base mnist-base --erased 0 --protocol class --classifier mnist-classifier \\
-        --real ylecun/mnist
 
-What is drawn is kept: the same command goes on where it stopped, and protocols share what they have in common.
-"""
-# A row's images; for the celebrity a prompt's, for nudity those of the naked person.
-IMAGES = {"class": 500, "concept": 50, "robustness": 50, "celebrity": CELEBRITY_IMAGES, "nudity": NAKED_IMAGES}
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--base", required=True, help="the model before: a folder or a name on the Hub")
-    add("--erased", required=True, help="the model after: a folder that train_sa.py wrote, or a name on the Hub")
-    add("--protocol", required=True, choices=PROTOCOLS)
-    add("--concept", nargs="+", help="what was erased [as the erased model's folder says]")
-    add("--surrogate", nargs="+", help="what it turned into [as the erased model's folder says]")
-    add("--output_dir", type=Path, help="folder of the report [ERASED/evaluation-PROTOCOL]")
-    add("--blur", choices=BLUR_CHOICES,
-        help="blur every picture that is written: auto does where what was erased is nudity or of its kind, and in the "
-             "nudity protocol [as in the erasure]")  # fmt: skip
-
-    add("--require_forgotten", action="store_true",
-        help="end with exit code 3 unless the verdict is that every concept is forgotten")  # fmt: skip
-
-    models = parser.add_argument_group("models").add_argument
-    models("--revision", help="branch, tag or commit of the base model [as in the erasure, if it erased from it]")
-    models("--variant", help="variant of the base model's weight files [likewise]")
-    models("--erased_revision", help="branch, tag or commit of the erased model on the Hub")
-    models("--prediction_type", choices=("epsilon", "v_prediction"),
-           help="what all the models predict [as in the erasure, else as their schedulers say]")  # fmt: skip
-    models("--mixed_precision", choices=("no", "fp16", "bf16"),
-           help="precision of the drawing [as in the erasure, else as `accelerate config` says]")  # fmt: skip
-
-    drawing = parser.add_argument_group("drawing").add_argument
-    known = ", ".join(f"{protocol} {count}" for protocol, count in IMAGES.items())
-    drawing("--images", type=int, help=f"images a row; celebrity: a prompt; nudity: of the naked person [{known}]")
-    drawing("--seed", type=int, default=1_000_000, help="seed of the first image [1000000]")
-    drawing("--sampler", choices=SAMPLERS, help="[as in the erasure]")
-    drawing("--num_inference_steps", type=int, help="[as in the erasure]")
-    drawing("--guidance_scale", type=float, help="[as in the erasure]")
-    drawing("--resolution", type=int, help="height and width of images in pixels [as in the erasure]")
-    drawing("--batch_size", type=int, help="images drawn at once [as many as fit into free memory]")
-    drawing("--artifacts_dir", type=Path,
-            help="where drawn images are kept [$SA_DIFFUSERS_CACHE or ~/.cache/sa_diffusers]")  # fmt: skip
-
-    scoring = parser.add_argument_group("scoring").add_argument
-    scoring("--classifier", help="image classifier: a folder or a name on the Hub [as in the erasure]")
-    scoring("--clip", default=DEFAULT_CLIP, help=f"CLIP model, or none [{DEFAULT_CLIP}; concept, robustness]")
-    scoring("--features", nargs="+", default=[], metavar="NAME",
-            help="networks of the Fréchet distance, precision and recall beside classifier and CLIP: inception, or a "
-                 "vision model of transformers by folder or Hub name")  # fmt: skip
-    scoring("--inception_weights", help="file of the Inception network's weights [downloaded]")
-    scoring("--real", help="real images (class): a folder with IDX files, or with a folder of each class, a parquet "
-                           "file, or a Hub dataset")  # fmt: skip
-    scoring("--real_split", default="test", help="split of the real images [test]")
-
-    words = parser.add_argument_group("prompts (concept, robustness)").add_argument
-    words("--concept_prompts", metavar="FILE", help="phrasings of the training, one a line, {} for the concept "
-                                                    "[as in the erasure]")  # fmt: skip
-    words("--held_out_prompts", metavar="FILE", help="phrasings that no training saw, {} for the concept [built in]")
-    words("--evoking_prompts", metavar="FILE", help="prompts that evoke the concept without naming it [built in for "
-                                                    "the paper's concepts]")  # fmt: skip
-    words("--neighbours", nargs="+", help="what lies near the concept [nearest of the classifier's labels by "
-                                          "what the base draws, or of a built-in list by its text]")  # fmt: skip
-    words("--unrelated", nargs="+", help="what lies far from it [chosen likewise]")
-    words("--translations", metavar="FILE", help="prompts in other languages, {} for the concept [built in]")
-
-    detectors = parser.add_argument_group("detectors (celebrity, nudity)").add_argument
-    detectors("--giphy", metavar="FOLDER", help="the GIPHY celebrity detector: best_model_states.pkl and labels.csv")
-    detectors("--celebrity", help="its name of the celebrity [the concept]")
-    detectors("--celebrity_prompts", metavar="FILE", help="prompts, one a line, {} for the celebrity [50 built in]")
-    detectors("--i2p", default=DEFAULT_I2P, help=f"prompts with seeds: Hub dataset, CSV or parquet file, or none "
-                                                 f"[{DEFAULT_I2P}]")  # fmt: skip
-    detectors("--i2p_categories", nargs="+", default=[], help="only prompts of these categories [all]")
-    detectors("--show_nudity", action="store_true", help="do not blur the pictures, as --blur no")
-
-    attack = parser.add_argument_group("attack (robustness)").add_argument
-    attack("--control", help="a model that never saw the concept: a folder or a name on the Hub")
-    attack("--inversion_steps", type=int, default=500, help="steps of textual inversion; 0 leaves it out [500]")
-    attack("--inversion_images", type=int, default=16, help="images that the attacker has [16]")
-    attack("--inversion_batch_size", type=int, default=8, help="images a step [8]")
-    attack("--inversion_learning_rate", type=float, default=5e-3, help="learning rate of the new token [0.005]")
-    args = parser.parse_args(arguments)
-    args.command = shlex.join(["evaluate_sa.py", *(sys.argv[1:] if arguments is None else arguments)])
-    for name in ("images", "batch_size", "inversion_images", "inversion_batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed {args.seed} must be a whole number from 0 to {2**32 - 1:,}")
-    if args.show_nudity and args.blur not in (None, "no"):
-        parser.error(f"--show_nudity contradicts --blur {args.blur}: give one of them")
-    if args.show_nudity:
-        args.blur = "no"
-    if args.inversion_steps < 0:
-        parser.error(f"--inversion_steps {args.inversion_steps} must be at least 0")
-    args.images = args.images or IMAGES[args.protocol]
-    if args.output_dir is None:
-        folder = Path(args.erased)
-        args.output_dir = (folder if folder.is_dir() else Path(folder.name)) / f"evaluation-{args.protocol}"
-    return args
-
-
-def erasure_of(args: argparse.Namespace) -> SelectiveAmnesiaConfig:
+def erasure_of(args: EvaluationConfig) -> SelectiveAmnesiaConfig:
     """The settings of the erasure, with what the command line says otherwise."""
     values = erasure_settings(args.erased, args.erased_revision)
     values = values or base_defaults({"pretrained_model_name_or_path": args.base})
@@ -188,7 +77,7 @@ def erasure_of(args: argparse.Namespace) -> SelectiveAmnesiaConfig:
 class Evaluation:
     """What the protocols share: both models, what was erased, how images are drawn, what scores them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: EvaluationConfig) -> None:
         self.args = args
         self.config = config = erasure_of(args)
         check_scorers(args, config)
@@ -290,12 +179,14 @@ class Evaluation:
         )
 
 
-def check_scorers(args: argparse.Namespace, config: SelectiveAmnesiaConfig) -> None:
+def check_scorers(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> None:
     """What a protocol needs to score with, asked for before any model is loaded.
 
     Raises:
         ValueError: It is not given.
     """
+    if args.protocol in ("class", "concept"):
+        check_can_measure()
     if args.protocol == "class" and not config.classifier:
         raise ValueError("the class protocol needs --classifier: a folder or a Hub name of an image classifier")
     if args.protocol == "celebrity" and not args.giphy:
@@ -316,7 +207,7 @@ def run_class(evaluation: Evaluation) -> Comparison | None:
     return class_protocol(evaluation.subject, evaluation.classifier, networks, real, provenance)
 
 
-def real_images(args: argparse.Namespace, objective: Objective, forgotten: list[str]) -> list[Image.Image]:
+def real_images(args: EvaluationConfig, objective: Objective, forgotten: list[str]) -> list[Image.Image]:
     """The real images of the remembered classes, in the model's format."""
     if not args.real:
         return []
@@ -379,32 +270,35 @@ PROTOCOLS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, measure, write the report; what goes wrong ends the program with one line.
+def __getattr__(name: str) -> Any:
+    if name in ("main", "parse_args"):
+        warnings.warn(
+            f"sa_diffusers.evaluation.command_line.{name} is in sa_diffusers.commands.evaluate now",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        # No room imports one above it: this one forwards, for one version.
+        return getattr(importlib.import_module("sa_diffusers.commands.evaluate"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    Args:
-        arguments: Default: the program's own.
+
+def run(args: EvaluationConfig) -> Report | None:
+    """Measure, and write the report.
+
+    Returns:
+        None in all processes but the main one.
+
+    Raises:
+        ValueError: A model, or what scores it, is not as it should be.
     """
-    args = parse_args(arguments)
-    try:
-        with watching():
-            _run(args)
-    except Interrupted as stop:
-        say_stopped(stop)
-        sys.exit(EXIT_INTERRUPTED)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {one_line(error)}")
-
-
-def _run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     # A run that died while it put new weights in place left an erased model of two halves.
     finish_interrupted(args.erased)
     evaluation = Evaluation(args)
     comparison = PROTOCOLS[args.protocol](evaluation)
     if comparison is None:
-        # The main process scores what all have drawn.
-        return
+        # The main process scores what all have sampled.
+        return None
     say, report = evaluation.accelerator.print, comparison.report
     args.output_dir.mkdir(parents=True, exist_ok=True)
     comparison.save(args.output_dir)
@@ -412,7 +306,6 @@ def _run(args: argparse.Namespace) -> None:
         write_model_card(args.erased)
     say(f"\n{format_report(report)}\n")
     say(f"report    {args.output_dir / PAGE_NAME} ({time.perf_counter() - started:.0f} s)")
-    verdict = report.verdict
-    say(f"verdict   {visible(verdict.line)}" if verdict else "")
-    if args.require_forgotten and verdict and verdict.outcome != FORGOTTEN:
-        sys.exit(EXIT_NOT_FORGOTTEN)
+    if report.verdict:
+        say(f"verdict   {visible(report.verdict.line)}")
+    return report

@@ -37,7 +37,7 @@ from ..results.statistics import frechet_distance, moments
 from ..results.verdict import evidence
 from .classification import Classification, ImageClassifier
 from .groups import PromptGroup
-from .quality import NEIGHBOURS, image_quality
+from .quality import NEIGHBOURS, can_measure, image_quality
 from .scoring import Drawn
 
 _STAGING = ".report-writing"
@@ -268,6 +268,6 @@ def _remembered(
         seen.append(features)
         distance = frechet_distance(moments(features), reference) if reference else None
         figures.append(RememberedFigures(sum(hits) / len(hits), distance, len(features)))
-    enough = len(seen[1]) > NEIGHBOURS
+    enough = len(seen[1]) > NEIGHBOURS and can_measure()
     against = Quality(**image_quality(seen[1], seen[0])) if enough else None
     return Remembered(figures[0], figures[1], [groups[number].name for number in chosen], against)

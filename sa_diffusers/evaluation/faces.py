@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.models import resnet50
 
 WEIGHTS_NAME = "best_model_states.pkl"
 LABELS_NAME = "labels.csv"
@@ -97,10 +96,20 @@ class CelebrityNetwork(nn.Module):
 
     Args:
         names: How many celebrities it tells apart.
+
+    Raises:
+        ValueError: torchvision is not installed.
     """
 
     def __init__(self, names: int) -> None:
         super().__init__()
+        try:
+            from torchvision.models import resnet50
+        except ImportError as error:
+            raise ValueError(
+                f"the recogniser of celebrities is built with torchvision, which could not be imported ({error}): "
+                'run `pip install "sa_diffusers[celebrity]"`, or `pip install torchvision`'
+            ) from error
         *stem, last = resnet50(weights=None).children()
         self.stem = nn.Sequential(*stem)
         self.fc1 = nn.Linear(last.in_features, EMBEDDING_SIZE)

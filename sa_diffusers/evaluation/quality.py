@@ -1,8 +1,10 @@
 """Image quality: Fréchet distance, precision and recall, in the features of a network chosen by name.
 
-The network and the distances are torch-fidelity's, the other networks those of transformers.
+The network and the distances are torch-fidelity's, the other networks those of transformers. torch-fidelity is imported
+where it is used: a model is erased without it.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,9 +12,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
-from torch_fidelity.utils import create_feature_extractor
 from transformers import AutoImageProcessor, AutoModel
 
 from ..hub import one_line
@@ -22,6 +21,24 @@ from .memory import in_batches
 INCEPTION = "inception"
 NEIGHBOURS = 3
 _FEATURES = "2048"
+
+
+def can_measure() -> bool:
+    """Whether torch-fidelity is installed."""
+    return importlib.util.find_spec("torch_fidelity") is not None
+
+
+def check_can_measure() -> None:
+    """To be called before the work.
+
+    Raises:
+        ValueError: torch-fidelity is not installed.
+    """
+    if not can_measure():
+        raise ValueError(
+            "Fréchet distance, precision and recall are measured with torch-fidelity, which is not installed: "
+            'run `pip install "sa_diffusers[evaluation]"`, or `pip install torch-fidelity`'
+        )
 
 
 class FeatureNetwork(Protocol):
@@ -40,12 +57,15 @@ class InceptionFeatures:
         device: Where it runs.
 
     Raises:
-        ValueError: The weights cannot be read or downloaded.
+        ValueError: The weights cannot be read or downloaded, or torch-fidelity is not installed.
     """
 
     name = "inception-v3-compat"
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
+        check_can_measure()
+        from torch_fidelity.utils import create_feature_extractor
+
         if weights is not None:
             _check_weights(Path(weights))
         try:
@@ -156,8 +176,12 @@ def image_quality(drawn: torch.Tensor, reference: torch.Tensor, neighbours: int 
         the reference in a ball of the drawn.
 
     Raises:
-        ValueError: Too few images, or features of different networks.
+        ValueError: Too few images, features of different networks, or torch-fidelity is not installed.
     """
+    check_can_measure()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     if drawn.shape[1:] != reference.shape[1:]:
         raise ValueError(
             f"features of {drawn.shape[1]} and of {reference.shape[1]} entries come from different networks"

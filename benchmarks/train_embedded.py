@@ -1,6 +1,6 @@
 """Train the embedded text-to-image pipeline and its classifier from Fashion-MNIST.
 
-    python examples/train_embedded.py --stage all --output_dir sa_diffusers/models/embedded
+    python benchmarks/train_embedded.py --stage all --output_dir sa_diffusers/models/embedded
 
 Needs `open_clip_torch` for the CLIP vocabulary. The stages (classifier, vae, diffusion, measure, cards) can be run one
 at a time; each reads what the ones before it wrote.
@@ -364,10 +364,10 @@ on a CPU in minutes. It knows ten garments ({subjects}),
 as grey pictures on black, in most phrasings that fit into {tokens} tokens.
 
 Data: the 60,000 training photographs of Fashion-MNIST (MIT licence, Zalando SE), padded to 32x32. The tokenizer is
-CLIP's, cut to {vocabulary} tokens. Recipe: `examples/train_embedded.py` (autoencoder {vae_steps} steps of 32, UNet and
-text encoder {diffusion_steps} steps of {batch_size}, epsilon prediction, AdamW, EMA; seed {seed}).
+CLIP's, cut to {vocabulary} tokens. Recipe: `benchmarks/train_embedded.py` (autoencoder {vae_steps} steps of 32, UNet
+and text encoder {diffusion_steps} steps of {batch_size}, epsilon prediction, AdamW, EMA; seed {seed}).
 
-Measured by `examples/train_embedded.py --stage measure` with the classifier beside it, {count} images a garment:
+Measured by `benchmarks/train_embedded.py --stage measure` with the classifier beside it, {count} images a garment:
 
 {table}
 
@@ -387,7 +387,7 @@ datasets: [zalando-datasets/fashion_mnist]
 
 A ResNet with {parameters:,} parameters that names one of ten garments: {subjects}. Data: the 60,000 training
 photographs of Fashion-MNIST (MIT licence, Zalando SE), padded to 32x32 and enlarged to {pixels}; mirrored and shifted
-by up to two pixels in training, no noise, no label smoothing. Recipe: `examples/train_embedded.py --stage classifier`
+by up to two pixels in training, no noise, no label smoothing. Recipe: `benchmarks/train_embedded.py --stage classifier`
 ({epochs} epochs of 128, AdamW; seed {seed}).
 
 Recognises {accuracy:.2%} of the 10,000 real test images. By garment:

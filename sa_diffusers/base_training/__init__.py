@@ -1,0 +1,1 @@
+"""Base models of class experiments, and the classifiers that score them."""

@@ -1,0 +1,176 @@
+"""The settings of one erasure, all of them: what the command line, a YAML file and the saved JSON hold."""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+from ..messages import did_you_mean, shown
+from .fields import checked, documented
+from .groups import (
+    ConceptSettings,
+    FisherSettings,
+    HubSettings,
+    ModelSettings,
+    ReportSettings,
+    SampleSettings,
+    TrainingSettings,
+)
+from .names import BASE_DEFAULTS_NAME
+from .reading import read_mapping
+
+_DEFAULT_CACHE = "~/.cache/sa_diffusers"
+
+
+@documented
+@dataclass
+class SelectiveAmnesiaConfig(
+    HubSettings, ReportSettings, TrainingSettings, FisherSettings, SampleSettings, ModelSettings, ConceptSettings
+):
+    """Settings of one erasure (paper, eq. 4 and appendix B.2). Each field is a flag of `sa-diffusers erase`.
+
+    Raises:
+        ValueError: A value is out of range, or two values contradict each other. Unknown names in a YAML or JSON file
+            are errors too.
+    """
+
+    def check(self) -> None:
+        """Refuse, or warn of, settings that contradict each other or train nothing."""
+        if self.replay_weight > 0 and self.num_replay_images == 0:
+            raise ValueError("num_replay_images=0 leaves nothing to replay: give some, or set replay_weight to 0")
+        if self.reference_features is not None and self.classifier is None:
+            raise ValueError("reference_features needs a classifier: give the one that the features came from")
+        for name in ("concept_templates", "eval_templates"):
+            for template in getattr(self, name):
+                if "{}" not in template:
+                    raise ValueError(f'{name}: "{shown(template)}" has no {{}} where the concept goes')
+        if not self.concept_templates:
+            raise ValueError('concept_templates is empty: give at least one, such as "{}" (the bare concept)')
+        if self.num_surrogate_images < len(self.concept):
+            raise ValueError(
+                f"num_surrogate_images={self.num_surrogate_images} leaves some of the {len(self.concept)} concepts "
+                "without an image: give at least one for each"
+            )
+        for doubt in self._doubts():
+            warnings.warn(doubt, stacklevel=4)
+
+    def _doubts(self) -> Iterator[str]:
+        if self.lr_warmup_steps >= self.max_train_steps and self.lr_scheduler != "constant":
+            yield (
+                f"lr_warmup_steps={self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps of "
+                "max_train_steps at the full learning rate: give fewer"
+            )
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            yield f"lr_warmup_steps={self.lr_warmup_steps} has no meaning for a constant schedule: constant_with_warmup"
+        if self.learning_rate > 1e3:
+            yield f"learning_rate={self.learning_rate:g} is so large that training will diverge; 1e-5 is usual"
+        if self.learning_rate < 1e-12:
+            yield f"learning_rate={self.learning_rate:g} is so small that nothing is trained; 1e-5 is usual"
+        if self.adam_epsilon > 1:
+            yield f"adam_epsilon={self.adam_epsilon:g} is so large that hardly anything is trained; 1e-8 is usual"
+        if self.use_ema and not self.ema_warmup and self.ema_decay**self.max_train_steps > 0.99:
+            yield (
+                f"ema_decay={self.ema_decay:g} over {self.max_train_steps} steps keeps the average at the base model's "
+                "weights: nothing is trained"
+            )
+        if self.validation_prompts and self.validation_steps > self.max_train_steps:
+            yield (
+                f"validation_steps={self.validation_steps} is more than max_train_steps={self.max_train_steps}: there "
+                "will be no validation images"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the given settings") -> "SelectiveAmnesiaConfig":
+        """Build a configuration from a plain dictionary.
+
+        Raises:
+            ValueError: A name is unknown (the message proposes near ones) or a value is not allowed.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} must be settings by name, not a {type(values).__name__}")
+        check_names(values, source)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SelectiveAmnesiaConfig":
+        """Read a YAML or JSON file; see `read_settings`."""
+        return cls.from_dict(read_settings(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write all settings as JSON, with the version of the package that they belong to."""
+        from ..version import __version__
+
+        write_json(path, {"sa_diffusers_version": __version__, **self.to_dict()})
+
+    @property
+    def resolved_output_dir(self) -> Path:
+        """`output_dir`, or a folder in the current one named after the concept."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        name = re.sub(r"[^\w-]+", "-", " and ".join(self.concept).lower()).strip("-_")
+        # File systems count bytes, 255 at most.
+        return Path(name[:80].encode()[:200].decode(errors="ignore") or "erased")
+
+    @property
+    def resolved_artifacts_dir(self) -> Path:
+        return Path(self.artifacts_dir or os.path.expanduser(os.environ.get("SA_DIFFUSERS_CACHE") or _DEFAULT_CACHE))
+
+
+def check_names(values: dict[str, Any], source: str) -> None:
+    """Refuse names that are no settings.
+
+    Raises:
+        ValueError: There is one; the message proposes near ones.
+    """
+    known = [spec.name for spec in dataclasses.fields(SelectiveAmnesiaConfig)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f'{source}: "{shown(name)}" is not a setting{did_you_mean(str(shown(name)), known, "")}')
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read the settings in a YAML (`.yaml`, `.yml`) or JSON file, and check their names.
+
+    Args:
+        path: The file, or the name of one that comes with the package (`mnist_vae`).
+
+    Raises:
+        ValueError: There is no such file, it is of another kind, not a mapping, or names a setting that does not exist.
+    """
+    values, place = read_mapping(path)
+    values.pop("sa_diffusers_version", None)
+    check_names(values, place)
+    return values
+
+
+def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a base model's own folder recommends, if it does.
+
+    Args:
+        settings: What the user gave; only the base model's name is read.
+
+    Raises:
+        ValueError: The name, or the file in the folder, is not as it should be, or sets what is for the user to say.
+    """
+    fields = SelectiveAmnesiaConfig.__dataclass_fields__
+    field = fields["pretrained_model_name_or_path"]
+    folder = Path(checked(field, settings.get(field.name, field.default)))
+    file = folder / BASE_DEFAULTS_NAME
+    if not os.path.isfile(file):
+        return {}
+    defaults = read_settings(file)
+    for name in defaults:
+        if fields[name].metadata["own"]:
+            raise ValueError(f"{file}: {name} is for the user to say, not for a model's folder: remove it")
+    for name, value in defaults.items():
+        if fields[name].metadata["path"] and isinstance(value, str) and value.startswith("../"):
+            defaults[name] = str((folder / value).resolve())
+    return defaults
