@@ -22,11 +22,10 @@ from tqdm import tqdm
 from sa_diffusers.checkpoints import TrainingState, checkpoints, choose_checkpoint, read_checkpoint, write_checkpoint
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, LR_SCHEDULERS, SAMPLERS
 from sa_diffusers.data.image_datasets import LabelledImages, augment, load_labelled_images
+from sa_diffusers.families import SamplingSettings, objective_for
 from sa_diffusers.files import replacing_folder, write_json
 from sa_diffusers.identity import Identity, fingerprint
 from sa_diffusers.models import build_class_pipeline, class_configurations, class_defaults
-from sa_diffusers.objectives import SamplingSettings, objective_for
-from sa_diffusers.objectives.base import draw_timesteps
 from sa_diffusers.processes import EXIT_INTERRUPTED, Interrupted, finishing, say, stop_requested, watching
 from sa_diffusers.seeds import seed_of
 
@@ -147,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         samples = objective.encode_images(images.to(accelerator.device), step)
         labels = data.labels[rows].clone()
         labels[torch.rand(len(labels), generator=generator) < drop] = null
-        timesteps = draw_timesteps(len(rows), objective.num_train_timesteps, generator).to(accelerator.device)
+        timesteps = objective.path.draw_timesteps(len(rows), generator).to(accelerator.device)
         conditions = {"class_labels": labels.to(accelerator.device)}
         noise = objective.draw_noise(samples, generator)
         torch.manual_seed(seed_of("dropout", args.seed, step))

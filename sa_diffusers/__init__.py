@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from .data import ErasurePair, SampleGenerator, SampleSet, Surrogate, pair_concepts, replay_prompts
     from .erasure import Erasure
     from .ewc import ElasticWeightConsolidation
+    from .families import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
     from .fisher import FisherEstimator, FisherInformation
     from .models import embedded_classifier, embedded_pipeline
-    from .objectives import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
     from .parameter_selection import select_parameters
     from .trainer import SelectiveAmnesiaTrainer
 
@@ -24,7 +24,7 @@ _ROOMS = {
     "ewc": ["ElasticWeightConsolidation"],
     "fisher": ["FisherEstimator", "FisherInformation"],
     "models": ["embedded_classifier", "embedded_pipeline"],
-    "objectives": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
+    "families": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
     "parameter_selection": ["select_parameters"],
     "trainer": ["SelectiveAmnesiaTrainer"],
 }

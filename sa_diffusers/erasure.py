@@ -15,21 +15,13 @@ from diffusers import DiffusionPipeline
 from .cache import delete_evaluations
 from .checkpoints import Choice, choose_checkpoint
 from .configuration import CONFIG_NAME, REPORT_NAME, SelectiveAmnesiaConfig
+from .data.captions import builtin_vocabularies
+from .data.classes import class_name, pair_classes
+from .data.concepts import check_pairs, image_files, pair_concepts
 from .data.generation import SampleGenerator, surrogate_requests
+from .data.phrasings import check_phrasings, fill_template, warn_of_cut_prompts
 from .data.pictures import read_picture
-from .data.prompts import (
-    builtin_vocabularies,
-    check_pairs,
-    check_phrasings,
-    class_name,
-    class_replay_prompts,
-    fill_template,
-    image_files,
-    pair_classes,
-    pair_concepts,
-    replay_prompts,
-    warn_of_cut_prompts,
-)
+from .data.replay import class_replay_prompts, replay_prompts
 from .data.sample_set import MANIFEST_NAME, SampleSet
 from .data.sensitive import must_blur
 from .environment import create_accelerator, precision_in_use
@@ -43,16 +35,15 @@ from .evaluation import (
     sample_groups,
     score_groups,
 )
+from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
+from .families.base import fingerprint_module
+from .families.names import resolved_revision
 from .files import DamagedArtefact, load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
 from .hub import one_line
 from .identity import Identity, fingerprint, plain
-from .objectives import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
-from .objectives.base import fingerprint_module
-from .objectives.loading import resolved_revision
 from .output_folder import OutputFolder
-from .parameter_selection import select_parameters
 from .processes import finishing, say, wait_until
 from .seeds import STREAMS, first_seed
 from .trainer import TRAINING_SETTINGS, SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
@@ -135,7 +126,7 @@ class Erasure:
             self.objective.module, "_supports_gradient_checkpointing", False
         ):
             raise ValueError(f"gradient_checkpointing: {type(self.objective.module).__name__} has none: leave it out")
-        self.parameters = select_parameters(self.objective.module, config.train_method)
+        self.parameters = self.objective.select(config.train_method)
         self.classifier: ImageClassifier | None = None
         if config.classifier:
             self.classifier = ImageClassifier(config.classifier, self.accelerator.device, config.reference_features)

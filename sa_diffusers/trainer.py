@@ -27,26 +27,25 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .configuration import CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
-from .data.prompts import UNIFORM_NOISE
+from .data.concepts import UNIFORM_NOISE
 from .data.sample_set import SampleSet, is_prompt
 from .data.sensitive import blurred
 from .environment import create_accelerator, import_bitsandbytes, precision_in_use
 from .ewc import ElasticWeightConsolidation
+from .families.base import (
+    Conditions,
+    Objective,
+    SamplingSettings,
+    fingerprint_module,
+    index_conditions,
+)
 from .files import replacing_folder, write_json
 from .fisher import FisherInformation, fisher_identity
 from .hub import CARD_NAME, drop_local_names, is_own_card, one_line
 from .identity import Identity, fingerprint
 from .model_card import push_pipeline, write_model_card
-from .objectives.base import (
-    Conditions,
-    Objective,
-    SamplingSettings,
-    draw_timesteps,
-    fingerprint_module,
-    index_conditions,
-)
 from .output_folder import REPORTED, VALIDATION_NAME, OutputFolder, write_finished
-from .parameter_selection import only_trainable, select_parameters
+from .parameter_selection import only_trainable
 from .processes import Interrupted, Pace, finishing, is_lost_peer, say, shrinking, stop_requested, wait_until, warn_once
 from .seeds import first_seed, generator_of, seed_of
 
@@ -128,7 +127,7 @@ class SelectiveAmnesiaTrainer:
         self.blur = blur
         self.accelerator = accelerator or create_accelerator(config)
         self.output_dir = Path(output_dir) if output_dir is not None else None
-        self.parameters = select_parameters(objective.module, config.train_method)
+        self.parameters = objective.select(config.train_method)
         if config.ewc_weight > 0 and fisher is None:
             raise ValueError(
                 f"ewc_weight={config.ewc_weight} needs Fisher information: give it, or set the weight to 0"
@@ -179,6 +178,7 @@ class SelectiveAmnesiaTrainer:
             eps=config.adam_epsilon,
         )
 
+    @torch.no_grad()
     def _encode_conditions(self) -> None:
         """Embed every prompt once; samples refer to rows of the table."""
         used = [""] if self.config.condition_dropout else []
@@ -225,7 +225,7 @@ class SelectiveAmnesiaTrainer:
         objective, size = self.objective, self._global_batch
         generator = generator_of("training", self.config.seed, step)
         sets = [(self.surrogates, "surrogate"), *([(self.replay, "replay")] if self.replay else [])]
-        timesteps = [draw_timesteps(size, objective.num_train_timesteps, generator) for _ in sets]
+        timesteps = [objective.path.draw_timesteps(size, generator) for _ in sets]
         dropped = torch.rand(len(sets) * size, generator=generator) < self.config.condition_dropout
         like = self.surrogates.samples[:1].expand(len(sets) * size, *self.surrogates.samples.shape[1:])
         noise = objective.draw_noise(like, generator).cpu()

@@ -34,7 +34,7 @@ from sa_diffusers import (
 )
 from sa_diffusers.command_line import main
 from sa_diffusers.configuration import base_defaults, read_settings
-from sa_diffusers.data.prompts import pair_classes
+from sa_diffusers.data.classes import pair_classes
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.evaluation.command_line import main as evaluation

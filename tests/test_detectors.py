@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from sa_diffusers import SamplingSettings, objective_for, pair_concepts
-from sa_diffusers.data.prompts import read_prompts
+from sa_diffusers.data.prompt_files import read_prompts
 from sa_diffusers.evaluation.command_line import main
 from sa_diffusers.evaluation.detector_protocols import (
     CELEBRITY_PROMPTS,

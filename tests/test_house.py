@@ -16,6 +16,7 @@ PACKAGE = REPOSITORY / "sa_diffusers"
 # Each room may import those before it.
 ORDER = [
     "version",
+    "moved",
     "files",
     "identity",
     "seeds",
@@ -24,15 +25,15 @@ ORDER = [
     "texts",
     "names",
     "weights",
+    "parameter_selection",
+    "models",
+    "families",
     "configuration",
     "environment",
     "checkpoints",
     "output_folder",
     "hub",
     "model_card",
-    "parameter_selection",
-    "models",
-    "objectives",
     "data",
     "fisher",
     "ewc",
@@ -42,6 +43,7 @@ ORDER = [
     "erasure",
     "command_line",
     "commands",
+    "objectives",
 ]
 
 

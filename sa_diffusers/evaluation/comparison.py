@@ -16,11 +16,12 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from ..configuration import GRID_NAME, REPORT_NAME
+from ..data.concepts import ErasurePair
 from ..data.generation import SampleGenerator, count_black
-from ..data.prompts import ErasurePair, fill_template
+from ..data.phrasings import fill_template
+from ..families import Objective, SamplingSettings
 from ..files import write_json
 from ..hub import visible
-from ..objectives import Objective, SamplingSettings
 from ..processes import check_stop
 from .classification import Classification, ImageClassifier
 from .memory import in_batches
