@@ -19,7 +19,6 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
-from sa_diffusers.checkpoints import TrainingState, checkpoints, choose_checkpoint, read_checkpoint, write_checkpoint
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, LR_SCHEDULERS, SAMPLERS
 from sa_diffusers.data.image_datasets import LabelledImages, augment, load_labelled_images
 from sa_diffusers.families import SamplingSettings, objective_for
@@ -28,6 +27,13 @@ from sa_diffusers.identity import Identity, fingerprint
 from sa_diffusers.models import build_class_pipeline, class_configurations, class_defaults
 from sa_diffusers.processes import EXIT_INTERRUPTED, Interrupted, finishing, say, stop_requested, watching
 from sa_diffusers.seeds import seed_of
+from sa_diffusers.training.checkpoints import (
+    TrainingState,
+    checkpoints,
+    choose_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from .cache import delete_evaluations
-from .checkpoints import Choice, choose_checkpoint
 from .configuration import CONFIG_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from .data.captions import builtin_vocabularies
 from .data.classes import class_name, pair_classes
@@ -46,7 +45,9 @@ from .identity import Identity, fingerprint, plain
 from .output_folder import OutputFolder
 from .processes import finishing, say, wait_until
 from .seeds import STREAMS, first_seed
-from .trainer import TRAINING_SETTINGS, SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
+from .training.checkpoints import Choice, choose_checkpoint
+from .training.settings import TRAINING_SETTINGS, sampling_settings, settings_facts, training_identity
+from .training.trainer import SelectiveAmnesiaTrainer
 
 # What each artefact depends on: settings, which act through weights, prompts, seeds and the identities below. Each
 # stands here or among those that no artefact depends on.
