@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from ..parameter_selection import select_parameters
-from .paths import Path, UniformTimesteps, draw_timesteps
+from .paths import Path, draw_timesteps
 
 __all__ = [
     "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "draw_timesteps", "fingerprint_module",
@@ -196,9 +196,11 @@ class Family(ABC):
             scheduler: The pipeline's own, where it has one.
 
         Raises:
-            ValueError: The sampler cannot follow the model's noise schedule, say.
+            ValueError: The sampler cannot follow the model's noise schedule, say, or it makes no images of this
+                resolution.
         """
-        return
+        if self.fixed_resolution and settings.resolution not in (None, self.resolution):
+            raise ValueError(f"resolution={settings.resolution}: this model draws {self.resolution} pixels only")
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
@@ -207,8 +209,7 @@ class Family(ABC):
         Raises:
             ValueError: The model makes no images of this resolution.
         """
-        if self.fixed_resolution and settings.resolution not in (None, self.resolution):
-            raise ValueError(f"resolution={settings.resolution}: this model draws {self.resolution} pixels only")
+        Family.check_sampling(self, settings)
         training = self.module.training
         self.module.eval()
         parts = []
@@ -289,7 +290,7 @@ class Objective(Family):
     @cached_property
     def path(self) -> Path:
         # A subclass that has a loss of its own need not say more than its number of timesteps.
-        return UniformTimesteps(self.num_train_timesteps)
+        return Path(self.num_train_timesteps)
 
     def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """As `Path.draw_noise`."""

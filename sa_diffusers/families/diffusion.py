@@ -86,6 +86,7 @@ class DiffusionObjective(Objective):
         Raises:
             ValueError: As `make_sampler`, or there are more steps than the model was trained with.
         """
+        super().check_sampling(settings)
         sampler = self.make_sampler(settings.sampler, scheduler)
         if settings.num_inference_steps > self.num_train_timesteps:
             raise ValueError(

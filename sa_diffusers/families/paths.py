@@ -1,7 +1,6 @@
 """How a sample turns into noise, and what a model learns to predict on the way: noise, target, timesteps, weights."""
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -12,10 +11,14 @@ from .samplers import check_scheduler
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-class Path(ABC):
+class Path:
     """The way from samples to noise that a model was trained on.
 
-    Timesteps are uniform, and weighted alike, unless a subclass says otherwise.
+    Timesteps are uniform, and weighted alike, unless a subclass says otherwise. This class alone, of timesteps and
+    nothing else, serves an objective that has a loss of its own.
+
+    Args:
+        num_train_timesteps: See below.
 
     Attributes:
         num_train_timesteps: Timesteps of the ELBO's sum; 1 for a model that has none.
@@ -28,6 +31,9 @@ class Path(ABC):
     prediction_type: str
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+
+    def __init__(self, num_train_timesteps: int) -> None:
+        self.num_train_timesteps = num_train_timesteps
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Timesteps `int64` `[count]` of the training's density; `generator` is on the CPU."""
@@ -44,17 +50,17 @@ class Path(ABC):
         places = edges[:-1] + width * torch.rand(count, generator=generator, dtype=torch.float64)
         return places.long().clamp(max=total - 1)
 
-    @abstractmethod
     def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The noise of one ELBO estimate, on the samples' device; `generator` is on the CPU."""
+        raise NotImplementedError
 
-    @abstractmethod
     def add_noise(self, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Samples `[batch, ...]` as they are at timesteps `[batch]`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What the model should predict, of the prediction's shape: the noise, for epsilon prediction."""
+        raise NotImplementedError
 
     def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """As `target`, for samples that are uniform noise: where it is known, the mean of what `target` gives over all
@@ -64,22 +70,6 @@ class Path(ABC):
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """Weights `[batch]` of the ELBO's terms; None leaves them alike."""
         return None
-
-
-class UniformTimesteps(Path):
-    """Timesteps alone, for a model that has a loss of its own."""
-
-    def __init__(self, num_train_timesteps: int) -> None:
-        self.num_train_timesteps = num_train_timesteps
-
-    def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        raise NotImplementedError("give the objective a path, or a draw_noise of its own")
-
-    def add_noise(self, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("give the objective a path, or a predict of its own")
-
-    def target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("give the objective a path, or a target of its own")
 
 
 class DiscretePath(Path):

@@ -40,6 +40,7 @@ class Batch:
         return torch.stack([surrogate, replay.mean() if len(replay) else torch.zeros_like(surrogate)])
 
 
+@dataclass
 class BatchPolicy:
     """The batches of a training: each a function of the seed and the step alone, the same for any number of processes
     and any split of the global batch.
@@ -49,7 +50,7 @@ class BatchPolicy:
     dropped condition turns a replay sample into one of the empty prompt; a surrogate sample too, if it has a teacher.
     One that no prompt drew goes without its condition under either target: it is new to the model.
 
-    Args:
+    Attributes:
         objective: The model. Every prompt is embedded once, now.
         surrogates: Samples of the surrogate, under the concept's prompts.
         replay: Samples to remember, if there are any.
@@ -59,27 +60,22 @@ class BatchPolicy:
         keeps_surrogates: Whether those of surrogate samples never are.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        surrogates: SampleSet,
-        replay: SampleSet | None,
-        size: int,
-        seed: int = 0,
-        condition_dropout: float = 0.0,
-        keeps_surrogates: bool = False,
-    ) -> None:
-        self.objective = objective
-        self.surrogates, self.replay = surrogates, replay
-        self.size, self.seed = size, seed
-        self.condition_dropout, self.keeps_surrogates = condition_dropout, keeps_surrogates
-        used = [""] if condition_dropout else []
-        used += [*surrogates.conditions, *filter(is_prompt, surrogates.sources)]
-        used += replay.conditions if replay else []
+    objective: Objective
+    surrogates: SampleSet
+    replay: SampleSet | None
+    size: int
+    seed: int = 0
+    condition_dropout: float = 0.0
+    keeps_surrogates: bool = False
+
+    def __post_init__(self) -> None:
+        used = [""] if self.condition_dropout else []
+        used += [*self.surrogates.conditions, *filter(is_prompt, self.surrogates.sources)]
+        used += self.replay.conditions if self.replay else []
         prompts = list(dict.fromkeys(used))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
         with torch.no_grad():
-            self._conditions = objective.encode_prompts(prompts)
+            self._conditions = self.objective.encode_prompts(prompts)
         self._drawn: _Draws | None = None
 
     def batch(self, step: int, part: slice, teacher: Denoiser | None = None) -> Batch:

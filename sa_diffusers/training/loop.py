@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ _BYTES_PER_SECOND = 300e6
 _MICRO_BATCHES = 4096
 
 
+@dataclass
 class Loop:
     """The steps of one training, and what they need.
 
-    Args:
+    Attributes:
         objective: The model; its module is trained in place.
         config: Settings of the training.
         accelerator: Processes and precision.
-        parameters: Names of what is trained.
-        optimizer: Over it.
+        names: Of the parameters that are trained.
+        optimizer: Over them.
         batches: What each step gets.
         fisher: Fisher information; None leaves the EWC term out.
         progress: History, skipped steps.
@@ -57,42 +59,37 @@ class Loop:
         callbacks: Called after every step.
         output_dir: Where checkpoints go; None writes none.
         identity: What they are bound to.
-
-    Attributes:
         stopped: The step after which a callback ended the training; None if none did.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        config: SelectiveAmnesiaConfig,
-        accelerator: Accelerator,
-        parameters: Iterable[str],
-        optimizer: torch.optim.Optimizer,
-        batches: BatchPolicy,
-        fisher: FisherInformation | None,
-        progress: Progress,
-        validation: Validation,
-        callbacks: Sequence[Callback] = (),
-        output_dir: Path | None = None,
-        identity: Identity | None = None,
-    ) -> None:
-        self.objective, self.config, self.accelerator = objective, config, accelerator
-        self.batches, self.progress, self.validation = batches, progress, validation
-        self.callbacks, self.output_dir, self.identity = callbacks, output_dir, identity
-        self.stopped: int | None = None
+    objective: Objective
+    config: SelectiveAmnesiaConfig
+    accelerator: Accelerator
+    names: Iterable[str]
+    optimizer: torch.optim.Optimizer
+    batches: BatchPolicy
+    fisher: FisherInformation | None
+    progress: Progress
+    validation: Validation
+    callbacks: Sequence[Callback] = ()
+    output_dir: Path | None = None
+    identity: Identity | None = None
+    stopped: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        config, module, fisher = self.config, self.objective.module, self.fisher
         self.schedule = get_scheduler(
             config.lr_scheduler,
-            optimizer=optimizer,
+            optimizer=self.optimizer,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.wrapped, self.optimizer = accelerator.prepare(objective.module, optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(module, self.optimizer)
         # Preparing may have put other tensors in place of the parameters.
-        prepared = dict(objective.module.named_parameters())
-        self.trainable = FullWeights(objective.module, {name: prepared[name] for name in parameters})
+        prepared = dict(module.named_parameters())
+        self.trainable = FullWeights(module, {name: prepared[name] for name in self.names})
         # A weight of zero leaves the term out, and the Fisher information with it; the anchor serves the teacher too.
         self.ewc = ElasticWeightConsolidation(self.trainable, fisher.values, config.ewc_weight) if fisher else None
         self.teacher: Denoiser | None = self.trainable.teacher if config.target == "frozen" else None

@@ -1,5 +1,6 @@
 """Images of the validation prompts, sampled while the training goes on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from ..seeds import first_seed
 from .settings import sampling_settings
 
 
+@dataclass
 class Validation:
     """When validation images are sampled, and where they go.
 
-    Args:
+    Attributes:
         objective: The model in training.
         config: Prompts, steps, number of images, sampler.
         accelerator: Precision and trackers; the main process samples.
@@ -25,16 +27,11 @@ class Validation:
         blur: Whether they are blurred.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        config: SelectiveAmnesiaConfig,
-        accelerator: Accelerator,
-        folder: Path | None,
-        blur: bool = False,
-    ) -> None:
-        self.objective, self.config, self.accelerator = objective, config, accelerator
-        self.folder, self.blur = folder, blur
+    objective: Objective
+    config: SelectiveAmnesiaConfig
+    accelerator: Accelerator
+    folder: Path | None
+    blur: bool = False
 
     def due(self, step: int) -> bool:
         """Whether it is time, after so many steps."""
