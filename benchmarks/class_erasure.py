@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sa_diffusers.checkpoints import PARAMETERS_NAME, checkpoints
 from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier
+from sa_diffusers.families import Objective, SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.files import read_json, write_json
-from sa_diffusers.objectives import Objective, SamplingSettings, load_pipeline, objective_for
+from sa_diffusers.training.checkpoints import PARAMETERS_NAME, checkpoints
 
 # The original's settings. Its VAE sums the loss over a batch of 256, so its weight of 100 is divided by that here.
 ORIGINAL: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
-from sa_diffusers.data.prompts import load_vocabulary
+from sa_diffusers.data.captions import load_vocabulary
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.files import read_json, write_json
 from sa_diffusers.models import embedded_pipeline

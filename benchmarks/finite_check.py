@@ -21,6 +21,7 @@ from sa_diffusers import (
     select_parameters,
 )
 from sa_diffusers.models import embedded_pipeline
+from sa_diffusers.training.loop import Loop
 
 
 def main() -> None:
@@ -39,19 +40,20 @@ def main() -> None:
         parameters = select_parameters(objective.module, "full")
         fisher = FisherEstimator(objective, parameters, 1).estimate(samples.subset([0]))
         trainer = SelectiveAmnesiaTrainer(objective, config, samples, samples, fisher)
-        backward, began = trainer._backward, []
+        backward, began = Loop.backward, []
 
         def timed(*arguments, began=began, backward=backward):
             began.append(time.perf_counter())
             return backward(*arguments)
 
-        trainer._backward = timed
+        Loop.backward = timed
         if not checked:
             torch.isfinite = lambda _: torch.tensor(True)
         try:
             trainer.train()
         finally:
             torch.isfinite = isfinite
+            Loop.backward = backward
         times[checked].append(
             statistics.median(after - before for before, after in zip(began, began[1:], strict=False))
         )

@@ -1,4 +1,4 @@
-"""A model of your own: make a diffusion transformer (DiT) forget a class, by writing one objective.
+"""A model of your own: make a diffusion transformer (DiT) forget a class, by writing one family.
 
 accelerate launch examples/train_dit.py --pretrained_model_name_or_path facebook/DiT-XL-2-256 \\
     --concept "golden retriever" --surrogate uniform_noise
@@ -7,7 +7,6 @@ Everything else (samples, Fisher information, training, evaluation, flags) is wh
 by its number or by any of its names.
 """
 
-import hashlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from diffusers import DiTPipeline
 from PIL import Image
 
 from sa_diffusers.commands.erase import main
-from sa_diffusers.objectives.base import Conditions, Denoiser, SamplingSettings, fingerprint_module
-from sa_diffusers.objectives.diffusion import DiffusionObjective
+from sa_diffusers.families import Conditions, DiffusionObjective, SamplingSettings, register
+from sa_diffusers.families.base import Denoiser, digest_of
 
 
+@register("DiTPipeline")
 class DiTObjective(DiffusionObjective):
     """The objective of a `DiTPipeline`: noise prediction on latents, under a class.
 
@@ -30,6 +30,8 @@ class DiTObjective(DiffusionObjective):
 
     kind = "diffusion-transformer"
     reduction = "mean"
+    fixed_resolution = True
+    script = "train_dit.py"
 
     def __init__(
         self,
@@ -63,11 +65,8 @@ class DiTObjective(DiffusionObjective):
         return self
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for module in (self.module, self.pipeline.vae):
-            digest.update(fingerprint_module(module).encode())
-        digest.update(repr(sorted(self.noise_schedule.config.items(), key=str)).encode())
-        return digest.hexdigest()
+        schedule = repr(sorted(self.noise_schedule.config.items(), key=str))
+        return digest_of([self.module, self.pipeline.vae], [schedule])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         indices = [self.null if prompt == "" else self.labels.index(prompt) for prompt in prompts]
@@ -85,28 +84,13 @@ class DiTObjective(DiffusionObjective):
         posterior = vae.encode(images.to(vae.dtype)).latent_dist
         return (posterior.sample(torch.Generator().manual_seed(seed)) * vae.config.scaling_factor).float()
 
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
-        if settings.resolution not in (None, self.resolution):
-            raise ValueError(f"resolution={settings.resolution}: this model draws {self.resolution} pixels only")
-        training = self.module.training
-        self.module.eval()
-        try:
-            parts = [
-                self._draw(prompts[start : start + settings.batch_size], seeds[start : start + settings.batch_size],
-                           settings)
-                for start in range(0, len(prompts), settings.batch_size)
-            ]  # fmt: skip
-        finally:
-            self.module.train(training)
-        return torch.cat(parts)
-
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
+    def sample_batch(
+        self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
+    ) -> torch.Tensor:
         config = self.module.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         scheduler = self.make_sampler(settings.sampler, self.pipeline.scheduler)
         scheduler.set_timesteps(settings.num_inference_steps)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
         latents = latents * scheduler.init_noise_sigma
         # Samplers that draw noise at every step draw it from the images' own seeds.
@@ -119,7 +103,7 @@ class DiTObjective(DiffusionObjective):
             conditional, unconditional = prediction.chunk(2)
             guided = unconditional + settings.guidance_scale * (conditional - unconditional)
             latents = scheduler.step(guided, timestep, latents, **options).prev_sample
-        return latents.float()
+        return latents
 
     @torch.no_grad()
     def decode(self, samples: torch.Tensor) -> list[Image.Image]:
@@ -133,4 +117,4 @@ class DiTObjective(DiffusionObjective):
 
 
 if __name__ == "__main__":
-    main(build_objective=DiTObjective)
+    main()

@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from .configuration import SelectiveAmnesiaConfig
     from .data import ErasurePair, SampleGenerator, SampleSet, Surrogate, pair_concepts, replay_prompts
     from .erasure import Erasure
-    from .ewc import ElasticWeightConsolidation
+    from .families import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
     from .fisher import FisherEstimator, FisherInformation
     from .models import embedded_classifier, embedded_pipeline
-    from .objectives import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
     from .parameter_selection import select_parameters
-    from .trainer import SelectiveAmnesiaTrainer
+    from .training.ewc import ElasticWeightConsolidation
+    from .training.trainer import SelectiveAmnesiaTrainer
 
 # Imported when first used, so that `--help` and mistakes on the command line answer at once.
 _ROOMS = {
     "configuration": ["SelectiveAmnesiaConfig"],
     "data": ["ErasurePair", "SampleGenerator", "SampleSet", "Surrogate", "pair_concepts", "replay_prompts"],
     "erasure": ["Erasure"],
-    "ewc": ["ElasticWeightConsolidation"],
+    "training.ewc": ["ElasticWeightConsolidation"],
     "fisher": ["FisherEstimator", "FisherInformation"],
     "models": ["embedded_classifier", "embedded_pipeline"],
-    "objectives": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
+    "families": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
     "parameter_selection": ["select_parameters"],
-    "trainer": ["SelectiveAmnesiaTrainer"],
+    "training.trainer": ["SelectiveAmnesiaTrainer"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

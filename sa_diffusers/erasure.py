@@ -14,23 +14,14 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from .cache import delete_evaluations
-from .checkpoints import Choice, choose_checkpoint
 from .configuration import CONFIG_NAME, REPORT_NAME, SelectiveAmnesiaConfig
+from .data.captions import builtin_vocabularies
+from .data.classes import class_name, pair_classes
+from .data.concepts import check_pairs, image_files, pair_concepts
 from .data.generation import SampleGenerator, surrogate_requests
+from .data.phrasings import check_phrasings, fill_template, warn_of_cut_prompts
 from .data.pictures import read_picture
-from .data.prompts import (
-    builtin_vocabularies,
-    check_pairs,
-    check_phrasings,
-    class_name,
-    class_replay_prompts,
-    fill_template,
-    image_files,
-    pair_classes,
-    pair_concepts,
-    replay_prompts,
-    warn_of_cut_prompts,
-)
+from .data.replay import class_replay_prompts, replay_prompts
 from .data.sample_set import MANIFEST_NAME, SampleSet
 from .data.sensitive import must_blur
 from .environment import create_accelerator, precision_in_use, tracked
@@ -47,20 +38,21 @@ from .evaluation import (
 from .evaluation.clip import Clip, ZeroShotClassifier, local_clip
 from .evaluation.concept_protocol import default_held_out, near_and_far
 from .evaluation.groups import REMEMBERED_PROMPTS
+from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
+from .families.base import fingerprint_module
+from .families.names import resolved_revision
 from .files import DamagedArtefact, load_kept, read_json
 from .fisher import FisherEstimator, FisherInformation, fisher_identity
 from .fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
 from .hub import one_line
 from .identity import Identity, fingerprint, plain
-from .objectives import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
-from .objectives.base import fingerprint_module
-from .objectives.loading import resolved_revision
 from .output_folder import OutputFolder
-from .parameter_selection import select_parameters
 from .processes import finishing, say, wait_until
 from .results.schema import Report, Sampling
 from .seeds import STREAMS, first_seed
-from .trainer import TRAINING_SETTINGS, SelectiveAmnesiaTrainer, sampling_settings, settings_facts, training_identity
+from .training.checkpoints import Choice, choose_checkpoint
+from .training.settings import TRAINING_SETTINGS, sampling_settings, settings_facts, training_identity
+from .training.trainer import SelectiveAmnesiaTrainer
 
 # What each artefact depends on: settings, which act through weights, prompts, seeds and the identities below. Each
 # stands here or among those that no artefact depends on.
@@ -140,7 +132,7 @@ class Erasure:
             self.objective.module, "_supports_gradient_checkpointing", False
         ):
             raise ValueError(f"gradient_checkpointing: {type(self.objective.module).__name__} has none: leave it out")
-        self.parameters = select_parameters(self.objective.module, config.train_method)
+        self.parameters = self.objective.select(config.train_method)
         self.classifier = self._scorer()
         self.base = self.objective.fingerprint()
         self.generator = SampleGenerator(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
 from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
 from .files import (
     digest_of,
@@ -18,6 +17,7 @@ from .files import (
 )
 from .identity import Identity, plain
 from .processes import Lock
+from .training.checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
 
 # Beside the pipeline, not part of it: hidden, and not published.
 STATE_FOLDER = ".selective_amnesia"

@@ -2,20 +2,26 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from .messages import shown, shown_error
 
-# "Cross-attention" is another set of names in every family of models.
-_XATTN = {"UNet2DConditionModel": r"\.attn2\."}
-# The paper's nudity experiment: everything but cross-attention, the time embedding and the output block.
-_NOXATTN = {"UNet2DConditionModel": r"^(?!.*\.attn2\.)(?!time_embedding\.)(?!conv_norm_out\.)(?!conv_out\.)"}
+# Cross-attention, and the paper's nudity experiment: everything but cross-attention, the time embedding and the output
+# block.
+UNET_SELECTIONS = {
+    "xattn": r"\.attn2\.",
+    "noxattn": r"^(?!.*\.attn2\.)(?!time_embedding\.)(?!conv_norm_out\.)(?!conv_out\.)",
+}
+# What the names mean for a bare module; a family may have meanings of its own (`Family.selections`).
+_OF_MODULES = {"UNet2DConditionModel": UNET_SELECTIONS}
 PRESETS = ("full", "xattn", "noxattn")
 
 
-def select_parameters(module: nn.Module, selection: str) -> dict[str, nn.Parameter]:
+def select_parameters(
+    module: nn.Module, selection: str, meanings: Mapping[str, str] | None = None
+) -> dict[str, nn.Parameter]:
     """Name the parameters that a selection means.
 
     Args:
@@ -23,6 +29,8 @@ def select_parameters(module: nn.Module, selection: str) -> dict[str, nn.Paramet
         selection: `"full"` (every parameter), `"xattn"` (cross-attention only), `"noxattn"` (unconditional layers:
             all but cross-attention, the time embedding and the output block; paper, section 4.2 and appendix B.2), or
             a regular expression that is searched in parameter names.
+        meanings: Selection -> regular expression, for those that have a name. Default: what they mean for modules of
+            this class.
 
     Returns:
         Name and parameter, in the module's order. Nothing is changed in the module.
@@ -32,18 +40,14 @@ def select_parameters(module: nn.Module, selection: str) -> dict[str, nn.Paramet
     """
     kind = type(module).__name__
     names = [name for name, _ in module.named_parameters()]
-    if selection == "full":
-        pattern = ""
-    elif selection in PRESETS:
-        table = _XATTN if selection == "xattn" else _NOXATTN
-        if kind not in table:
-            raise ValueError(
-                f'train_method="{selection}" has no meaning for {kind}. Use "full", or a regular expression on its '
-                f"parameter names, such as {_examples(names)}"
-            )
-        pattern = table[kind]
-    else:
-        pattern = selection
+    if meanings is None:
+        meanings = _OF_MODULES.get(kind, {})
+    if selection in PRESETS and selection not in {"full", *meanings}:
+        raise ValueError(
+            f'train_method="{selection}" has no meaning for {kind}. Use "full", or a regular expression on its '
+            f"parameter names, such as {_examples(names)}"
+        )
+    pattern = "" if selection == "full" else meanings.get(selection, selection)
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:

@@ -35,15 +35,15 @@ from sa_diffusers import (
 from sa_diffusers.commands.erase import main
 from sa_diffusers.commands.evaluate import main as evaluation
 from sa_diffusers.configuration import base_defaults, read_settings
-from sa_diffusers.data.prompts import pair_classes
+from sa_diffusers.data.classes import pair_classes
 from sa_diffusers.data.sample_set import SampleSet
+from sa_diffusers.environment import create_accelerator
 from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.models import build_class_pipeline, class_defaults
 from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipeline
 from sa_diffusers.models.conditional_vae import ConditionalVAE
 from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
-from sa_diffusers.trainer import create_accelerator
 
 from .conftest import REPOSITORY, run_here, run_script
 from .test_image_datasets import write_idx

@@ -16,7 +16,7 @@ from torchvision.models import resnet50
 
 from sa_diffusers import SamplingSettings, objective_for, pair_concepts
 from sa_diffusers.commands.evaluate import main
-from sa_diffusers.data.prompts import read_prompts
+from sa_diffusers.data.prompt_files import read_prompts
 from sa_diffusers.evaluation.detector_protocols import (
     CELEBRITY_PROMPTS,
     NAKED_PROMPT,

@@ -11,11 +11,12 @@ from safetensors import safe_open
 
 from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.configuration import base_defaults
-from sa_diffusers.data.prompts import fill_template, load_vocabulary
+from sa_diffusers.data.captions import load_vocabulary
+from sa_diffusers.data.phrasings import fill_template
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier
+from sa_diffusers.families import SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.models import embedded_classifier, embedded_pipeline
-from sa_diffusers.objectives import SamplingSettings, load_pipeline, objective_for
 
 from .conftest import REPOSITORY, run_script
 

@@ -202,7 +202,7 @@ def test_the_same_command_on_a_finished_folder_makes_what_is_missing(tiny_folder
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     anew = run_here(main, [*arguments, "--resume_from_checkpoint", "no"], tmp_path)
     assert anew.returncode == 0 and "forgetting" in anew.stderr
-    assert {path: path.stat().st_mtime_ns for path in stamps} != stamps
+    assert {path: path.stat().st_mtime_ns for path in stamps if path.exists()} != stamps
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": "2e-3"}, {"seed": 1}, {"max_train_steps": 6}, {"target": "noise"},

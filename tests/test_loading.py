@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from sa_diffusers import SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.configuration import SAMPLERS
-from sa_diffusers.objectives import SUPPORTED_PIPELINES
+from sa_diffusers.families import SUPPORTED_PIPELINES
 from sa_diffusers.weights import explain_weights_error, find_broken_weights, weights_fault
 
 from .conftest import build_tiny_pipeline
@@ -149,7 +149,7 @@ def test_a_pickle_is_not_executed(folder, tmp_path):
 )
 def test_what_can_only_be_a_path_is_not_asked_of_the_hub(folder, monkeypatch, name):
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr("sa_diffusers.objectives.loading._why_unreachable", lambda *_: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("sa_diffusers.families.loading.why_unreachable", lambda *_: pytest.fail("the Hub was asked"))
     message = refused(name.format(folder.parent))
     assert "there is no such file or folder" in message
     if "modle" in name:

@@ -7,8 +7,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sa_diffusers.data.prompt_files import read_texts, split_source
-from sa_diffusers.data.prompts import read_prompts, read_templates
+from sa_diffusers.data.phrasings import read_templates
+from sa_diffusers.data.prompt_files import read_prompts, read_texts, split_source
 
 EXPECTED = ["a coat, on a table", 'a "red" bag']
 CSV = 'case_number,prompt,sd_seed\r\n0,"a coat, on a table",1\r\n1,"a ""red"" bag",2\r\n'

@@ -3,16 +3,11 @@ from datasets import Dataset
 from PIL import Image
 
 from sa_diffusers import pair_concepts, replay_prompts
-from sa_diffusers.data.prompts import (
-    check_phrasings,
-    class_name,
-    fill_template,
-    generate_captions,
-    image_files,
-    load_vocabulary,
-    names_concept,
-    warn_of_cut_prompts,
-)
+from sa_diffusers.data.captions import generate_captions, load_vocabulary
+from sa_diffusers.data.classes import class_name
+from sa_diffusers.data.concepts import image_files
+from sa_diffusers.data.phrasings import check_phrasings, fill_template, warn_of_cut_prompts
+from sa_diffusers.names import names_concept
 
 
 def test_one_pair():

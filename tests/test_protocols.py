@@ -17,15 +17,16 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from sa_diffusers import SampleSet, load_pipeline, objective_for
 from sa_diffusers.commands.evaluate import main, parse_args
-from sa_diffusers.data.prompts import names_concept, read_prompts
+from sa_diffusers.data.prompt_files import read_prompts
 from sa_diffusers.data.sensitive import must_blur
 from sa_diffusers.evaluation.clip import Clip
 from sa_diffusers.evaluation.command_line import erasure_of
 from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
 from sa_diffusers.evaluation.memory import batch_size_for
 from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
-from sa_diffusers.objectives import SamplingSettings
-from sa_diffusers.objectives.base import draw_timesteps
+from sa_diffusers.families import SamplingSettings
+from sa_diffusers.families.paths import draw_timesteps
+from sa_diffusers.names import names_concept
 
 from .conftest import REPOSITORY, build_tiny_pipeline, run_here
 

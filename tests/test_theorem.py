@@ -6,7 +6,7 @@ from torch import nn
 
 from sa_diffusers import FisherEstimator, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, select_parameters
 from sa_diffusers.data.sample_set import SampleSet
-from sa_diffusers.objectives import Objective
+from sa_diffusers.families import Objective
 
 # Two classes over four values; the first is forgotten.
 KNOWN = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.3, 0.5]], dtype=torch.float64)

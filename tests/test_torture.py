@@ -30,7 +30,7 @@ from sa_diffusers.fisher.estimator import _PartialSum
 from sa_diffusers.identity import Identity
 from sa_diffusers.output_folder import STATE_FOLDER, OutputFolder
 from sa_diffusers.processes import Interrupted, watching
-from sa_diffusers.trainer import sampling_settings
+from sa_diffusers.training.settings import sampling_settings
 
 from .conftest import REPOSITORY, run_here
 

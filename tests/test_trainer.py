@@ -14,7 +14,11 @@ from sa_diffusers import (
     objective_for,
     select_parameters,
 )
-from sa_diffusers.trainer import create_accelerator
+from sa_diffusers.environment import create_accelerator
+from sa_diffusers.output_folder import OutputFolder
+from sa_diffusers.training.batches import BatchPolicy
+from sa_diffusers.training.loop import Loop
+from sa_diffusers.training.trainable import FullWeights
 
 from .conftest import build_tiny_pipeline
 
@@ -50,6 +54,13 @@ def trainer_for(output_dir=None, prediction_type="epsilon", **settings) -> Selec
     parameters = select_parameters(objective.module, config.train_method)
     fisher = FisherEstimator(objective, parameters, 3, accelerator=accelerator).estimate(replay)
     return SelectiveAmnesiaTrainer(objective, config, surrogates, replay, fisher, accelerator, output_dir)
+
+
+class Calls:
+    """A callback of a function."""
+
+    def __init__(self, function):
+        self.after_step = function
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -117,8 +128,7 @@ def test_the_first_step_follows_eq_4():
     # Away from theta*, so that the EWC term has a gradient.
     objective, parameters = trainer.objective, trainer.parameters
     anchor = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    trainer._encode_conditions()
-    losses = trainer._losses(objective.module, None, 0, 0)
+    losses = trainer.batches().batch(0, slice(0, 2)).losses(objective, objective.module)
     penalty = sum((trainer.fisher.values[name] * (p - anchor[name]) ** 2).sum() for name, p in parameters.items())
     objective_value = losses[0] + 0.7 * losses[1] + 3.0 * penalty
     gradients = torch.autograd.grad(objective_value, list(parameters.values()), allow_unused=True)
@@ -138,13 +148,14 @@ def test_accumulation_equals_one_large_batch_of_the_same_draws():
 
 def single_loss(trained, micro):
     fresh = trainer_for(train_batch_size=2, gradient_accumulation_steps=2)
-    fresh._encode_conditions()
-    return fresh._losses(fresh.objective.module, None, 0, micro)[0].item()
+    batch = fresh.batches().batch(0, slice(2 * micro, 2 * micro + 2))
+    return batch.losses(fresh.objective, fresh.objective.module)[0].item()
 
 
 def test_every_sample_is_seen_once_an_epoch():
     trainer = trainer_for(train_batch_size=2)
-    seen = torch.cat([trainer._indices(6, step, 0, "replay") for step in range(6)]).tolist()
+    batches = trainer.batches()
+    seen = [row for step in range(6) for row in batches.order(6, step, "replay")]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert seen[:6] != seen[6:]
 
@@ -242,7 +253,7 @@ def test_an_average_without_warm_up_is_continued_from_the_base_model():
     """The original's decay of .9999 acts from the first step on; with warm-up it never does in a run of ours."""
     plain, averaged = trainer_for(), trainer_for(use_ema=True, ema_decay=0.9, ema_warmup=False)
     start, steps = weights(plain), []
-    plain._log = lambda *_: steps.append({name: value.clone() for name, value in plain.parameters.items()})
+    plain.callbacks = [Calls(lambda state: steps.append({n: v.detach().clone() for n, v in state.parameters.items()}))]
     plain.train(), averaged.train()
     expected = dict(start)
     for step in steps:
@@ -287,10 +298,10 @@ def test_a_model_in_half_precision_is_refused():
         SelectiveAmnesiaTrainer(trainer.objective, trainer.config, trainer.surrogates, trainer.replay, trainer.fisher)
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_step_out():
+def test_a_gradient_that_is_not_finite_leaves_the_step_out(monkeypatch):
     """Weights, moments and average stay as they were; the others go on as without it."""
     trainer = trainer_for(max_train_steps=4, use_ema=True)
-    backward, seen = trainer._backward, []
+    backward, seen = Loop.backward, []
 
     def broken(*arguments):
         losses = backward(*arguments)
@@ -299,7 +310,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_step_out():
             next(iter(trainer.parameters.values())).grad.fill_(float("nan"))
         return losses
 
-    trainer._backward = broken
+    monkeypatch.setattr(Loop, "backward", broken)
     trainer.train()
     assert trainer.skipped == 1
     assert_equal(seen[1], seen[2])
@@ -307,19 +318,19 @@ def test_a_gradient_that_is_not_finite_leaves_the_step_out():
     assert_different(seen[2], seen[3])
 
 
-def test_memory_that_runs_out_halves_the_batch_and_keeps_the_steps():
+def test_memory_that_runs_out_halves_the_batch_and_keeps_the_steps(monkeypatch):
     plain, short = trainer_for(train_batch_size=4), trainer_for(train_batch_size=4)
-    losses, sizes = short._losses, []
+    batch, sizes = BatchPolicy.batch, []
 
-    def starved(module, frozen, step, micro):
-        part = short._slices()[micro]
+    def starved(policy, step, part, teacher):
         sizes.append(part.stop - part.start)
         if part.stop - part.start > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return losses(module, frozen, step, micro)
+        return batch(policy, step, part, teacher)
 
-    short._losses = starved
-    first, second = plain.train(), short.train()
+    first = plain.train()
+    monkeypatch.setattr(BatchPolicy, "batch", starved)
+    second = short.train()
     assert sizes[:3] == [4, 2, 1] and set(sizes[3:]) == {1}
     assert [row["surrogate_loss"] for row in first] == pytest.approx(
         [row["surrogate_loss"] for row in second], rel=1e-4
@@ -405,3 +416,50 @@ def test_missing_packages_are_named(tmp_path):
         create_accelerator(SelectiveAmnesiaConfig(**{**BASE, "report_to": "wandb"}), tmp_path)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         create_accelerator(SelectiveAmnesiaConfig(**{**BASE, "use_8bit_adam": True}))
+
+
+def test_callbacks_see_every_step_and_change_nothing(tmp_path):
+    seen, plain, watched = [], trainer_for(logging_steps=2), trainer_for(tmp_path, logging_steps=2)
+    watched.callbacks = [Calls(seen.append)]
+    assert watched.train() == plain.train()
+    assert_equal(weights(watched), weights(plain))
+    assert [state.step for state in seen] == [1, 2, 3, 4]
+    assert [state.surrogate_loss for state in seen[1::2]] == [row["surrogate_loss"] for row in plain.history]
+    assert [state.replay_loss for state in seen[1::2]] == [row["replay_loss"] for row in plain.history]
+    assert not any(state.left_out for state in seen)
+    assert watched.identity.facts.keys() == plain._identity().facts.keys()
+
+
+def test_a_callback_ends_the_training_after_its_step(tmp_path):
+    def stop(state):
+        state.stop = state.step == 2
+
+    stopped = trainer_for(tmp_path, max_train_steps=10, checkpointing_steps=2)
+    stopped.callbacks = [Calls(stop)]
+    assert [row["step"] for row in stopped.train()] == [1, 2]
+    short = trainer_for(max_train_steps=2)
+    short.train()
+    assert_equal(weights(stopped), weights(short))
+    # What was stopped is not taken for the whole of a training with these settings.
+    stopped.save(tmp_path)
+    whole = trainer_for(max_train_steps=10)._identity()
+    assert not OutputFolder(tmp_path).names_finished(whole)
+    assert OutputFolder(tmp_path).names_finished(stopped.identity)
+
+
+def condition(objective, prompt):
+    return objective.encode_prompts([prompt])["encoder_hidden_states"][0]
+
+
+def test_the_shift_is_from_where_the_weights_were_and_the_teacher_stays_there():
+    objective = trainer_for().objective
+    trainable = FullWeights(objective.module, objective.select("xattn"))
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([3]), condition(objective, "cat")[None])
+    before = trainable.teacher(*inputs).sample
+    for parameter in trainable.parameters.values():
+        parameter.data += 0.5
+    for name in trainable.parameters:
+        torch.testing.assert_close(trainable.shift(name), torch.full_like(trainable.parameters[name], 0.5))
+    assert torch.equal(trainable.teacher(*inputs).sample, before)
+    with torch.no_grad():
+        assert not torch.allclose(objective.module(*inputs).sample, before)

@@ -10,17 +10,16 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm import tqdm
 
-from ..checkpoints import TrainingState, checkpoints, choose_checkpoint, read_checkpoint, write_checkpoint
 from ..configuration import BASE_DEFAULTS_NAME, ClassModelConfig
 from ..data.image_datasets import LabelledImages, augment, load_labelled_images
 from ..environment import chosen_tracker, tracked
+from ..families import Objective, SamplingSettings, objective_for
 from ..files import replacing_folder, write_json
 from ..identity import Identity, fingerprint
 from ..models import build_class_pipeline, class_defaults
-from ..objectives import Objective, SamplingSettings, objective_for
-from ..objectives.base import draw_timesteps
 from ..processes import Interrupted, say, stop_requested
 from ..seeds import seed_of
+from ..training.checkpoints import TrainingState, checkpoints, choose_checkpoint, read_checkpoint, write_checkpoint
 
 
 def train_class_model(args: ClassModelConfig) -> None:
@@ -103,7 +102,7 @@ def train_class_model(args: ClassModelConfig) -> None:
         samples = objective.encode_images(images.to(accelerator.device), step)
         labels = data.labels[rows].clone()
         labels[torch.rand(len(labels), generator=generator) < drop] = null
-        timesteps = draw_timesteps(len(rows), objective.num_train_timesteps, generator).to(accelerator.device)
+        timesteps = objective.path.draw_timesteps(len(rows), generator).to(accelerator.device)
         conditions = {"class_labels": labels.to(accelerator.device)}
         noise = objective.draw_noise(samples, generator)
         torch.manual_seed(seed_of("dropout", args.seed, step))

@@ -18,13 +18,14 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from ..environment import precision_in_use
+from ..families.base import Objective, SamplingSettings
 from ..files import DamagedArtefact, digest_of, load_kept, write_bytes
 from ..identity import Identity, fingerprint
-from ..objectives.base import Objective, SamplingSettings
 from ..processes import check_stop, finishing, shrinking, wait_until
 from ..seeds import first_seed
+from .concepts import UNIFORM_NOISE, ErasurePair, image_files
+from .phrasings import fill_template
 from .pictures import read_picture
-from .prompts import UNIFORM_NOISE, ErasurePair, fill_template, image_files
 from .sample_set import FORMAT_VERSION, SampleSet, sample_identity
 from .sensitive import blurred
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..messages import near_paths, shown, shown_error
+from .concepts import image_files
 from .pictures import read_picture
-from .prompts import image_files
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 HUB_FASHION_MNIST = "zalando-datasets/fashion_mnist"

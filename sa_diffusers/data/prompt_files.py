@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import did_you_mean, near_paths, shown, shown_error
+from ..names import names_concept
 from ..texts import read_text
 
 FORMS = (
@@ -234,3 +235,42 @@ def _dataset_column(name: str, column: str | None, split: str | None, place: str
         ) from error
     chosen = choose_column(list(dataset.column_names or []), column, place)
     return _texts(dataset[chosen], chosen, place)
+
+
+def read_prompts(path: str | Path, concepts: Sequence[str] = (), stands_for: str | None = None) -> list[str]:
+    """Prompts of a file or a dataset.
+
+    Args:
+        path: `FILE`, `FILE:COLUMN`, `NAME:COLUMN` or `NAME:COLUMN:SPLIT`.
+        concepts: What no prompt may name.
+        stands_for: What `{}` stands for in the prompts, if for anything; it is told where the file is empty.
+
+    Raises:
+        ValueError: There is no such file, it cannot be read as text, it is empty, or a prompt names a concept.
+    """
+    name = shown(str(path), 200)
+    file, column, _ = split_source(str(path))
+    if column is None and not is_there(file):
+        raise ValueError(
+            f"the file of prompts {name} does not exist and could not be read{near_paths(file)}: give {FORMS}"
+        )
+    try:
+        prompts = read_texts(path, name)
+    except ValueError as error:
+        raise ValueError(f"the file of prompts could not be read: {error}") from error
+    if not prompts:
+        form = f", with {{}} for the {stands_for}" if stands_for else ""
+        raise ValueError(f"the file of prompts {name} is empty: give one prompt a line{form}")
+    for prompt in prompts:
+        for concept in concepts:
+            if names_concept(prompt, concept):
+                raise ValueError(f'{name}: "{shown(prompt)}" names "{shown(concept)}", which these prompts must not')
+    return prompts
+
+
+def is_there(name: str) -> bool:
+    """Whether a text is the path of something."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False

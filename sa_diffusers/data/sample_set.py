@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import DamagedArtefact, new_folder, read_sealed, replacing_folder, write_sealed
 from ..identity import Identity, fingerprint
-from .prompts import UNIFORM_NOISE
+from .concepts import UNIFORM_NOISE
 
 SAMPLES_NAME = "samples.safetensors"
 MANIFEST_NAME = "manifest.json"

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from ..data.prompts import bare_name
 from ..hub import one_line
 from ..models import digit_classifier  # noqa: F401  (it registers itself with transformers)
+from ..names import bare_name
 from ..results.statistics import moments
 from .memory import in_batches
 

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, CLIPModel
 
 from ..configuration.evaluation import DEFAULT_CLIP
-from ..data.prompts import bare_name
+from ..names import bare_name
 from .classification import Classification, loaded, whole
 from .memory import in_batches
 

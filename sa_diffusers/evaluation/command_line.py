@@ -12,16 +12,19 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from ..configuration import CONFIG_NAME, EvaluationConfig, SelectiveAmnesiaConfig, base_defaults
+from ..data.classes import pair_classes
+from ..data.concepts import pair_concepts
 from ..data.image_datasets import load_labelled_images
-from ..data.prompts import pair_classes, pair_concepts, read_prompts, read_templates
+from ..data.phrasings import read_templates
+from ..data.prompt_files import read_prompts
 from ..data.sensitive import must_blur
 from ..environment import launched
+from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
+from ..families.base import fingerprint_module
+from ..families.names import resolved_revision
 from ..files import finish_interrupted
 from ..hub import one_line
 from ..markup import visible
-from ..objectives import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
-from ..objectives.base import fingerprint_module
-from ..objectives.loading import resolved_revision
 from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report

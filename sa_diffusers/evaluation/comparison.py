@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..configuration import GRID_NAME, REPORT_NAME
 from ..data.sensitive import blurred
-from ..objectives import SamplingSettings
+from ..families import SamplingSettings
 from ..report import MARKDOWN_NAME, PAGE_NAME, write_report
 from ..report.pictures import before_after_grid
 from ..report.terminal import format_table

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from ..data.prompts import fill_template, names_concept
-from ..objectives import Objective
+from ..data.phrasings import fill_template
+from ..families import Objective
+from ..names import names_concept
 from .classification import ImageClassifier
 from .clip import Clip
 from .comparison import Comparison, compare

@@ -7,7 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.prompts import ErasurePair, fill_template, names_concept
+from ..data.concepts import ErasurePair
+from ..data.phrasings import fill_template
+from ..names import names_concept
 from ..results.schema import (
     TIMES,
     CelebrityTotal,

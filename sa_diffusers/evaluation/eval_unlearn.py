@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ..environment import launched
-from ..objectives import SUPPORTED_PIPELINES, SamplingSettings, load_pipeline, objective_for
+from ..families import SUPPORTED_PIPELINES, SamplingSettings, load_pipeline, objective_for
 from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"

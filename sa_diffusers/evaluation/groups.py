@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..data.prompts import ErasurePair, fill_template, names_concept
+from ..data.concepts import ErasurePair
+from ..data.phrasings import fill_template
+from ..names import names_concept
 
 # A classifier's labels are not the model's world: with more of them not each has a row.
 MOST_LABELS = 20

@@ -10,7 +10,7 @@ import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..objectives import Objective, SamplingSettings
+from ..families import Objective, SamplingSettings
 
 MAX_BATCH_SIZE = 64
 _SHARE = 0.7

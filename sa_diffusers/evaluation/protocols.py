@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..data.prompts import ErasurePair
-from ..objectives import Objective, SamplingSettings
+from ..data.concepts import ErasurePair
+from ..families import Objective, SamplingSettings
 from ..results.schema import Quality, QualityEntry
 from .classification import ImageClassifier
 from .comparison import Comparison, compare

@@ -1,18 +1,5 @@
-"""The old place of `sa_diffusers.report` and `sa_diffusers.results.figures`; it goes with the next version."""
+"""Moved to `sa_diffusers.report` and `sa_diffusers.results.figures`."""
 
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from ..moved import forward
 
-from .. import report as _report
-from ..results.figures import decimal, percent, significant, spread_text
-from ..results.schema import Report
-
-__all__ = ["decimal", "percent", "significant", "spread_text", "write_report"]
-warnings.warn("sa_diffusers.evaluation.report is sa_diffusers.report", DeprecationWarning, stacklevel=2)
-
-
-def write_report(report: dict[str, Any], grid: Sequence, folder: str | Path, beside: str | Path | None = None) -> None:
-    """As `sa_diffusers.report.write_report`, of what `report.json` holds."""
-    _report.write_report(Report.from_dict(report), grid, folder, beside)
+__getattr__ = forward(__name__, "report", "results.figures")

@@ -9,10 +9,11 @@ import torch
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
+from ..data.concepts import ErasurePair
 from ..data.generation import SampleGenerator
-from ..data.prompts import ErasurePair, fill_template
-from ..objectives import Objective, load_pipeline, objective_for
-from ..objectives.base import draw_timesteps
+from ..data.phrasings import fill_template
+from ..families import Objective, load_pipeline, objective_for
+from ..families.base import TextEncoder
 from ..results.schema import Attack, Summary
 from .classification import ImageClassifier
 from .clip import Clip
@@ -137,53 +138,65 @@ def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> 
         The loss at each step.
 
     Raises:
-        ValueError: The model's text encoder or tokenizer cannot be had, or the start word is empty.
+        ValueError: The model gives no handle on its text (`Family.text_encoders`), or the start word has no token.
     """
-    pipeline = getattr(objective, "pipeline", None)
-    tokenizer, encoder = (getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder"))
-    if tokenizer is None or encoder is None:
+    if not objective.text_encoders():
         raise ValueError("textual inversion needs a model with a tokenizer and a text encoder")
-    start = tokenizer(settings.start or "", add_special_tokens=False)["input_ids"]
-    if not start:
-        raise ValueError(f'the start word "{settings.start}" has no token: give another')
-    tokenizer.add_tokens([INVERTED_TOKEN])
-    token = tokenizer.convert_tokens_to_ids(INVERTED_TOKEN)
-    encoder.resize_token_embeddings(max(token + 1, encoder.get_input_embeddings().num_embeddings), mean_resizing=False)
-    table = encoder.get_input_embeddings()
-    for module in (objective.module, encoder):
-        module.requires_grad_(False).eval()
-    learned = torch.nn.Parameter(table.weight[start[-1]].detach().float().clone())
-    optimizer = torch.optim.Adam([learned], lr=settings.learning_rate)
-
-    def put_in(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return torch.where((inputs[0] == token)[..., None], learned.to(output.dtype), output)
-
-    hook = table.register_forward_hook(put_in)
+    objective.module.requires_grad_(False).eval()
+    rows = [_NewRow(handle, settings.start or "") for handle in objective.text_encoders()]
+    optimizer = torch.optim.Adam([row.learned for row in rows], lr=settings.learning_rate)
     losses = []
     try:
         for step in tqdm(range(settings.steps), desc="textual inversion", unit="step"):
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            rows = torch.randint(len(samples), (settings.batch_size,), generator=generator)
-            batch = samples[rows].to(objective.device)
-            timesteps = draw_timesteps(len(batch), objective.num_train_timesteps, generator).to(objective.device)
+            chosen = torch.randint(len(samples), (settings.batch_size,), generator=generator)
+            batch = samples[chosen].to(objective.device)
+            timesteps = objective.path.draw_timesteps(len(batch), generator).to(objective.device)
             template = INVERSION_TEMPLATES[step % len(INVERSION_TEMPLATES)]
             prompts = [template.replace("{}", INVERTED_TOKEN)] * len(batch)
-            hidden, _ = pipeline.encode_prompt(prompts, objective.device, 1, do_classifier_free_guidance=False)
+            conditions = objective.encode_prompts(prompts)
             noise = objective.draw_noise(batch, generator)
-            loss = objective.negative_elbo(
-                objective.module, batch, {"encoder_hidden_states": hidden.float()}, timesteps, noise
-            ).mean()
+            loss = objective.negative_elbo(objective.module, batch, conditions, timesteps, noise).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
     finally:
-        hook.remove()
-    # Of several processes, which may round differently, all draw with what the first has learned.
-    learned_row = broadcast(learned.detach().clone())
-    with torch.no_grad():
-        table.weight[token] = learned_row.to(table.weight.dtype)
+        for row in rows:
+            row.hook.remove()
+    for row in rows:
+        row.keep()
     return losses
+
+
+class _NewRow:
+    """The new token's embedding in one text encoder: the only thing of the model that is learned.
+
+    Raises:
+        ValueError: The start word has no token.
+    """
+
+    def __init__(self, text: TextEncoder, start: str) -> None:
+        tokens = text.tokenizer(start, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise ValueError(f'the start word "{start}" has no token: give another')
+        text.tokenizer.add_tokens([INVERTED_TOKEN])
+        self.token = text.tokenizer.convert_tokens_to_ids(INVERTED_TOKEN)
+        count = max(self.token + 1, text.encoder.get_input_embeddings().num_embeddings)
+        text.encoder.resize_token_embeddings(count, mean_resizing=False)
+        text.encoder.requires_grad_(False).eval()
+        self.table = text.encoder.get_input_embeddings()
+        self.learned = torch.nn.Parameter(self.table.weight[tokens[-1]].detach().float().clone())
+        self.hook = self.table.register_forward_hook(self._put_in)
+
+    def _put_in(self, _: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.where((inputs[0] == self.token)[..., None], self.learned.to(output.dtype), output)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        # Of several processes, which may round differently, all sample with what the first has learned.
+        learned = broadcast(self.learned.detach().clone())
+        self.table.weight[self.token] = learned.to(self.table.weight.dtype)
 
 
 def robustness_protocol(

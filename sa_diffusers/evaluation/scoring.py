@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..data.generation import SampleGenerator, count_black
-from ..objectives import Objective, SamplingSettings
+from ..families import Objective, SamplingSettings
 from ..processes import check_stop
 from .classification import Classification, ImageClassifier
 from .groups import PromptGroup

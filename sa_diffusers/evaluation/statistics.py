@@ -1,8 +1,5 @@
-"""The old place of `sa_diffusers.results.statistics`; it goes with the next version."""
+"""Moved to `sa_diffusers.results.statistics`."""
 
-import warnings
+from ..moved import forward
 
-from ..results.statistics import frechet_distance, moments, wilson_interval
-
-__all__ = ["frechet_distance", "moments", "wilson_interval"]
-warnings.warn("sa_diffusers.evaluation.statistics is sa_diffusers.results.statistics", DeprecationWarning, stacklevel=2)
+__getattr__ = forward(__name__, "results.statistics")

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..data.sample_set import SampleSet
 from ..environment import launched, precision_in_use
+from ..families.base import Objective, fingerprint_module
 from ..files import write_bytes
-from ..objectives.base import Objective, fingerprint_module
 from ..parameter_selection import only_trainable
 from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
 from ..seeds import generator_of
@@ -34,9 +34,10 @@ class FisherEstimator:
     Args:
         objective: The model and its ELBO.
         parameters: Name and parameter: what is trained. Nothing else takes memory.
-        timesteps: Number of timesteps of each sample, or None for all (exact). Fewer are drawn one from each of as
-            many equal strata, and their sum is scaled by `num_train_timesteps / timesteps`, so that the EWC weight
-            keeps its meaning. The square of a scaled sum has the noise of fewer terms in it and comes out larger.
+        timesteps: Number of timesteps of each sample, or None for all (exact). Fewer are sampled one from each of as
+            many strata of the path, and their sum is scaled by `num_train_timesteps / timesteps`, so that the EWC
+            weight keeps its meaning. The square of a scaled sum has the noise of fewer terms in it and comes out
+            larger.
         batch_size: Timesteps in one backward pass. It changes rounding and speed only.
         seed: Seed of timesteps and noise. Each sample has a stream of its own, whatever the number of processes.
         accelerator: Processes that share the samples, and the precision of the forward pass. Default: this one.
@@ -149,7 +150,7 @@ class FisherEstimator:
         generator = generator_of("fisher", self.seed, index)
         sample = samples.samples[index : index + 1].to(device)
         conditions = objective.encode_prompts([samples.conditions[index]])
-        timesteps = self._draw_timesteps(generator)
+        timesteps = objective.path.strata(self.timesteps, generator)
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters.values()]
         for part in timesteps.split(self.batch_size):
             repeated = sample.expand(len(part), *sample.shape[1:])
@@ -175,15 +176,6 @@ class FisherEstimator:
                 )
             accumulated *= scale
         return total
-
-    def _draw_timesteps(self, generator: torch.Generator) -> torch.Tensor:
-        total = self.objective.num_train_timesteps
-        if self.timesteps == total:
-            return torch.arange(total)
-        edges = torch.linspace(0, total, self.timesteps + 1, dtype=torch.float64)
-        width = edges[1:] - edges[:-1]
-        drawn = edges[:-1] + width * torch.rand(self.timesteps, generator=generator, dtype=torch.float64)
-        return drawn.long().clamp(max=total - 1)
 
 
 class _PartialSum:

@@ -1,21 +1,24 @@
 """Stable Diffusion 1 and 2: a text-conditioned UNet on the latents of an autoencoder."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ..messages import shown
-from .base import Conditions, SamplingSettings, fingerprint_module
+from ..parameter_selection import UNET_SELECTIONS
+from .base import Conditions, SamplingSettings, TextEncoder, digest_of
 from .diffusion import DiffusionObjective
+from .registry import register
 
 # Eight images of 512x512: what a small GPU decodes at once.
 _DECODED_LATENT_PIXELS = 8 * 64 * 64
 
 
+@register("StableDiffusionPipeline")
 class LatentDiffusionObjective(DiffusionObjective):
     """The objective of a `StableDiffusionPipeline` (paper, sections 2.1 and 4.2).
 
@@ -32,6 +35,8 @@ class LatentDiffusionObjective(DiffusionObjective):
 
     kind = "latent-diffusion"
     reduction = "mean"
+    title = "Stable Diffusion 1 and 2"
+    selections = UNET_SELECTIONS
 
     def __init__(
         self,
@@ -46,6 +51,32 @@ class LatentDiffusionObjective(DiffusionObjective):
         pipeline.vae.requires_grad_(False)
         pipeline.text_encoder.requires_grad_(False)
 
+    @classmethod
+    def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
+        super().check_parts(place, parts, read)
+        missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if part not in parts]
+        if missing:
+            raise ValueError(f"{place} has no {' and no '.join(missing)}: give a whole pipeline")
+        unet, vae, text_encoder = (read(part) for part in ("unet", "vae", "text_encoder"))
+        channels = vae.get("latent_channels", 4)
+        taken = unet.get("in_channels", 4)
+        if taken != channels:
+            raise ValueError(
+                f"{place}: its UNet takes {shown(taken)} channels, its autoencoder makes {shown(channels)}: "
+                "inpainting, depth and editing models are not supported, give the text-to-image model that it came from"
+            )
+        if unet.get("out_channels", 4) != channels:
+            raise ValueError(
+                f"{place}: its UNet gives {shown(unet.get('out_channels'))} channels, its autoencoder takes "
+                f"{shown(channels)}: models that predict a variance too are not supported"
+            )
+        width, size = unet.get("cross_attention_dim", 1280), text_encoder.get("hidden_size")
+        if isinstance(width, int) and isinstance(size, int) and width != size and not unet.get("encoder_hid_dim"):
+            raise ValueError(
+                f"{place}: its UNet takes text embeddings of {width} numbers, its text encoder gives {size}: they "
+                "belong to different models"
+            )
+
     @property
     def resolution(self) -> int:
         return self.module.config.sample_size * self.pipeline.vae_scale_factor
@@ -56,18 +87,18 @@ class LatentDiffusionObjective(DiffusionObjective):
         return self
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for name in ("unet", "vae", "text_encoder"):
-            digest.update(fingerprint_module(getattr(self.pipeline, name)).encode())
-        digest.update(self.pipeline.vae.config.scaling_factor.hex().encode())
-        # Names with an underscore are diffusers' own book-keeping, in no fixed order.
-        schedule = {name: value for name, value in self.pipeline.scheduler.config.items() if name[0] != "_"}
-        digest.update(repr(sorted(schedule.items())).encode())
-        digest.update(repr(sorted(self.pipeline.tokenizer.get_vocab().items())).encode())
-        digest.update(self.prediction_type.encode())
-        return digest.hexdigest()
+        pipeline = self.pipeline
+        facts = [
+            pipeline.vae.config.scaling_factor.hex(),
+            *self.schedule_facts(pipeline.scheduler),
+            repr(sorted(pipeline.tokenizer.get_vocab().items())),
+            self.prediction_type,
+        ]
+        return digest_of([pipeline.unet, pipeline.vae, pipeline.text_encoder], facts)
 
-    @torch.no_grad()
+    def text_encoders(self) -> list[TextEncoder]:
+        return [TextEncoder(self.pipeline.tokenizer, self.pipeline.text_encoder)]
+
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> Conditions:
         parts = []
         for start in range(0, len(prompts), batch_size):
@@ -114,8 +145,9 @@ class LatentDiffusionObjective(DiffusionObjective):
         noise = torch.randn(posterior.mean.shape, generator=generator).to(vae.device)
         return ((posterior.mean + posterior.std * noise) * vae.config.scaling_factor).float()
 
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
+    def sample_batch(
+        self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
+    ) -> torch.Tensor:
         sampler = StableDiffusionPipeline(
             vae=self.pipeline.vae,
             text_encoder=self.pipeline.text_encoder,
@@ -127,25 +159,15 @@ class LatentDiffusionObjective(DiffusionObjective):
             requires_safety_checker=False,
         )
         sampler.set_progress_bar_config(disable=True)
-        training = self.module.training
-        self.module.eval()
-        parts = []
-        try:
-            for start in range(0, len(prompts), settings.batch_size):
-                batch = slice(start, start + settings.batch_size)
-                latents = sampler(
-                    prompt=list(prompts[batch]),
-                    height=settings.resolution,
-                    width=settings.resolution,
-                    num_inference_steps=settings.num_inference_steps,
-                    guidance_scale=settings.guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
-                    output_type="latent",
-                ).images
-                parts.append(latents.float())
-        finally:
-            self.module.train(training)
-        return torch.cat(parts)
+        return sampler(
+            prompt=prompts,
+            height=settings.resolution,
+            width=settings.resolution,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=generators,
+            output_type="latent",
+        ).images
 
     @torch.no_grad()
     def decode(self, samples: torch.Tensor) -> list[Image.Image]:

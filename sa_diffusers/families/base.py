@@ -1,0 +1,381 @@
+"""What the rest of the package knows of a generative model: nothing but `Family` and, with a path, `Objective`."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..parameter_selection import select_parameters
+from .paths import Path, draw_timesteps
+
+__all__ = [
+    "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "draw_timesteps", "fingerprint_module",
+    "index_conditions",
+]  # fmt: skip
+
+Conditions = dict[str, torch.Tensor]
+
+
+class Denoiser(Protocol):
+    """The trainable module, or anything that is called as it is (a wrapped module, a frozen copy)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are sampled from a model.
+
+    Attributes:
+        sampler: Name of the sampler, one of `sa_diffusers.configuration.SAMPLERS`.
+        num_inference_steps: Its steps.
+        guidance_scale: Classifier-free guidance as diffusers defines it; 1 samples without.
+        batch_size: Images sampled at once. It changes rounding, nothing else.
+        resolution: Height and width in pixels; None is the model's own.
+    """
+
+    sampler: str = "ddim"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    batch_size: int = 8
+    resolution: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A handle on a model's text for attacks.
+
+    Attributes:
+        tokenizer: Takes new tokens.
+        encoder: Its text encoder; the new token's row is added to its input embeddings.
+    """
+
+    tokenizer: Any
+    encoder: nn.Module
+
+
+class Family(ABC):
+    """One kind of generative model: prompts, pictures, calling the denoiser, sampling, selections, saving.
+
+    Samples are what the denoiser works on (latents, for latent diffusion), `[batch, ...]`, float32. Conditions are
+    tensors by name, each `[batch, ...]`.
+
+    Attributes:
+        kind: Name of the family, recorded with everything computed under it.
+        module: The trainable module.
+        labels: Names of the classes, where conditions are classes; None where they are text.
+        unconditional: Whether the empty prompt is a condition of its own.
+        channels: Channels of its images.
+        shows_means: Whether a sample is the mean of its pixels' distribution.
+        fixed_resolution: Whether it makes images of its own resolution only.
+        selections: Selection -> regular expression on the module's parameter names, for names such as `"xattn"` and
+            `"noxattn"`; None means what they mean for every module of that class (`select_parameters`).
+        own_pipeline: The class of its pipeline, where it is not one of diffusers.
+        own_models: Name -> class of the pipeline's parts that are not of diffusers nor of transformers.
+        title: What the family is called in messages, if its pipeline's name does not say.
+        script: The example that erases from it, for the card.
+    """
+
+    kind: str
+    module: nn.Module
+    labels: list[str] | None = None
+    unconditional: bool = True
+    channels: int = 3
+    shows_means: bool = False
+    fixed_resolution: bool = False
+    selections: Mapping[str, str] | None = None
+    own_pipeline: type | None = None
+    own_models: Mapping[str, type] = {}
+    title: str = ""
+    script: str = "train_sa.py"
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ) -> "Family":
+        """The family's object of a loaded pipeline; see `objective_for`.
+
+        Raises:
+            ValueError: A setting has no meaning for it.
+        """
+        return cls(pipeline, prediction_type, snr_gamma, noise_offset)  # type: ignore[call-arg]
+
+    @classmethod
+    def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
+        """Refuse, before weights are loaded, what the configurations of a pipeline's parts already forbid.
+
+        Args:
+            place: The pipeline, as messages name it.
+            parts: Name -> library and class, as in the pipeline's index.
+            read: From a part's name to its configuration.
+
+        Raises:
+            ValueError: A part is missing, or parts do not fit each other.
+        """
+        return
+
+    @classmethod
+    def card_snippet(cls, condition: str | int) -> str:
+        """Python, for the card: `image` sampled under a prompt or a class's number, from a loaded `pipeline`."""
+        if isinstance(condition, str):
+            return f"image = pipeline({json.dumps(condition, ensure_ascii=False)}).images[0]"
+        return f"image = pipeline(class_labels=[{condition}]).images[0]"
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """Height and width of the model's own images in pixels."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> "Family":
+        """Move what encoding, sampling and training need."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of all weights and settings that samples depend on."""
+
+    def select(self, selection: str) -> dict[str, nn.Parameter]:
+        """Name and parameter of a selection; see `select_parameters`."""
+        return select_parameters(self.module, selection, self.selections)
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+        """Conditions of prompts, `[len(prompts), ...]`, on the model's device."""
+
+    def text_encoders(self) -> list[TextEncoder]:
+        """Handles for attacks that learn a token; none where conditions are classes.
+
+        Where there are some, `encode_prompts` keeps the graph that leads to their embeddings, if gradients are on.
+        """
+        return []
+
+    def why_unseen(self, prompt: str, name: str) -> str | None:
+        """Why the model does not see all of a prompt's first mention of a name, as a sentence.
+
+        None if it does, and where conditions are classes.
+        """
+        return None
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than what the model reads of them; 0 where conditions are classes."""
+        return 0
+
+    def means_the_same(self, first: str, second: str) -> bool:
+        """Whether two prompts are one and the same condition to the model."""
+        return first == second
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Samples of images `[batch, 3 or channels, height, width]` in [-1, 1]; `seed` is that of an encoder's
+        posterior."""
+
+    def check_sampling(self, settings: SamplingSettings, scheduler: Any = None) -> None:
+        """Refuse, before anything is sampled, settings that the model cannot be sampled by.
+
+        Args:
+            settings: Sampler, steps, guidance.
+            scheduler: The pipeline's own, where it has one.
+
+        Raises:
+            ValueError: The sampler cannot follow the model's noise schedule, say, or it makes no images of this
+                resolution.
+        """
+        if self.fixed_resolution and settings.resolution not in (None, self.resolution):
+            raise ValueError(f"resolution={settings.resolution}: this model draws {self.resolution} pixels only")
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings) -> torch.Tensor:
+        """One sample for each prompt, float32; all its randomness comes from the seed of the same index.
+
+        Raises:
+            ValueError: The model makes no images of this resolution.
+        """
+        Family.check_sampling(self, settings)
+        training = self.module.training
+        self.module.eval()
+        parts = []
+        try:
+            for start in range(0, len(prompts), settings.batch_size):
+                batch = slice(start, start + settings.batch_size)
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+                parts.append(self.sample_batch(list(prompts[batch]), generators, settings).float())
+        finally:
+            self.module.train(training)
+        return torch.cat(parts)
+
+    def sample_batch(
+        self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
+    ) -> torch.Tensor:
+        """One sample for each prompt, from the generator (on the CPU) of the same index; the module is in evaluation
+        mode and gradients are off."""
+        raise NotImplementedError(f"{type(self).__name__} needs a sample_batch, or a sample")
+
+    @abstractmethod
+    def decode(self, samples: torch.Tensor) -> list[Image.Image]:
+        """Pictures of samples."""
+
+    def denoise(
+        self, module: Denoiser, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """Call the denoiser (`self.module`, or what stands in for it) on noised samples, at timesteps `[batch]`."""
+        return module(noisy, timesteps, **conditions, return_dict=False)[0]
+
+    @abstractmethod
+    def save(self, folder: FilePath) -> None:
+        """Write the whole pipeline, for `DiffusionPipeline.from_pretrained`."""
+
+
+class _OfPath:
+    """An attribute of the path that the objective shows as its own, unless it has one itself."""
+
+    def __init__(self, *default: Any) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, objective: "Objective | None", owner: type) -> Any:
+        if objective is None:
+            return self
+        path = vars(objective).get("path")
+        if path is not None:
+            return getattr(path, self.name)
+        if self.default:
+            return self.default[0]
+        raise AttributeError(f"{owner.__name__} has no {self.name}: set self.path, or self.{self.name}")
+
+
+class Objective(Family):
+    """A family on its path: one sample's negative ELBO, which is all that the Fisher estimator and the trainer see.
+
+    A new family of models is a subclass in one file, registered with `register`, and nothing else. It sets
+    `self.module` and `self.path`; its loss is then the squared error of the path's target. A model with another loss
+    overrides `predict` and `negative_elbo`.
+
+    Attributes:
+        path: Noise, target, density and weights of timesteps.
+        reduction: How a sample's squared error is reduced over its elements, `"mean"` or `"sum"`. The weight of the
+            EWC term does not carry over between the two.
+        num_train_timesteps: Of the path, as the next three are.
+        prediction_type: What the module predicts.
+        snr_gamma: Min-SNR weighting of the ELBO's terms, if any.
+        noise_offset: Scale of a further noise that is constant over each channel's pixels.
+    """
+
+    reduction: str
+    num_train_timesteps: Any = _OfPath()
+    prediction_type: Any = _OfPath()
+    snr_gamma: Any = _OfPath(None)
+    noise_offset: Any = _OfPath(0.0)
+
+    @cached_property
+    def path(self) -> Path:
+        # A subclass that has a loss of its own need not say more than its number of timesteps.
+        return Path(self.num_train_timesteps)
+
+    def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """As `Path.draw_noise`."""
+        return self.path.draw_noise(samples, generator)
+
+    def target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """As `Path.target`."""
+        return self.path.target(samples, timesteps, noise)
+
+    def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """As `Path.uniform_noise_target`."""
+        if type(self).target is not Objective.target:
+            return self.target(samples, timesteps, noise)
+        return self.path.uniform_noise_target(samples, timesteps, noise)
+
+    def predict(
+        self,
+        module: Denoiser,
+        samples: torch.Tensor,
+        conditions: Conditions,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the module predicts for noised samples; the arguments of `negative_elbo`."""
+        return self.denoise(module, self.path.add_noise(samples, noise, timesteps), timesteps, conditions)
+
+    def negative_elbo(
+        self,
+        module: Denoiser,
+        samples: torch.Tensor,
+        conditions: Conditions,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        target: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One term of each sample's (reweighted) negative ELBO (paper, section 2.1).
+
+        Args:
+            module: `self.module`, or what stands in for it.
+            samples: `[batch, ...]`.
+            conditions: Each `[batch, ...]`.
+            timesteps: `int64` `[batch]` in [0, num_train_timesteps).
+            noise: As from `draw_noise`.
+            target: What the module should predict, of the prediction's shape. Default: the target that the noise
+                gives.
+
+        Returns:
+            `[batch]`, float32, not yet reduced over the batch.
+        """
+        prediction = self.predict(module, samples, conditions, timesteps, noise)
+        if target is None:
+            target = self.target(samples, timesteps, noise)
+        error = (prediction.float() - target.float()).square().flatten(1)
+        error = error.sum(1) if self.reduction == "sum" else error.mean(1)
+        weights = self.path.weights(timesteps)
+        return error if weights is None else error * weights
+
+
+def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
+    """Rows of conditions."""
+    return {name: values[index] for name, values in conditions.items()}
+
+
+def fingerprint_module(module: nn.Module) -> str:
+    """A digest of a module's parameters and buffers: names, shapes, types and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
+
+
+def digest_of(modules: Sequence[nn.Module], facts: Sequence[str]) -> str:
+    """A digest of modules and of what else samples depend on, in this order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in (*map(fingerprint_module, modules), *facts):
+        digest.update(value.encode())
+    return digest.hexdigest()
+
+
+def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Images `[batch, 3 or channels, height, width]` as a model of so many channels takes them: themselves, or grey."""
+    if channels == images.shape[1]:
+        return images
+    if channels == 1:
+        return images.mean(1, keepdim=True)
+    raise ValueError(f"images have {images.shape[1]} channels, the model takes {channels}")

@@ -1,0 +1,98 @@
+"""Which family knows which pipeline: one table, that everything which loads a pipeline asks."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..messages import shown
+from .base import Family, Objective
+
+_FAMILIES: dict[str, type[Family]] = {}
+# A live view: families registered later are in it too.
+SUPPORTED_PIPELINES: Collection[str] = _FAMILIES.keys()
+
+
+def register(*pipelines: str) -> Callable[[type], type]:
+    """Class decorator: this family knows pipelines of these class names, as a pipeline's index gives them.
+
+    A script registers a family of its own before it calls the package's commands; a later one replaces an earlier.
+    """
+
+    def decorate(family: type) -> type:
+        _FAMILIES.update(dict.fromkeys(pipelines, family))
+        return family
+
+    return decorate
+
+
+def family_of(pipeline: str) -> type[Family] | None:
+    """The family of a pipeline's class name; None if none is registered for it."""
+    return _FAMILIES.get(pipeline)
+
+
+def objective_for(
+    pipeline: DiffusionPipeline,
+    prediction_type: str | None = None,
+    snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+) -> Objective:
+    """The objective of a pipeline.
+
+    Raises:
+        ValueError: No family knows this kind of pipeline, it has adapters loaded, or its weights are not in float32.
+    """
+    _check_modules(pipeline)
+    name = type(pipeline).__name__
+    family = family_of(name)
+    if family is None:
+        raise ValueError(unsupported(name))
+    own = family.own_pipeline
+    if own and type(pipeline) is not own:
+        # Loaded with the copy of the code that lies beside the weights.
+        pipeline = rebuilt(family, pipeline.components, pipeline.config)
+    return family.from_pipeline(pipeline, prediction_type, snr_gamma, noise_offset)  # type: ignore[return-value]
+
+
+def rebuilt(family: type[Family], parts: Mapping[str, Any], config: Mapping[str, Any]) -> DiffusionPipeline:
+    """A family's own pipeline of parts, and of what else it takes from a saved configuration."""
+    taken = inspect.signature(family.own_pipeline.__init__).parameters.keys() - parts.keys()
+    return family.own_pipeline(**parts, **{name: config[name] for name in taken & config.keys()})
+
+
+def unsupported(pipeline: str) -> str:
+    """What is said of a pipeline's class that no family knows."""
+    # Those of diffusers first.
+    families = sorted(_FAMILIES.items(), key=lambda item: item[1].own_pipeline is not None)
+    known = [f"{name} ({family.title})" if family.title else name for name, family in families]
+    return (
+        f"{shown(pipeline)} is not supported yet; supported: {', '.join(known)}. For another kind of model, write a "
+        "subclass of Objective"
+    )
+
+
+def _check_modules(pipeline: DiffusionPipeline) -> None:
+    """Refuse adapters, whose weights a saved pipeline would not hold, and weights that cannot be trained."""
+    for name, module in pipeline.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        if getattr(module, "_hf_peft_config_loaded", False) or any(
+            hasattr(layer, "lora_A") for layer in module.modules()
+        ):
+            raise ValueError(
+                f"the pipeline's {name} has LoRA adapters loaded, which the saved pipeline would not hold: fuse and "
+                "unload them first, with pipeline.fuse_lora() and pipeline.unload_lora_weights()"
+            )
+        projection = getattr(module, "encoder_hid_proj", None)
+        if projection is not None and module.config.get("encoder_hid_dim_type") == "ip_image_proj":
+            raise ValueError(f"the pipeline's {name} has an IP-Adapter loaded: call pipeline.unload_ip_adapter() first")
+        if name == "safety_checker":
+            continue
+        kinds = {value.dtype for value in module.parameters() if value.dtype != torch.float32}
+        if kinds:
+            raise ValueError(
+                f"the pipeline's {name} has weights in {', '.join(sorted(str(kind)[6:] for kind in kinds))}: load it "
+                "with dtype=torch.float32 (for less memory, give mixed_precision in place of it)"
+            )

@@ -1,0 +1,72 @@
+"""The samplers of diffusion models, and which schedulers of a model they can follow."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from ..messages import shown
+
+# Samples are not clipped to [-1, 1], and PNDM's first steps are left out as Stable Diffusion does.
+SAMPLER_CLASSES: dict[str, tuple[type, dict[str, bool]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    # On pixels, steps equal in time end where much noise is left: what comes out is duller than the data.
+    "dpmsolver++_logsnr": (DPMSolverMultistepScheduler, {"use_lu_lambdas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+# Schedulers that say by their betas which noise the model was trained with. Those of distilled models (LCM, TCD) are
+# left out although they do: none of the samplers above suits such a model.
+_KNOWN_SCHEDULERS = {
+    f"{name}Scheduler"
+    for name in (
+        "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete",
+        "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep",
+        "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver",
+    )
+}  # fmt: skip
+
+
+def check_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a scheduler that does not say by its betas which noise the model was trained with.
+
+    Args:
+        kind: Name of its class.
+        settings: Its configuration.
+
+    Raises:
+        ValueError: It is of another kind, or its settings ask for another noise.
+    """
+    if kind not in _KNOWN_SCHEDULERS:
+        raise ValueError(
+            f"{shown(kind)}, the model's scheduler, does not say by betas which noise the model was trained with, or "
+            "belongs to a distilled model: use a model whose scheduler is of another kind, such as DDIMScheduler or "
+            "PNDMScheduler"
+        )
+    if settings.get("use_flow_sigmas") or "flow" in str(settings.get("prediction_type")):
+        raise ValueError(
+            f"the model's {kind} is set to flow matching, which is not supported: use a model with epsilon or "
+            "v-prediction"
+        )
+    if settings.get("rescale_betas_zero_snr") and not rescales(getattr(diffusers, kind)):
+        raise ValueError(
+            f"the model's {kind} ignores rescale_betas_zero_snr, which its configuration sets: save the model with a "
+            "DDIMScheduler"
+        )
+
+
+def rescales(kind: type) -> bool:
+    """Whether a scheduler knows betas whose last timestep is noise alone."""
+    return "rescale_betas_zero_snr" in inspect.signature(kind).parameters

@@ -1,0 +1,80 @@
+"""What a training has logged, and the steps that it left out."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..hub import one_line
+from ..processes import say, warn_once
+
+# So many steps in a row without a finite gradient end the training. Half precision needs some to find its scale.
+_MAX_SKIPPED = {"fp16": 25}
+_MAX_SKIPPED_ELSE = 10
+
+
+class Progress:
+    """History and skipped steps.
+
+    Attributes:
+        history: For every logged step: `step`, `surrogate_loss`, `replay_loss`, `ewc_penalty`, `learning_rate`.
+        skipped: Steps left out because their gradient was not finite.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.history: list[dict[str, float]] = []
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def log(self, step: int, losses: torch.Tensor, penalty: torch.Tensor | None, rate: float, bar: tqdm) -> None:
+        """Keep a step's values and tell the trackers; values that are not finite are left out.
+
+        Args:
+            step: From 1.
+            losses: Surrogate and replay loss, `[2]`, over all processes.
+            penalty: The EWC term.
+            rate: The learning rate.
+            bar: Shows them.
+        """
+        values = {
+            "surrogate_loss": losses[0].item(),
+            "replay_loss": losses[1].item(),
+            "ewc_penalty": 0.0 if penalty is None else penalty.item(),
+            "learning_rate": rate,
+        }
+        if not _finite(values):
+            return
+        self.history.append({"step": step, **values})
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:  # a tracker's network errors are its own kinds
+            warn_once(f"the tracker took no entry ({one_line(error)}); the history in the output folder goes on")
+        bar.set_postfix(surrogate=f"{losses[0]:.4f}", replay=f"{losses[1]:.4f}", ewc=f"{values['ewc_penalty']:.4f}")
+
+    def went_on(self) -> None:
+        """A step was taken."""
+        self._in_a_row = 0
+
+    def skip(self, step: int) -> None:
+        """A step is left out.
+
+        Raises:
+            FloatingPointError: It is one of too many in a row.
+        """
+        self.skipped += 1
+        self._in_a_row += 1
+        limit = _MAX_SKIPPED.get(str(self.accelerator.mixed_precision), _MAX_SKIPPED_ELSE)
+        if self._in_a_row >= limit:
+            raise FloatingPointError(
+                f"the gradient is not finite at step {step}, and was not at the {limit - 1} steps before: lower the "
+                "learning rate or the EWC weight, or use bf16 in place of fp16"
+            )
+        if self.accelerator.is_main_process:
+            say(f"warning: the gradient is not finite at step {step}: the step is left out ({self.skipped} so far)")
+
+
+def _finite(values: Mapping[str, float]) -> bool:
+    return all(map(math.isfinite, values.values()))

@@ -1,0 +1,268 @@
+"""Making a model forget: the front of the training."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..configuration import (
+    CONFIG_NAME,
+    FISHER_CONFIG_NAME,
+    GRID_NAME,
+    HISTORY_NAME,
+    REPORT_NAME,
+    SelectiveAmnesiaConfig,
+)
+from ..data.sample_set import SampleSet
+from ..environment import create_accelerator
+from ..families.base import Objective, fingerprint_module
+from ..files import replacing_folder, write_json
+from ..fisher import FisherInformation, fisher_identity
+from ..hub import CARD_NAME, drop_local_names, is_own_card
+from ..identity import Identity, fingerprint
+from ..output_folder import REPORTED, VALIDATION_NAME, OutputFolder, write_finished
+from ..parameter_selection import only_trainable
+from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
+from ..publish import push_pipeline, write_model_card
+from .batches import BatchPolicy
+from .callbacks import Callback
+from .checkpoints import Choice, choose_checkpoint
+from .loop import Loop
+from .progress import Progress
+from .settings import global_batch, make_optimizer, training_identity
+from .validation import Validation
+
+
+class SelectiveAmnesiaTrainer:
+    """Trains a model to forget (paper, eq. 4): surrogate ELBO on the concept, EWC, generative replay.
+
+    Minimises, over the selected parameters, `surrogate loss + replay_weight * replay loss + ewc_weight * sum F (theta -
+    theta*)^2`, each loss the negative ELBO averaged over a batch. With `target="frozen"` the network regresses on the
+    frozen model's own prediction (under the surrogate's prompt, for surrogates) in place of the drawn noise: on samples
+    of the frozen model its prediction is the noise's conditional mean, so the expected gradient is that of the ELBO,
+    with less variance. Surrogates that no prompt drew keep the noise's target, uniform noise its exact mean where the
+    objective knows it (`Objective.uniform_noise_target`); see `BatchPolicy`.
+
+    Args:
+        objective: The model; its module is trained in place.
+        config: Settings of the training.
+        surrogates: Samples of the surrogate, under the concept's prompts; with `naive=True` (eq. 3) the concept's own,
+            whose loss is raised.
+        replay: Samples to remember; may be None if `replay_weight` is 0.
+        fisher: Fisher information of the selected parameters; may be None if `ewc_weight` is 0.
+        accelerator: Default: one made from the configuration.
+        output_dir: Where checkpoints and validation images go; None writes none.
+        identity: What the trained weights depend on, to which checkpoints are bound. Default: found out from what is
+            given here.
+        blur: Whether validation images are blurred.
+        callbacks: Objects whose `after_step(state)` is called after every step with a `StepState`; one that sets
+            `state.stop` ends the training there.
+
+    Raises:
+        ValueError: The selection matches nothing, the weights are not float32, or replay or Fisher information is
+            missing or belongs to another model.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: SelectiveAmnesiaConfig,
+        surrogates: SampleSet,
+        replay: SampleSet | None,
+        fisher: FisherInformation | None,
+        accelerator: Accelerator | None = None,
+        output_dir: str | Path | None = None,
+        identity: Identity | None = None,
+        blur: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.objective = objective
+        self.config = config
+        self.blur = blur
+        self.callbacks = callbacks
+        self.accelerator = accelerator or create_accelerator(config)
+        self.output_dir = Path(output_dir) if output_dir is not None else None
+        self.parameters = objective.select(config.train_method)
+        if config.ewc_weight > 0 and fisher is None:
+            raise ValueError(
+                f"ewc_weight={config.ewc_weight} needs Fisher information: give it, or set the weight to 0"
+            )
+        if config.replay_weight > 0 and not replay:
+            raise ValueError(f"replay_weight={config.replay_weight} needs replay samples: give some, or set it to 0")
+        self.surrogates = surrogates
+        self.replay = replay if config.replay_weight > 0 else None
+        self.fisher = fisher if config.ewc_weight > 0 else None
+        halves = [name for name, parameter in self.parameters.items() if parameter.dtype != torch.float32]
+        if halves:
+            raise ValueError(
+                f"{halves[0]} is {self.parameters[halves[0]].dtype}: load the model in float32, and train it in half "
+                "precision with mixed_precision"
+            )
+        if self.fisher is not None and identity is None:
+            expected = fisher_identity(objective, fingerprint_module(objective.module))
+            self.fisher.check(expected, self.parameters)
+        self.identity = identity
+        self.validation_dir = self.output_dir and self.output_dir / VALIDATION_NAME
+        self.progress = Progress(self.accelerator)
+        self._has_trained = False
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """What was logged; see `train`."""
+        return self.progress.history
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because their gradient was not finite."""
+        return self.progress.skipped
+
+    def _identity(self) -> Identity:
+        given = {
+            name: samples and fingerprint([samples.fingerprint, samples.samples.double().sum().item()])
+            for name, samples in (("surrogates", self.surrogates), ("replay", self.replay))
+        }
+        fisher = self.fisher and fingerprint(self.fisher.config)
+        facts = {"base": self.objective.fingerprint(), **given, "fisher": fisher}
+        return training_identity(self.config, self.accelerator, facts)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.config, self.parameters.values(), self.accelerator.num_processes)
+
+    def batches(self) -> BatchPolicy:
+        """What each step gets; every prompt is embedded for it."""
+        config = self.config
+        with self.accelerator.autocast():
+            return BatchPolicy(
+                self.objective, self.surrogates, self.replay, global_batch(config, self.accelerator.num_processes),
+                config.seed, config.condition_dropout, keeps_surrogates=config.naive,
+            )  # fmt: skip
+
+    def train(self, checkpoint: Choice | None = None) -> list[dict[str, float]]:
+        """Train `max_train_steps` optimiser steps, from the checkpoint that `resume_from_checkpoint` means.
+
+        The steps are the same for any number of processes and any split of the global batch, to rounding; a run that
+        goes on from a checkpoint ends in the same bits as one that was not stopped.
+
+        Args:
+            checkpoint: Where to go on, if it has been chosen already.
+
+        Returns:
+            For every logged step: `step`, `surrogate_loss`, `replay_loss`, `ewc_penalty`, `learning_rate`.
+
+        Raises:
+            FloatingPointError: No gradient is finite any more. The last checkpoint is from before.
+            ValueError: The checkpoint to resume from does not exist or is of another run, or this trainer has trained.
+            Interrupted: The run is to stop; a checkpoint is written first.
+        """
+        if self._has_trained:
+            raise ValueError("this trainer has trained already, and its weights are no longer theta*: make a new one")
+        config, accelerator, module = self.config, self.accelerator, self.objective.module
+        if self.identity is None and (self.output_dir or config.resume_from_checkpoint not in (None, "latest", "no")):
+            # Before the weights are others.
+            self.identity = self._identity()
+        choice = checkpoint or choose_checkpoint(
+            self.output_dir, config.resume_from_checkpoint, self.identity, config.to_dict()
+        )
+        if accelerator.is_main_process:
+            for note in choice.notes:
+                say(note)
+        self._has_trained = True
+        training, finished = module.training, False
+        checkpointing = getattr(module, "is_gradient_checkpointing", False)
+        try:
+            # Dropout is seeded step by step; the caller's own generator stays where it was.
+            with only_trainable(module, self.parameters), torch.random.fork_rng(), finishing():
+                self._train(choice.folder)
+            finished = True
+            return self.history
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and is_lost_peer(error):
+                raise Interrupted("another process of this run is gone") from error
+            raise
+        finally:
+            accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+            if config.gradient_checkpointing and not checkpointing:
+                module.disable_gradient_checkpointing()
+            module.train(training and not finished)
+
+    def _train(self, checkpoint: Path | None) -> None:
+        module = self.objective.module
+        module.train()
+        if self.config.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        validation = Validation(self.objective, self.config, self.accelerator, self.validation_dir, self.blur)
+        loop = Loop(
+            self.objective, self.config, self.accelerator, self.parameters, self._optimizer(), self.batches(),
+            self.fisher, self.progress, validation, self.callbacks, self.output_dir, self.identity,
+        )  # fmt: skip
+        loop.run(checkpoint, self.checkpoint_bytes())
+        if loop.stopped and self.identity is not None:
+            # Other weights than those of the whole training: a run with the same settings must not take them for it.
+            facts = {**self.identity.facts, "stopped_after_step": loop.stopped}
+            self.identity = Identity(self.identity.kind, facts)
+
+    def checkpoint_bytes(self) -> int:
+        """About how much one checkpoint takes on disk: parameters, Adam's two moments, and the average."""
+        copies = (1.5 if self.config.use_8bit_adam else 3) + self.config.use_ema
+        return int(copies * sum(4 * parameter.numel() for parameter in self.parameters.values()))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the erased pipeline, its settings, the training history, and what the Fisher information came from.
+
+        What belongs to earlier weights in the folder (report, pictures, card) goes in the same step. Files of the
+        user's own stay.
+
+        Raises:
+            OSError: The disk is full, say; what was there before is unchanged.
+        """
+        folder = Path(folder)
+        if not self.accelerator.is_main_process:
+            wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
+            return
+        leaving = [REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, REPORTED]
+        if is_own_card(folder):
+            leaving.append(CARD_NAME)
+        apart = self.validation_dir is not None and self.validation_dir.parent != folder
+        if apart:
+            leaving.append(VALIDATION_NAME)
+        with replacing_folder(folder, leaving) as staging:
+            self.objective.save(staging)
+            drop_local_names(staging)
+            write_json(staging / HISTORY_NAME, self.history)
+            if self.fisher is not None:
+                write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
+            self.config.save(staging / CONFIG_NAME)
+            if apart and self.validation_dir.is_dir():
+                shutil.copytree(self.validation_dir, staging / VALIDATION_NAME)
+            if self.identity is not None:
+                write_finished(staging, self.identity)
+        if apart:
+            shutil.rmtree(self.validation_dir, ignore_errors=True)
+
+    def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
+        """Save pipeline, settings and model card in `output_dir`, and upload that folder.
+
+        Args:
+            repo_id: Name on the Hub (default: the folder's name, under the user).
+            private: Make a new repository private.
+
+        Returns:
+            The address of the repository; None on all processes but the main one.
+
+        Raises:
+            ValueError: There is no `output_dir`, or the Hub allows no such name.
+            ConnectionError: The upload failed. What is in the folder is whole; the message says how to repeat it.
+        """
+        if self.output_dir is None:
+            raise ValueError("push_to_hub needs a folder to upload: give the trainer an output_dir")
+        self.save(self.output_dir)
+        if not self.accelerator.is_main_process:
+            return None
+        write_model_card(self.output_dir)
+        return push_pipeline(self.output_dir, repo_id, private)
+
+
+def _holds(folder: Path, identity: Identity) -> bool:
+    return OutputFolder(folder).names_finished(identity)
