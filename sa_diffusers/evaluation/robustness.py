@@ -140,7 +140,7 @@ def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> 
     Raises:
         ValueError: The model gives no handle on its text (`Family.text_encoders`), or the start word has no token.
     """
-    if not objective.text_encoders():
+    if not getattr(objective, "text_encoders", dict)():
         raise ValueError("textual inversion needs a model with a tokenizer and a text encoder")
     objective.module.requires_grad_(False).eval()
     rows = [_NewRow(handle, settings.start or "") for handle in objective.text_encoders()]
