@@ -35,9 +35,9 @@ from sa_diffusers.data.captions import load_vocabulary
 from sa_diffusers.data.image_datasets import load_fashion_mnist
 from sa_diffusers.data.phrasings import fill_template
 from sa_diffusers.evaluation.classification import ImageClassifier
-from sa_diffusers.results.statistics import frechet_distance, moments
 from sa_diffusers.families import SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.files import read_json, write_json
+from sa_diffusers.results.statistics import frechet_distance, moments
 
 STAGES = ("classifier", "vae", "diffusion", "measure", "cards")
 VOCABULARY_SIZE = 4096
