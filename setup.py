@@ -57,6 +57,7 @@ setup(
     },
     install_requires=[
         "accelerate>=1.10",
+        "dacite>=1.9",
         "datasets>=4.0",
         "diffusers>=0.40",
         "filelock>=3.13",
