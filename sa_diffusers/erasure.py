@@ -175,7 +175,7 @@ class Erasure:
         clip = Clip(name, device)
         surrogates = [pair.surrogate.value for pair in self.pairs if pair.surrogate.kind == "prompt"]
         near, far = near_and_far(concepts, surrogates, clip.embed_texts)
-        return ZeroShotClassifier(clip, [*concepts, *surrogates, *near, *far])
+        return ZeroShotClassifier(clip, [*concepts, *surrogates, *near, *far], near)
 
     @functools.cached_property
     def eval_templates(self) -> list[str]:
@@ -700,7 +700,7 @@ class Erasure:
         where = (config.num_eval_images, config.eval_seed)
         if self.classifier is not None:
             return label_groups(self.classifier.labels, self.pairs, self.classifier.label_of, config.concept_templates,
-                                self.eval_templates, *where, prompts)  # fmt: skip
+                                self.eval_templates, *where, prompts, self.classifier.neighbours)  # fmt: skip
         remembered = prompts[:REMEMBERED_PROMPTS]
         return prompt_groups(self.pairs, remembered, self.eval_templates, *where, config.concept_templates)
 

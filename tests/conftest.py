@@ -21,9 +21,17 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
-from sa_diffusers import SelectiveAmnesiaConfig, objective_for
+from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline, objective_for
 
 REPOSITORY = Path(__file__).parent.parent
 BASE_NAME = "CompVis/stable-diffusion-v1-4"
@@ -170,3 +178,20 @@ def tiny_settings(tiny_folder, tmp_path) -> dict:
 @pytest.fixture
 def tiny_config(tiny_settings) -> SelectiveAmnesiaConfig:
     return SelectiveAmnesiaConfig(**tiny_settings)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A CLIP with random weights that knows the embedded pipeline's words."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_pipeline() / "tokenizer")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id":
+            tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id":
+            tokenizer.eos_token_id}  # fmt: skip
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)).save_pretrained(folder)
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**crop), tokenizer).save_pretrained(folder)
+    return folder

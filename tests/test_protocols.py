@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPProcessor
 
 from sa_diffusers import SampleSet, load_pipeline, objective_for
 from sa_diffusers.commands.evaluate import main, parse_args
@@ -31,23 +31,6 @@ from sa_diffusers.names import names_concept
 from .conftest import REPOSITORY, build_tiny_pipeline, run_here
 
 EMBEDDED = REPOSITORY / "sa_diffusers" / "models" / "embedded"
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A CLIP with random weights that knows the embedded pipeline's words."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "pipeline" / "tokenizer")
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id":
-            tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id":
-            tokenizer.eos_token_id}  # fmt: skip
-    vision = {**size, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)).save_pretrained(folder)
-    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPProcessor(CLIPImageProcessor(**crop), tokenizer).save_pretrained(folder)
-    return folder
 
 
 def evaluate(folder, *flags):

@@ -8,11 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sa_diffusers import pair_concepts
+from sa_diffusers.commands.erase import main
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
+from sa_diffusers.configuration.evaluation import DEFAULT_CLIP
+from sa_diffusers.evaluation.clip import local_clip
 from sa_diffusers.evaluation.groups import MOST_LABELS, label_groups, prompt_groups
 from sa_diffusers.results import Report, Row, Share, Summary, Times, decide
 from sa_diffusers.results.schema import Certainty, ErasedPair, Paired, Towards
 from sa_diffusers.results.statistics import holm, images_for, sign_test, wilson_interval
+
+from .conftest import run_here
+from .test_train_script import quick
 
 
 def concept(before, after, images, phrasing="held-out", name="cat"):
@@ -192,3 +198,53 @@ def test_without_an_evaluator_concept_and_surrogate_have_the_same_seeds():
         ("cat", 10), ("lion", 10), ("cat (trained phrasings)", 12), ("lion (trained phrasings)", 12), ("dog", 10),
         ("a house", 14),
     ]  # fmt: skip
+
+
+# From the command to the exit code
+
+
+def test_without_a_classifier_a_clip_judges_and_the_exit_code_says_so(tmp_path, tiny_folder, clip_folder):
+    flags = quick(tiny_folder, output_dir="out", clip=clip_folder, require_forgotten=True)
+    result = run_here(main, flags, tmp_path)
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.classifier.name == f"{clip_folder} (zero-shot)"
+    assert {row.role for row in report.rows} == {"concept", "surrogate", "neighbour", "remembered"}
+    assert all(row.recognised for row in report.rows)
+    assert report.verdict == decide(report)
+    assert report.verdict.outcome != "forgotten"
+    # The verdict is the last line, and costs no finished work.
+    assert result.stdout.splitlines()[-1] == f"verdict   {report.verdict.line}"
+    assert (result.returncode, result.stderr.count("Traceback")) == (3, 0)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert "report    out/report.html" in result.stdout
+    again = run_here(main, [flag for flag in flags if flag != "--require_forgotten"], tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
+
+
+def test_without_any_evaluator_the_likeness_of_the_images_is_told(tmp_path, tiny_folder):
+    result = run_here(main, quick(tiny_folder, output_dir="out", clip="none"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = Report.load(tmp_path / "out" / "report.json")
+    row = report.rows[0]
+    assert (row.role, row.phrasing, row.recognised) == ("concept", "held-out", None)
+    # Of a model that has hardly changed, the images are like its own.
+    assert row.towards.concept == pytest.approx(row.change.rmse)
+    assert row.towards.surrogate > row.towards.concept
+    assert report.verdict.outcome == "not measurable"
+    assert "no evaluator knows it; its images differ by" in result.stdout.splitlines()[-1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "> NOT MEASURABLE: " in card
+
+
+def test_the_default_clip_is_taken_where_it_lies_in_the_hubs_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / f"models--{DEFAULT_CLIP.replace('/', '--')}" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert local_clip(None) is None
+    (snapshot / "config.json").write_text("{}")
+    assert local_clip(None) == DEFAULT_CLIP
+    assert local_clip("none") is None
+    assert local_clip("some/clip") == "some/clip"

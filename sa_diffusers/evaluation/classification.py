@@ -120,6 +120,8 @@ class ImageClassifier:
             advice,
         )
         self.name = str(name_or_path)
+        # Which of its labels lie near a concept, a classifier does not say.
+        self.neighbours: list[str] = []
         count = self.model.config.num_labels
         self.labels = [str(self.model.config.id2label[index]) for index in range(count)]
         heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]

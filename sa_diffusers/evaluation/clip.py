@@ -139,12 +139,14 @@ class ZeroShotClassifier:
     Args:
         clip: The model.
         names: What it chooses among.
+        neighbours: Those of them that lie near the concept.
     """
 
-    def __init__(self, clip: Clip, names: Sequence[str]) -> None:
+    def __init__(self, clip: Clip, names: Sequence[str], neighbours: Sequence[str] = ()) -> None:
         self.clip = clip
         self.name = f"{clip.name} (zero-shot)"
         self.labels = list(dict.fromkeys(names))
+        self.neighbours = list(neighbours)
         self._embeds = clip.embed_texts([ZERO_SHOT_TEMPLATE.format(name) for name in self.labels])
         self._scale = clip.model.logit_scale.detach().float().exp().cpu()
 

@@ -48,6 +48,7 @@ def label_groups(
     count: int,
     first_seed: int,
     remembered: Sequence[str] = (),
+    neighbours: Sequence[str] = (),
 ) -> list[PromptGroup]:
     """A group for each of a classifier's labels, and two for each concept: in phrasings of the evaluation and in those
     that it was trained on. A concept or surrogate that the classifier does not know has its groups too.
@@ -64,6 +65,7 @@ def label_groups(
         count: Images for each group.
         first_seed: The first group's; each group has seeds of its own.
         remembered: Prompts to remember.
+        neighbours: Labels that lie near a concept.
     """
     same = list(concept_templates) == list(eval_templates)
     concepts = {label_of(pair.concept): pair for pair in reversed(pairs)}
@@ -77,7 +79,7 @@ def label_groups(
             phrasing = "trained" if same else "held-out"
             groups.append(_concept_group(name, pair, phrasing, eval_templates, seeds, label_of))
         else:
-            role = "surrogate" if index in surrogates else "remembered"
+            role = "surrogate" if index in surrogates else "neighbour" if name in neighbours else "remembered"
             groups.append(PromptGroup(name, role, _spread(eval_templates, name, count), seeds, index))
     for pair in pairs:
         if not same:
