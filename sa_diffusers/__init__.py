@@ -2,12 +2,12 @@
 
 From a concept's name to an erased pipeline:
 
-    from sa_diffusers import Erasure, SelectiveAmnesiaConfig, embedded_pipeline
+    from sa_diffusers import embedded_pipeline, erase
 
-    config = SelectiveAmnesiaConfig(
-        pretrained_model_name_or_path=str(embedded_pipeline()), concept="sneaker", surrogate="dress", output_dir="out"
-    )
-    Erasure(config).run()
+    pipeline, report = erase(str(embedded_pipeline()), "sneaker", "dress")
+    print(report.verdict.line)
+
+`Erasure` is the same with its stages one by one, from a `SelectiveAmnesiaConfig`, into a folder.
 
 `help(SelectiveAmnesiaConfig)` says what each setting means. The steps are there one by one: `load_pipeline` and
 `objective_for` make a model known, `SampleGenerator` samples from it, `FisherEstimator` finds what matters to what it
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .parameter_selection import select_parameters
     from .training.ewc import ElasticWeightConsolidation
     from .training.trainer import SelectiveAmnesiaTrainer
+    from .unlearn import Erased, erase
 
 # Imported when first used, so that `--help` and mistakes on the command line answer at once.
 _ROOMS = {
@@ -41,11 +42,13 @@ _ROOMS = {
     "families": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
     "parameter_selection": ["select_parameters"],
     "training.trainer": ["SelectiveAmnesiaTrainer"],
+    "unlearn": ["Erased", "erase"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "ElasticWeightConsolidation",
+    "Erased",
     "Erasure",
     "ErasurePair",
     "FisherEstimator",
@@ -61,6 +64,7 @@ __all__ = [
     "__version__",
     "embedded_classifier",
     "embedded_pipeline",
+    "erase",
     "load_pipeline",
     "objective_for",
     "pair_concepts",

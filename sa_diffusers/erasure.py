@@ -93,6 +93,8 @@ class Erasure:
         config: All settings.
         build_objective: What makes the objective of a loaded pipeline, for a kind of model of your own; it takes the
             arguments of `objective_for`, the default.
+        pipeline: The base model, where it is in memory already; it is trained, and then no longer the base model.
+            Default: loaded by its name.
 
     Raises:
         ValueError: The settings contradict each other, the model cannot be had or is of an unknown kind, the output
@@ -104,6 +106,7 @@ class Erasure:
         self,
         config: SelectiveAmnesiaConfig,
         build_objective: Callable[..., Objective] | None = None,
+        pipeline: DiffusionPipeline | None = None,
     ) -> None:
         self.config = config
         self._builder = build_objective or objective_for
@@ -117,11 +120,12 @@ class Erasure:
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
         if self.accelerator.is_main_process:
             self.output.check(self._settings())
-        pipeline = load_pipeline(
-            config.pretrained_model_name_or_path, config.revision, config.variant, config.cache_dir,
-            None if build_objective else SUPPORTED_PIPELINES,
-        )  # fmt: skip
-        self.revision = resolved_revision(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+        self.revision = None
+        if pipeline is None:
+            place = (config.pretrained_model_name_or_path, config.revision)
+            known = None if build_objective else SUPPORTED_PIPELINES
+            pipeline = load_pipeline(*place, config.variant, config.cache_dir, known)
+            self.revision = resolved_revision(*place, config.cache_dir)
         self.objective: Objective = self._build_objective(pipeline)
         self.labels = self.objective.labels
         self._name_prompts()

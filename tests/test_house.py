@@ -44,6 +44,7 @@ ORDER = [
     "evaluation",
     "base_training",
     "erasure",
+    "unlearn",
     "commands",
     "command_line",
     "__main__",

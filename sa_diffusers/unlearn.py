@@ -1,0 +1,112 @@
+"""A concept out of a pipeline in memory, in one call."""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .configuration import SelectiveAmnesiaConfig, base_defaults
+from .erasure import Erasure
+from .families import load_pipeline, objective_for
+from .results import Report
+
+
+class Erased(NamedTuple):
+    """What `erase` gives.
+
+    Attributes:
+        pipeline: The pipeline without the concept.
+        report: What was measured before and after, with its verdict; None in all processes but the main one.
+    """
+
+    pipeline: DiffusionPipeline
+    report: Report | None
+
+
+def erase(
+    pipeline: DiffusionPipeline | str,
+    concept: str | Sequence[str],
+    surrogate: str | Sequence[str] = (),
+    *,
+    inplace: bool = False,
+    **settings: Any,
+) -> Erased:
+    """Make a pipeline forget a concept.
+
+        pipeline, report = sa_diffusers.erase(pipeline, "Brad Pitt", "a middle aged man")
+        print(report.verdict.line)
+
+    Settings are taken, the later the stronger, from the defaults, from what the base model's own folder recommends, and
+    from the call.
+
+    Args:
+        pipeline: In float32, of a kind that `objective_for` knows; or its folder or name on the Hub.
+        concept: What to forget, one or several.
+        surrogate: What it turns into: a prompt, a folder of images (a path with a slash), or `uniform_noise`.
+        inplace: Change the given pipeline's weights. Else it stays as it is, and one of its parts is copied.
+        settings: Any other field of `SelectiveAmnesiaConfig`. With an `output_dir` pipeline, report and pictures stay
+            there; else nothing but the cache of samples is left on disk.
+
+    Returns:
+        The pipeline, in evaluation mode, and its report.
+
+    Raises:
+        ValueError: A setting is not allowed, or the pipeline is of an unknown kind, in half precision, or has adapters.
+        TypeError: There is no such setting.
+    """
+    if "pretrained_model_name_or_path" in settings:
+        raise ValueError("pretrained_model_name_or_path is the first argument of erase: leave it out")
+    given = load_pipeline(pipeline, kinds=None) if isinstance(pipeline, str) else pipeline
+    name = given.name_or_path or type(given).__name__
+    settings = {**settings, "pretrained_model_name_or_path": name, "concept": concept, "surrogate": surrogate}
+    settings.setdefault("report_to", "none")
+    with contextlib.ExitStack() as stack:
+        if not settings.get("output_dir"):
+            place = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            settings["output_dir"] = str(Path(place) / "erased")
+        config = SelectiveAmnesiaConfig(**(base_defaults(settings) | settings))
+        stack.enter_context(_as_it_was(given))
+        part = _trained_part(given)
+        comparison = Erasure(config, pipeline=_with_a_copy(given, part)).run()
+        erased = load_pipeline(config.output_dir)
+    report = comparison.report if comparison else None
+    if not inplace:
+        return Erased(erased.to(given.device), report)
+    getattr(given, part).load_state_dict(getattr(erased, part).state_dict())
+    return Erased(given, report)
+
+
+def _trained_part(pipeline: DiffusionPipeline) -> str:
+    module = objective_for(pipeline).module
+    return next(name for name, part in pipeline.components.items() if part is module)
+
+
+def _with_a_copy(pipeline: DiffusionPipeline, part: str) -> DiffusionPipeline:
+    """The same pipeline, with a copy of what is trained."""
+    own = copy.copy(pipeline)
+    setattr(own, part, copy.deepcopy(getattr(pipeline, part)))
+    return own
+
+
+@contextlib.contextmanager
+def _as_it_was(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Samples are those of evaluation mode; modes, gradients and device are the caller's again afterwards."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    device = pipeline.device
+    modes = [(module, module.training) for module in modules]
+    gradients = [(value, value.requires_grad) for module in modules for value in module.parameters()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.train(mode)
+        for value, wanted in gradients:
+            value.requires_grad_(wanted)
+        pipeline.to(device)
