@@ -48,7 +48,7 @@ from .hub import one_line
 from .identity import Identity, fingerprint, plain
 from .output_folder import OutputFolder
 from .processes import finishing, say, wait_until
-from .results.schema import Report, Sampling
+from .results.schema import DECODER, Report, Sampling
 from .seeds import STREAMS, first_seed
 from .training.checkpoints import Choice, choose_checkpoint
 from .training.settings import TRAINING_SETTINGS, sampling_settings, settings_facts, training_identity
@@ -612,7 +612,7 @@ class Erasure:
         own = self._surrogates_as_seen(erased, surrogates) if self.classifier else None
         provenance = {**self._provenance(), "erased_module": fingerprint_module(erased.module)}
         # Nothing is denoised in a model that has one step.
-        how = Sampling("decoder", 1, 1.0) if erased.num_train_timesteps == 1 else self.settings
+        how = Sampling(DECODER, 1, 1.0) if erased.num_train_timesteps == 1 else self.settings
         comparison = compare(groups, *pictures, how, self.classifier, provenance, own)
         with finishing():
             delete_evaluations(config.resolved_artifacts_dir, erased.fingerprint())

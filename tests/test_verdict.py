@@ -18,6 +18,7 @@ from sa_diffusers.results.schema import Certainty, ErasedPair, Paired, Towards
 from sa_diffusers.results.statistics import holm, images_for, sign_test, wilson_interval
 
 from .conftest import run_here
+from .test_class_models import tiny_vae
 from .test_train_script import quick
 
 
@@ -248,3 +249,17 @@ def test_the_default_clip_is_taken_where_it_lies_in_the_hubs_cache(tmp_path, mon
     assert local_clip(None) == DEFAULT_CLIP
     assert local_clip("none") is None
     assert local_clip("some/clip") == "some/clip"
+
+
+def test_sampler_and_guidance_are_not_told_of_a_model_that_has_none(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    flags = ["--pretrained_model_name_or_path", "vae", "--concept", "0", "--num_surrogate_images", "4",
+             "--num_replay_images", "4", "--num_fisher_samples", "2", "--max_train_steps", "2", "--train_batch_size",
+             "2", "--num_eval_images", "2", "--report_to", "none", "--output_dir", "out"]  # fmt: skip
+    result = run_here(main, flags, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "the same seeds before and after; one pass of the decoder" in result.stdout
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "Sampled with one pass of the decoder" in text.replace("Sampled with: one", "Sampled with one")
+        assert "guidance 7.5" not in text

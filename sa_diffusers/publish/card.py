@@ -26,7 +26,7 @@ from ..report.conclusions import changes, recognition, strongest_attack
 from ..report.document import Table, render
 from ..report.provenance import path_settings
 from ..report.tables import attack_matrix, quality_table, row_tables, score_kinds, totals
-from ..results.figures import percent, significant
+from ..results.figures import percent, sampling_text, significant
 from ..results.schema import ErasedPair, Report
 from ..results.verdict import decide
 from .facts import Facts, read_facts
@@ -342,9 +342,7 @@ def _conditions(report: Report) -> str:
     """What the figures depend on."""
     told = []
     if report.rows:
-        sampling = report.sampling
-        told.append(f"The same seeds before and after. Sampler {_md(sampling.sampler)}, {sampling.num_inference_steps} "
-                    f"steps, guidance {sampling.guidance_scale:g}.")  # fmt: skip
+        told.append(f"The same seeds before and after. Sampled with {_md(sampling_text(report.sampling))}.")
     if report.classifier:
         told.append(
             f"Recognised: the share of images that the classifier {markdown_code(shown_name(report.classifier.name))} "

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .schema import Sampling, Share, Summary
+from .schema import DECODER, Sampling, Share, Summary
 
 MISSING = "–"
 UNITS = {"share": "%", "count": "total (mean of an image)", "mean": "mean ± standard deviation"}
@@ -106,5 +106,7 @@ def seeds_text(runs: Sequence[Sequence[int]], place: str) -> str:
 
 
 def sampling_text(sampling: Sampling) -> str:
-    """Sampler, steps and guidance."""
+    """Sampler, steps and guidance, which a model that decodes in one pass has none of."""
+    if sampling.sampler == DECODER:
+        return "one pass of the decoder"
     return f"{sampling.sampler}, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}"

@@ -26,9 +26,12 @@ from .parts import (
 )
 
 SCHEMA_VERSION = 3
+# The sampler of a model that has none.
+DECODER = "decoder"
 __all__ = [
     "AFTER",
     "BEFORE",
+    "DECODER",
     "ROLES",
     "SCHEMA_VERSION",
     "TIMES",
