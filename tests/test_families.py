@@ -8,13 +8,12 @@ import torch
 from diffusers import DDPMScheduler
 
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig, load_pipeline, objective_for
-from sa_diffusers.command_line import main as erasing
-from sa_diffusers.evaluation.command_line import main as evaluation
+from sa_diffusers.commands.erase import main as erasing
+from sa_diffusers.commands.evaluate import main as evaluation
 from sa_diffusers.families import SUPPORTED_PIPELINES, DiscretePath, Objective, OneStepPath, family_of, registry
 from sa_diffusers.families.base import digest_of
 
 from .conftest import build_tiny_pipeline, run_here
-from .test_protocols import clip_folder  # noqa: F401
 
 
 @pytest.fixture
