@@ -53,6 +53,7 @@ def verdict(*rows, **more):
         ([concept(8, 7, 8)], "not forgotten", "87.5 %"),
         ([Row("cat", "concept", 60, concept="cat")], "not measurable", "no evaluator knows it"),
         ([], "not measurable", "no images of it were evaluated"),
+        ([concept(60, 20, 60), concept(60, 30, 60, "trained")], "partly", "50.0 % [37.7, 62.3]"),
         # What its name is not in does not count.
         ([concept(60, 0, 60), concept(60, 60, 60, "evoked")], "forgotten", "0.0 %"),
     ],

@@ -71,7 +71,8 @@ def _concept(name: str, report: Report, alone: bool) -> ConceptVerdict:
         return ConceptVerdict(name, NOT_MEASURABLE, f"“{name}”: no images of it were evaluated")
     judged = [_judge(row, report.surrogate_samples.get(name) or report.surrogate_samples.get(row.name) or {})
               for row in rows]  # fmt: skip
-    worst = max(judged, key=lambda each: OUTCOMES.index(each.outcome))
+    left = [shares.after.share if (shares := evidence(row)) else 0.0 for row in rows]
+    worst, _ = max(zip(judged, left, strict=True), key=lambda each: (OUTCOMES.index(each[0].outcome), each[1]))
     return ConceptVerdict(name, worst.outcome, worst.because, worst.images_needed)
 
 
