@@ -39,7 +39,7 @@ def verdict(*rows, **more):
 @pytest.mark.parametrize(
     ("rows", "outcome", "told"),
     [
-        ([concept(60, 0, 60), concept(60, 1, 60, "trained")], "forgotten", "“cat” is recognised in 0.0 %"),
+        ([concept(60, 0, 60), concept(60, 1, 60, "trained")], "forgotten", "“cat” is recognised in 1.7 %"),
         # One of the two phrasings is enough to fail.
         (
             [concept(60, 59, 60), concept(60, 0, 60, "trained")],
