@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
+from ..families.base import Family
+from ..families.registry import family_of
 from ..files import finish_interrupted, write_text
 from ..hub import (
     CARD_MARKER,
@@ -203,15 +205,13 @@ class _Card:
         name = json.dumps(facts.name, ensure_ascii=False)
         lines = ["from diffusers import DiffusionPipeline", "",
                  f"pipeline = DiffusionPipeline.from_pretrained({name}{options})"]  # fmt: skip
-        if facts.takes_text:
-            kept = next((row.prompts[0] for row in facts.rows if row.role in ("remembered", "surrogate")
-                         and row.prompts), "a photo")  # fmt: skip
-            lines.append(f"image = pipeline({json.dumps(kept, ensure_ascii=False)}).images[0]")
-        else:
+        condition: str | int = next((row.prompts[0] for row in facts.rows if row.role in ("remembered", "surrogate")
+                                     and row.prompts), "a photo")  # fmt: skip
+        if not facts.takes_text:
             forgotten = {concept.casefold() for concept in facts.concepts}
-            kept = [int(key) for key, label in (facts.index.get("id2label") or {}).items()
-                    if not {str(label).casefold(), key} & forgotten]  # fmt: skip
-            lines.append(f"image = pipeline(class_labels=[{min(kept, default=0)}]).images[0]")
+            condition = min((int(key) for key, label in (facts.index.get("id2label") or {}).items()
+                             if not {str(label).casefold(), key} & forgotten), default=0)  # fmt: skip
+        lines.append((family_of(facts.pipeline_class) or Family).card_snippet(condition))
         return "\n".join(lines)
 
     @property
