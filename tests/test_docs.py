@@ -47,8 +47,8 @@ def prose(page: Path) -> str:
 # Python
 
 
-# Sizes alone are other than printed: of Stable Diffusion's settings by their defaults, of the embedded pipeline's by what
-# its own folder recommends.
+# Sizes alone are other than printed: of Stable Diffusion by the defaults of the settings, of the embedded pipeline by
+# what its own folder recommends.
 RUN = """
 import json, sys
 import sa_diffusers.models
@@ -56,8 +56,11 @@ from pathlib import Path
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
 
 sizes, embedded, commands, code = json.loads(sys.stdin.read())
-printed = SelectiveAmnesiaConfig.__init__
-SelectiveAmnesiaConfig.__init__ = lambda self, **given: printed(self, **{**sizes, **given})
+init, fields = SelectiveAmnesiaConfig.__init__, SelectiveAmnesiaConfig.__dataclass_fields__
+names = init.__code__.co_varnames[1 : init.__code__.co_argcount]
+init.__defaults__ = tuple(sizes.get(name, default) for name, default in zip(names, init.__defaults__, strict=True))
+for name, size in sizes.items():
+    fields[name].default = size
 sa_diffusers.models.embedded_pipeline = lambda: Path(embedded)
 if commands:
     from sa_diffusers.commands import main
@@ -69,23 +72,24 @@ for number, block in enumerate(code, 1):
 """
 SIZES = {"num_surrogate_images": 8, "num_replay_images": 8, "num_inference_steps": 2, "num_fisher_samples": 2,
          "fisher_timesteps": 2, "max_train_steps": 2, "train_batch_size": 2, "num_eval_images": 2}  # fmt: skip
-EMBEDDED_SIZES = {"num_surrogate_images": 100, "num_replay_images": 300, "num_fisher_samples": 4,
-                  "fisher_timesteps": 10, "max_train_steps": 100, "num_eval_images": 40}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A Hub cache that holds a tiny Stable Diffusion under the real one's name, and smaller settings for the garments."""
+    """A Hub cache that holds a tiny Stable Diffusion under the real one's name, and a copy of the embedded pipeline."""
     folder = tmp_path_factory.mktemp("world")
     lay_out_hub_cache(build_tiny_pipeline(), folder / "hub")
     shutil.copytree(REPOSITORY / "sa_diffusers" / "models" / "embedded", folder / "embedded")
-    file = folder / "embedded" / "pipeline" / "selective_amnesia_defaults.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | EMBEDDED_SIZES))
     return folder
 
 
-def run_blocks(page: Path, world: Path, folder: Path, commands=()) -> subprocess.CompletedProcess:
-    """A page's Python blocks, one after the other, offline, behind the commands that it takes for granted."""
+def run_blocks(page: Path, world: Path, folder: Path, commands=(), **sizes) -> subprocess.CompletedProcess:
+    """A page's Python blocks, one after the other, offline, behind the commands that it takes for granted.
+
+    `sizes` are what the embedded pipeline's folder recommends.
+    """
+    file = world / "embedded" / "pipeline" / "selective_amnesia_defaults.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
     code = [text for language, text in blocks(page) if language == "python"]
     assert code
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_CACHE": str(world / "hub"),
@@ -96,7 +100,10 @@ def run_blocks(page: Path, world: Path, folder: Path, commands=()) -> subprocess
 
 
 def test_the_python_of_the_readme_runs_and_forgets(world, tmp_path):
-    result = run_blocks(REPOSITORY / "README.md", world, tmp_path)
+    result = run_blocks(
+        REPOSITORY / "README.md", world, tmp_path, num_surrogate_images=64, num_replay_images=200,
+        num_fisher_samples=2, fisher_timesteps=10, max_train_steps=60, train_batch_size=16, num_eval_images=35,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert re.search(r"^FORGOTTEN: “sneaker.*none of 9 others is damaged\.$", result.stdout, flags=re.MULTILINE)
     assert (tmp_path / "no-brad-pitt" / "report.html").is_file()
@@ -107,6 +114,21 @@ def test_the_python_of_the_page_on_reports_runs(world, tmp_path):
     result = run_blocks(REPOSITORY / "docs" / "evaluation.md", world, tmp_path, [erase])
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "not measurable []"
+
+
+def test_the_python_of_the_page_on_python_runs(world, tmp_path):
+    result = run_blocks(
+        REPOSITORY / "docs" / "python.md", world, tmp_path, num_surrogate_images=16, num_replay_images=32,
+        num_fisher_samples=2, fisher_timesteps=4, train_batch_size=4, num_eval_images=2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    # What the first block, the callback and the last one print.
+    assert re.search(r"^NOT MEASURABLE: “sneaker.* images are too few", result.stdout)
+    assert re.search(r"^5$", result.stdout, flags=re.MULTILINE)
+    assert result.stdout.splitlines()[-1] == "torch.Size([8, 4, 8, 8]) sneaker"
+    for file in ("no-sneaker/report.html", "forgotten/report.json", "elsewhere/model_index.json",
+                 "my-samples/model_index.json", "fisher/fisher.safetensors"):  # fmt: skip
+        assert (tmp_path / file).is_file(), file
 
 
 def test_every_page_with_python_is_run():
