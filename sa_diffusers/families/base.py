@@ -1,9 +1,11 @@
 """What the rest of the package knows of a generative model: nothing but `Family` and, with a path, `Objective`."""
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -354,8 +356,30 @@ def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
     return {name: values[index] for name, values in conditions.items()}
 
 
+_DIGESTED: ContextVar[dict[int, str] | None] = ContextVar("_DIGESTED", default=None)
+
+
+@contextlib.contextmanager
+def digested_once() -> Iterator[None]:
+    """Each module is digested once meanwhile, however often it is asked for. Nothing may change weights in it."""
+    token = _DIGESTED.set({})
+    try:
+        yield
+    finally:
+        _DIGESTED.reset(token)
+
+
 def fingerprint_module(module: nn.Module) -> str:
     """A digest of a module's parameters and buffers: names, shapes, types and bytes."""
+    known = _DIGESTED.get()
+    if known is None:
+        return _digest(module)
+    if id(module) not in known:
+        known[id(module)] = _digest(module)
+    return known[id(module)]
+
+
+def _digest(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
