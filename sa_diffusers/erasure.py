@@ -2,15 +2,14 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from .configuration import HISTORY_NAME, SelectiveAmnesiaConfig
+from .configuration import SelectiveAmnesiaConfig
 from .data.concepts import ErasurePair, check_pairs
 from .data.given import Samples, are_prompts, given_prompts
 from .data.replay import drop_naming_prompts
@@ -19,7 +18,6 @@ from .data.sensitive import must_blur
 from .environment import create_accelerator
 from .evaluation import Comparison
 from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
-from .files import read_json
 from .fisher import FisherInformation
 from .hub import repository_name
 from .identity import Identity
@@ -42,7 +40,6 @@ from .stages import (
 )
 from .stages.subject import check_artifacts_dir
 from .training.callbacks import Callback
-from .training.checkpoints import Choice
 
 __all__ = ["DEPENDENCIES", "IRRELEVANT", "Erasure"]
 
@@ -102,23 +99,22 @@ class Erasure:
         known = None if build_objective else SUPPORTED_PIPELINES
         self.subject: Subject = prepare(config, self.accelerator, blur, self._builder, pipeline, known, remembered)
         self.labels = self.subject.labels
-        self._surrogates = SurrogateStage(self.subject, surrogates)
-        self._replay = ReplayStage(self.subject, replay)
-        self._fisher = FisherStage(self.subject, self._replay, fisher)
-        self._images = EvaluationImages(self.subject)
-        self._images.check_seeds(self._surrogates, self._replay)
-        self._training = TrainingStage(
-            self.subject, self.output, self._surrogates, self._replay, self._fisher, callbacks
+        self.surrogate_stage = SurrogateStage(self.subject, surrogates)
+        self.replay_stage = ReplayStage(self.subject, replay)
+        self.fisher_stage = FisherStage(self.subject, self.replay_stage, fisher)
+        self.image_stage = EvaluationImages(self.subject)
+        self.image_stage.check_seeds(self.surrogate_stage, self.replay_stage)
+        self.training_stage = TrainingStage(
+            self.subject, self.output, self.surrogate_stage, self.replay_stage, self.fisher_stage, callbacks
         )
-        self._report = ReportStage(self.subject, self.output, self._images, self._training)
-        self.card = CardStage(self.output, self._report)
-        self.push = PushStage(config, self.output, self.card)
+        self.report_stage = ReportStage(self.subject, self.output, self.image_stage, self.training_stage)
+        self.card_stage = CardStage(self.output, self.report_stage)
+        self.push_stage = PushStage(config, self.output, self.card_stage)
         if self.accelerator.is_main_process:
             self.output.check_identity(self.identity)
         if config.resume_from_checkpoint not in (None, "latest", "no"):
             # A checkpoint that will not do is told before anything is sampled.
-            self.choice()
-        self._anchor: dict[str, torch.Tensor] | None = None
+            self.training_stage.choice()
 
     def _settings(self) -> dict[str, Any]:
         return TrainingStage.settings(self.config, self.accelerator)
@@ -126,12 +122,12 @@ class Erasure:
     @property
     def stages(self) -> list[Stage]:
         """All stages, in order."""
-        return [self._surrogates, self._replay, self._fisher, self._training, self._images, self._report, self.card,
-                self.push]  # fmt: skip
+        return [self.surrogate_stage, self.replay_stage, self.fisher_stage, self.training_stage, self.image_stage,
+                self.report_stage, self.card_stage, self.push_stage]  # fmt: skip
 
     @property
     def objective(self) -> Objective:
-        """The base model, and after `train` the erased one."""
+        """The base model."""
         return self.subject.objective
 
     @property
@@ -152,51 +148,43 @@ class Erasure:
     @property
     def identity(self) -> Identity:
         """What the trained weights depend on."""
-        return self._training.identity()
+        return self.training_stage.identity()
 
     def surrogate_identity(self) -> Identity:
         """What the surrogate set depends on."""
-        return self._surrogates.identity()
+        return self.surrogate_stage.identity()
 
     def replay_identity(self) -> Identity:
         """What the replay set depends on."""
-        return self._replay.identity()
-
-    def fisher_identity(self) -> Identity:
-        """What the Fisher information depends on."""
-        return self._fisher.identity()
+        return self.replay_stage.identity()
 
     def evaluation_identity(self) -> Identity:
         """What the report depends on."""
-        return self._report.identity()
+        return self.report_stage.identity()
 
     def fisher_folder(self) -> Path:
         """Where the Fisher information is kept."""
-        return self._fisher.folder
+        return self.fisher_stage.folder
 
     def surrogates(self) -> SampleSet:
         """The surrogate set: q(x | c_f) of eq. 4; for eq. 3 the concept's own samples."""
-        with self._base_model():
-            return self._surrogates.run()
+        self.check_base()
+        return self.surrogate_stage.run()
 
     def replay(self) -> SampleSet | None:
         """The replay set: p(x | theta*, c_r) of eq. 4, without the concepts."""
-        with self._base_model():
-            return self._replay.run()
+        self.check_base()
+        return self.replay_stage.run()
 
     def fisher_samples(self) -> SampleSet:
         """Samples of all prompts, the concepts' included."""
-        with self._base_model():
-            return self._fisher.samples()
+        self.check_base()
+        return self.fisher_stage.samples()
 
     def fisher(self) -> FisherInformation | None:
         """The Fisher information: the given one, the kept one, or a new one."""
-        with self._base_model():
-            return self._fisher.run()
-
-    def choice(self) -> Choice:
-        """The checkpoint that the training goes on from."""
-        return self._training.choice()
+        self.check_base()
+        return self.fisher_stage.run()
 
     def plan(self) -> str:
         """What will be generated, computed and trained, and what is reused."""
@@ -221,155 +209,79 @@ class Erasure:
             ValueError: Another run is using the output folder.
             Interrupted: The run is to stop; the same call goes on.
         """
-        self._check_base()
-        with self._holding():
-            finished = self._finished()
-            if finished and self._is_main:
-                self._report.keep_settings()
-            report = self._report.kept() if finished and self._is_main else None
+        self.check_base()
+        with self.holding():
+            finished = self.finished()
+            if finished and self.is_main:
+                self.report_stage.keep_settings()
+            report = self.report_stage.kept() if finished and self.is_main else None
             if self.subject.agreed(report is not None):
                 return Comparison(report) if report is not None else None
             if not finished:
-                self._training.start_trackers()
-            surrogates = self._timed(self._surrogates)
-            products = None if finished else self._products()
-            before = self._timed(self._images, "evaluation before", self.objective)
+                self.training_stage.start_trackers()
+            surrogates = self.timed(self.surrogate_stage)
+            products = None if finished else self.products()
+            before = self.timed(self.image_stage, "evaluation before", self.objective)
             if products is not None:
-                self._training.run(surrogates, *products)
+                self.training_stage.run(surrogates, *products)
                 del products
             # The evaluation sees what a user will load, not what is in memory.
             self.subject.release()
             gc.collect()
-            return self._compared(before, surrogates)
+            return self.compared(before, surrogates)
 
-    def train(self) -> list[dict[str, float]]:
-        """Run the stages up to the erased pipeline in the output folder; the model in memory becomes it.
-
-        Returns:
-            The history, as of `Training.train`.
-
-        Raises:
-            ValueError: This erasure has run already, or another run is using the output folder.
-            Interrupted: The run is to stop; the same call goes on.
-        """
-        self._check_base()
-        if self._anchor is not None:
-            raise ValueError("this erasure has trained already, and its model is no longer the base: make a new one")
-        with self._holding():
-            anchor = {name: value.detach().cpu().clone() for name, value in self.subject.parameters.items()}
-            if self._finished():
-                erased = self._erased()
-                self.objective.module.load_state_dict(erased.module.state_dict())
-                self._anchor = anchor
-                return read_json(self.output_dir / HISTORY_NAME)  # type: ignore[return-value]
-            self._training.start_trackers()
-            surrogates = self._timed(self._surrogates)
-            products = self._products()
-            # Whatever happens from here on, the model is no longer the base.
-            self._anchor = anchor
-            return self._training.run(surrogates, *products).history
-
-    def evaluate(self) -> Comparison | None:
-        """Compare the erased pipeline in the output folder with the base model, and write the report there.
-
-        Returns:
-            As `run`.
-
-        Raises:
-            ValueError: There is no pipeline of this erasure in the folder.
-        """
-        self._check_base()
-        with self._holding(begin=self._anchor is None):
-            self.check_trained()
-            report = self._report.kept() if self._is_main else None
-            if self.subject.agreed(report is not None):
-                return Comparison(report) if report is not None else None
-            with self._base_model():
-                surrogates = self._timed(self._surrogates)
-                before = self._timed(self._images, "evaluation before", self.objective)
-            device, objective = self.objective.device, self.objective
-            objective.to("cpu")
-            try:
-                return self._compared(before, surrogates)
-            finally:
-                objective.to(device)
-
-    def _products(self) -> tuple[SampleSet | None, FisherInformation | None]:
+    def products(self) -> tuple[SampleSet | None, FisherInformation | None]:
         """What is trained on beside the surrogates: replay set and Fisher information."""
         # Without a replay loss the Fisher information alone asks for these samples, and samples them itself.
-        replay = self._timed(self._replay) if self.config.replay_weight > 0 else None
-        return replay, self._timed(self._fisher, None, *([replay] if replay is not None else []))
+        replay = self.timed(self.replay_stage) if self.config.replay_weight > 0 else None
+        return replay, self.timed(self.fisher_stage, None, *([replay] if replay is not None else []))
 
-    def _compared(self, before: list, surrogates: SampleSet) -> Comparison | None:
-        erased = self._erased().to(self.accelerator.device)
-        after = self._timed(self._images, "evaluation after", erased)
+    def compared(self, before: list, surrogates: SampleSet) -> Comparison | None:
+        """The comparison of the saved pipeline with what the base model has sampled."""
+        erased = self.erased().to(self.accelerator.device)
+        after = self.timed(self.image_stage, "evaluation after", erased)
         # All have read the images before the main process deletes them.
         self.accelerator.wait_for_everyone()
         # The main process scores what all have sampled, and no other waits for it.
-        return self._report.run(erased, before, after, surrogates) if self._is_main else None
+        return self.report_stage.run(erased, before, after, surrogates) if self.is_main else None
 
-    def _erased(self) -> Objective:
+    def erased(self) -> Objective:
+        """The model that was saved, as a user loads it."""
         config, pipeline = self.config, load_pipeline(str(self.output_dir))
         return self._builder(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
 
-    def _timed(self, stage: Stage, title: str | None = None, *inputs: Any) -> Any:
+    def timed(self, stage: Stage, title: str | None = None, *inputs: Any) -> Any:
+        """A stage's product."""
         with self.subject.timed(title or stage.title):
             return stage.run(*inputs)
 
     @property
-    def _is_main(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
         return self.accelerator.is_main_process
 
     @contextlib.contextmanager
-    def _holding(self, begin: bool = True) -> Iterator[None]:
+    def holding(self, begin: bool = True) -> Iterator[None]:
         """Nobody else writes into the output folder meanwhile."""
-        with self.output.lock if self._is_main else contextlib.nullcontext():
-            if begin and self._is_main:
-                self.output.begin(self.identity, self._settings(), self._training.starts_over)
+        with self.output.lock if self.is_main else contextlib.nullcontext():
+            if begin and self.is_main:
+                self.output.begin(self.identity, self._settings(), self.training_stage.starts_over)
             self.accelerator.wait_for_everyone()
             yield
 
-    def _finished(self, quietly: bool = False) -> bool:
+    def finished(self, quietly: bool = False) -> bool:
         """Whether the weights of this very erasure are there, and are to be kept."""
-        starts_over = self._training.starts_over and not quietly
-        whole = self._is_main and not starts_over and self.output.is_finished(self.identity, say)
+        starts_over = self.training_stage.starts_over and not quietly
+        whole = self.is_main and not starts_over and self.output.is_finished(self.identity, say)
         finished = self.subject.agreed(whole)
-        if finished and self._is_main and not quietly:
+        if finished and self.is_main and not quietly:
             say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
         return finished
 
-    def check_trained(self) -> None:
-        """Refuse to publish what is not there.
-
-        Raises:
-            ValueError: The output folder holds no pipeline of this erasure.
-        """
-        if not self._finished(quietly=True):
-            raise ValueError(f"{self.output_dir} holds no pipeline of this erasure: call train first")
-
-    def _check_base(self) -> None:
+    def check_base(self) -> None:
+        """Refuse to go on where the base model is gone."""
         if self.subject.objective is None:
             raise ValueError("this erasure has run, and its base model is gone from memory: make a new one")
-
-    @contextlib.contextmanager
-    def _base_model(self) -> Iterator[None]:
-        """The model in memory is the base model meanwhile, also after it was trained."""
-        self._check_base()
-        if self._anchor is None:
-            yield
-            return
-        trained = {name: value.detach().cpu().clone() for name, value in self.subject.parameters.items()}
-        _put_in(self.subject.parameters, self._anchor)
-        try:
-            yield
-        finally:
-            _put_in(self.subject.parameters, trained)
-
-
-@torch.no_grad()
-def _put_in(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
 
 
 def _remembered(config: SelectiveAmnesiaConfig, replay: Samples | None) -> list[str] | None:

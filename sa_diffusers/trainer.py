@@ -1,18 +1,20 @@
 """Selective Amnesia in Python: train, evaluate, save, publish."""
 
+import contextlib
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
-from .configuration import SelectiveAmnesiaConfig
+from .configuration import HISTORY_NAME, SelectiveAmnesiaConfig
 from .data.given import Samples
 from .erasure import Erasure
 from .families import Objective, checked_pipeline, modules_of, pipeline_name
-from .files import new_folder, replacing_folder
+from .files import new_folder, read_json, replacing_folder
 from .fisher import FisherInformation
 from .hub import published_files
 from .moved import forward
@@ -95,6 +97,8 @@ class SelectiveAmnesiaTrainer:
         self.config = self._erasure.config
         self.pipeline: DiffusionPipeline = self._erasure.subject.pipeline
         self._history: list[dict[str, float]] = []
+        # theta*, once the model in memory is another.
+        self._anchor: dict[str, torch.Tensor] | None = None
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -124,7 +128,23 @@ class SelectiveAmnesiaTrainer:
             ValueError: This trainer has trained, or another run is using `output_dir`.
             Interrupted: The run is to stop; a checkpoint is written first.
         """
-        self._history = self._erasure.train()
+        erasure = self._erasure
+        if self._anchor is not None:
+            raise ValueError("this trainer has trained already, and its model is no longer the base: make a new one")
+        with erasure.holding():
+            anchor = {name: value.detach().cpu().clone() for name, value in erasure.subject.parameters.items()}
+            if erasure.finished():
+                erased = erasure.erased()
+                erasure.objective.module.load_state_dict(erased.module.state_dict())
+                self._anchor = anchor
+                self._history = list(read_json(self.output_dir / HISTORY_NAME))
+                return self._history
+            erasure.training_stage.start_trackers()
+            surrogates = erasure.timed(erasure.surrogate_stage)
+            products = erasure.products()
+            # Whatever happens from here on, the model is no longer the base.
+            self._anchor = anchor
+            self._history = erasure.training_stage.run(surrogates, *products).history
         return self._history
 
     def evaluate(self) -> Report | None:
@@ -137,11 +157,20 @@ class SelectiveAmnesiaTrainer:
         Raises:
             ValueError: Nothing is trained yet.
         """
-        comparison = self._erasure.evaluate()
-        if comparison is None:
-            return None
-        self._erasure.card.run()
-        return comparison.report
+        erasure = self._erasure
+        with erasure.holding(begin=self._anchor is None):
+            self._check_trained()
+            report = erasure.report_stage.kept() if erasure.is_main else None
+            if not erasure.subject.agreed(report is not None):
+                with self._base_model():
+                    surrogates = erasure.timed(erasure.surrogate_stage)
+                    before = erasure.timed(erasure.image_stage, "evaluation before", erasure.objective)
+                with self._on_the_cpu():
+                    comparison = erasure.compared(before, surrogates)
+                report = comparison and comparison.report
+            if report is not None:
+                erasure.card_stage.run()
+        return report
 
     def save_model(self, folder: str | Path | None = None) -> None:
         """Write the erased pipeline, with its settings, report and card as far as there are any, into another folder.
@@ -153,10 +182,10 @@ class SelectiveAmnesiaTrainer:
             ValueError: Nothing is trained yet.
             OSError: The folder cannot be written; what was there before is unchanged.
         """
-        self._erasure.check_trained()
+        self._check_trained()
         if folder is None or Path(folder).resolve() == self.output_dir.resolve():
             return
-        if not self._erasure.accelerator.is_main_process:
+        if not self._erasure.is_main:
             return
         folder = Path(folder)
         with (replacing_folder if folder.is_dir() else new_folder)(folder) as staging:
@@ -179,12 +208,47 @@ class SelectiveAmnesiaTrainer:
             ValueError: Nothing is trained yet, or the Hub allows no such name.
             ConnectionError: The upload failed. What is in the folder is whole; the message says how to repeat it.
         """
-        self._erasure.check_trained()
-        if not self._erasure.accelerator.is_main_process:
+        self._check_trained()
+        if not self._erasure.is_main:
             return None
-        self._erasure.card.run()
+        self._erasure.card_stage.run()
         private = self.config.hub_private_repo if private is None else private
         return push_pipeline(self.output_dir, repo_id or self.config.hub_model_id, private)
+
+    def _check_trained(self) -> None:
+        if not self._erasure.finished(quietly=True):
+            raise ValueError(f"{self.output_dir} holds no pipeline of this erasure: call train first")
+
+    @contextlib.contextmanager
+    def _base_model(self) -> Iterator[None]:
+        """The model in memory is the base model meanwhile, also after it was trained."""
+        if self._anchor is None:
+            yield
+            return
+        parameters = self._erasure.subject.parameters
+        trained = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+        _put_in(parameters, self._anchor)
+        try:
+            yield
+        finally:
+            _put_in(parameters, trained)
+
+    @contextlib.contextmanager
+    def _on_the_cpu(self) -> Iterator[None]:
+        """The model in memory makes room for the one that is loaded from disk."""
+        objective = self._erasure.objective
+        device = objective.device
+        objective.to("cpu")
+        try:
+            yield
+        finally:
+            objective.to(device)
+
+
+@torch.no_grad()
+def _put_in(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 __getattr__ = forward(__name__, "training.training", "training.settings", "training.trainable", "environment")

@@ -80,7 +80,7 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
 
     say(f"\nPlan\n{erasure.plan()}\n")
     comparison = erasure.run()
-    own_card = erasure.accelerator.is_main_process and erasure.card.run()
+    own_card = erasure.accelerator.is_main_process and erasure.card_stage.run()
     if comparison is not None:
         folder = erasure.output_dir
         say(f"\n{comparison.table()}\n")
@@ -89,7 +89,7 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
         say(f"pictures  {folder / GRID_NAME}")
         kept = "" if own_card else " (your own; not written)"
         say(f"card      {folder / CARD_NAME}{kept}")
-        address = erasure.push.run()
+        address = erasure.push_stage.run()
         if address:
             say(f"hub       {address}")
         say(next_commands(config, folder, erasure.labels is not None))

@@ -21,7 +21,8 @@ from ..data.given import Samples, are_prompts, given_prompts, given_samples
 from ..data.sample_set import SampleSet
 from ..environment import launched, precision_in_use
 from ..families import SamplingSettings, modules_of, objective_of, pipeline_name
-from ..families.base import Objective, digested_once, fingerprint_module
+from ..families.base import Objective
+from ..families.digests import digested_once, fingerprint_module
 from ..files import write_bytes
 from ..moved import renamed
 from ..parameter_selection import evaluating, only_trainable

@@ -11,7 +11,7 @@ from ..data.sample_set import SampleSet
 from ..evaluation import Classification, Comparison, compare, label_groups, prompt_groups, sample_groups, score_groups
 from ..evaluation.groups import REMEMBERED_PROMPTS, PromptGroup
 from ..families import Objective
-from ..families.base import digested_once, fingerprint_module
+from ..families.digests import digested_once, fingerprint_module
 from ..files import read_json
 from ..identity import Identity, plain
 from ..output_folder import OutputFolder

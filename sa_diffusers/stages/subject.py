@@ -23,7 +23,7 @@ from ..evaluation import ImageClassifier
 from ..evaluation.clip import Clip, ZeroShotClassifier, local_clip
 from ..evaluation.concept_protocol import default_held_out, near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
-from ..families.base import digested_once, fingerprint_module
+from ..families.digests import digested_once, fingerprint_module
 from ..families.names import resolved_revision
 from ..training.settings import sampling_settings
 

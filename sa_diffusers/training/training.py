@@ -19,7 +19,8 @@ from ..configuration import (
 )
 from ..data.sample_set import SampleSet
 from ..environment import create_accelerator
-from ..families.base import Objective, fingerprint_module
+from ..families.base import Objective
+from ..families.digests import fingerprint_module
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
 from ..hub import CARD_NAME, drop_local_names, is_own_card
