@@ -20,7 +20,7 @@ from ..data.prompt_files import read_prompts
 from ..data.sensitive import must_blur
 from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
-from ..families.base import fingerprint_module
+from ..families.digests import fingerprint_module
 from ..families.names import resolved_revision
 from ..files import finish_interrupted
 from ..hub import one_line
