@@ -59,7 +59,8 @@ class Erasure:
             and its `"text"`, the concept's prompt to train it under.
         replay: What to remember, in the same forms; bare images belong to the empty prompt.
         fisher: Fisher information, or its folder or name on the Hub.
-        callbacks: Their `after_step` is called with a `StepState` after every step, and may stop the training.
+        callbacks: Functions, or objects with `after_step`, that are called with a `StepState` after every step, and may
+            stop the training.
 
     Raises:
         ValueError: The settings contradict each other, the model cannot be had or is of an unknown kind, the output

@@ -47,8 +47,8 @@ class SelectiveAmnesiaTrainer:
             and its `"text"`, the concept's prompt to train it under.
         replay: What to remember, in the same forms; bare images belong to the empty prompt.
         fisher: Fisher information, or its folder or name on the Hub.
-        callbacks: Objects whose `after_step(state)` is called after every step with a `StepState`; one that sets
-            `state.stop` ends the training there.
+        callbacks: Functions, or objects with `after_step(state)`, that are called after every step with a `StepState`;
+            one that sets `state.stop` ends the training there.
 
     Attributes:
         config: The settings in use.

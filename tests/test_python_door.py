@@ -110,12 +110,20 @@ def test_what_is_sampled_after_training_is_the_base_models(tiny_folder, place):
 
 
 def test_a_callback_ends_the_training_and_the_report_is_of_what_it_left(tiny_folder, place):
+    seen = []
+
     class Stop:
         def after_step(self, state):
             state.stop = state.step == 2
 
-    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config(max_train_steps=9, logging_steps=1), callbacks=[Stop()])
-    assert [entry["step"] for entry in trainer.train()] == [1, 2]
+    settings = config(max_train_steps=9, logging_steps=1)
+    for wrong, said in ((3, "an? int is no function"), (Stop, "Stop is a class: give an object of it")):
+        with pytest.raises(ValueError, match=said):
+            SelectiveAmnesiaTrainer(str(tiny_folder), settings, callbacks=[wrong])
+    trainer = SelectiveAmnesiaTrainer(
+        str(tiny_folder), settings, callbacks=[Stop(), lambda state: seen.append(state.step)]
+    )
+    assert [entry["step"] for entry in trainer.train()] == seen == [1, 2]
     report = trainer.evaluate()
     assert report is not None and (place / "out" / "report.json").is_file()
     # The whole training is another: it is not taken for finished.

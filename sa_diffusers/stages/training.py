@@ -14,7 +14,7 @@ from ..hub import one_line
 from ..identity import Identity
 from ..output_folder import OutputFolder
 from ..processes import finishing
-from ..training.callbacks import Callback
+from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
 from ..training.settings import TRAINING_SETTINGS, settings_facts, training_identity
 from ..training.training import Training
@@ -55,6 +55,8 @@ class TrainingStage(Stage):
         self.subject = subject
         self.output = output
         self.callbacks = callbacks
+        # A mistake in them should cost no samples.
+        step_functions(callbacks)
         self._replay = replay
         self._surrogates = surrogates
         self._choice: Choice | None = None

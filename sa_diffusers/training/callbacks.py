@@ -1,6 +1,6 @@
 """The one hook in the loop: what a controller, or a user's own code, sees of each step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +31,26 @@ class StepState:
     stop: bool = False
 
 
-class Callback(Protocol):
+class StepCallback(Protocol):
     """Called after every step, on every process."""
 
     def after_step(self, state: StepState) -> None: ...
+
+
+# A function of the state will do.
+Callback = StepCallback | Callable[[StepState], None]
+
+
+def step_functions(callbacks: Sequence[Callback]) -> list[Callable[[StepState], None]]:
+    """What is called after every step.
+
+    Raises:
+        ValueError: One cannot be called.
+    """
+    functions = [getattr(callback, "after_step", callback) for callback in callbacks]
+    for callback, function in zip(callbacks, functions, strict=True):
+        if not callable(function):
+            raise ValueError(f"callbacks: a {type(callback).__name__} is no function and has no after_step(state)")
+        if isinstance(callback, type):
+            raise ValueError(f"callbacks: {callback.__name__} is a class: give an object of it, {callback.__name__}()")
+    return functions

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..identity import Identity
 from ..processes import Interrupted, Pace, shrinking, stop_requested, wait_until
 from ..seeds import seed_of
 from .batches import BatchPolicy
-from .callbacks import Callback, StepState
+from .callbacks import StepState
 from .checkpoints import (
     CHECKPOINT_PREFIX,
     STATE_NAME,
@@ -71,7 +71,7 @@ class Loop:
     fisher: FisherInformation | None
     progress: Progress
     validation: Validation
-    callbacks: Sequence[Callback] = ()
+    callbacks: Sequence[Callable[[StepState], None]] = ()
     output_dir: Path | None = None
     identity: Identity | None = None
     stopped: int | None = field(default=None, init=False)
@@ -123,7 +123,7 @@ class Loop:
         for step in bar:
             state = self._step(step, bar)
             for callback in self.callbacks:
-                callback.after_step(state)
+                callback(state)
             done = step + 1
             is_part = done % part_of_run == 0
             interrupted, ends, due = self._agree(stop_requested() is not None, state.stop, is_part and pace.due())

@@ -30,7 +30,7 @@ from ..parameter_selection import only_trainable
 from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
 from .batches import BatchPolicy
-from .callbacks import Callback
+from .callbacks import Callback, step_functions
 from .checkpoints import Choice, choose_checkpoint
 from .loop import Loop
 from .progress import Progress
@@ -60,8 +60,8 @@ class Training:
         identity: What the trained weights depend on, to which checkpoints are bound. Default: found out from what is
             given here.
         blur: Whether validation images are blurred.
-        callbacks: Objects whose `after_step(state)` is called after every step with a `StepState`; one that sets
-            `state.stop` ends the training there.
+        callbacks: Functions, or objects with `after_step(state)`, that are called after every step with a `StepState`;
+            one that sets `state.stop` ends the training there.
 
     Raises:
         ValueError: The selection matches nothing, the weights are not float32, or replay or Fisher information is
@@ -85,6 +85,7 @@ class Training:
         self.config = config
         self.blur = blur
         self.callbacks = callbacks
+        step_functions(callbacks)
         self.accelerator = accelerator or create_accelerator(config)
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.parameters = objective.select(config.train_method)
@@ -198,7 +199,7 @@ class Training:
         validation = Validation(self.objective, self.config, self.accelerator, self.validation_dir, self.blur)
         loop = Loop(
             self.objective, self.config, self.accelerator, self.parameters, self._optimizer(), self.batches(),
-            self.fisher, self.progress, validation, self.callbacks, self.output_dir, self.identity,
+            self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
         )  # fmt: skip
         loop.run(checkpoint, self.checkpoint_bytes())
         if loop.stopped and self.identity is not None:
