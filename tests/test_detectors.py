@@ -17,15 +17,12 @@ from torchvision.models import resnet50
 from sa_diffusers import SamplingSettings, objective_for, pair_concepts
 from sa_diffusers.commands.evaluate import main
 from sa_diffusers.data.prompt_files import read_prompts
-from sa_diffusers.evaluation.detector_protocols import (
-    CELEBRITY_PROMPTS,
-    NAKED_PROMPT,
-    celebrity_protocol,
-    nudity_protocol,
-)
-from sa_diffusers.evaluation.faces import CelebrityDetector, FaceDetector, find_celebrity, read_labels, widened
-from sa_diffusers.evaluation.nudity import TABLE_LABELS, NudityDetector, column, read_i2p
-from sa_diffusers.evaluation.protocols import Subject
+from sa_diffusers.evaluation.i2p import read_i2p
+from sa_diffusers.evaluation.measures.faces import CelebrityDetector, FaceDetector, find_celebrity, read_labels, widened
+from sa_diffusers.evaluation.measures.nudity import TABLE_LABELS, NudityDetector, column
+from sa_diffusers.evaluation.protocols.celebrity import CELEBRITY_PROMPTS, celebrity_protocol
+from sa_diffusers.evaluation.protocols.nudity import NAKED_PROMPT, nudity_protocol
+from sa_diffusers.evaluation.subject import Subject
 from sa_diffusers.report.terminal import format_totals
 
 from .conftest import build_tiny_pipeline, run_here

@@ -19,11 +19,14 @@ from sa_diffusers import SampleSet, load_pipeline, objective_for
 from sa_diffusers.commands.evaluate import main, parse_args
 from sa_diffusers.data.prompt_files import read_prompts
 from sa_diffusers.data.sensitive import must_blur
-from sa_diffusers.evaluation.clip import Clip
+from sa_diffusers.evaluation.attacks import Inversion
+from sa_diffusers.evaluation.attacks.inversion import INVERTED_TOKEN, invert
+from sa_diffusers.evaluation.attacks.misspellings import misspellings
 from sa_diffusers.evaluation.command_line import erasure_of
-from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
+from sa_diffusers.evaluation.measures.clip import Clip
 from sa_diffusers.evaluation.memory import batch_size_for
-from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
+from sa_diffusers.evaluation.neighbours import near_and_far, text_embeddings
+from sa_diffusers.evaluation.protocols.concept import evoking_prompts
 from sa_diffusers.families import SamplingSettings
 from sa_diffusers.families.paths import draw_timesteps
 from sa_diffusers.names import names_concept

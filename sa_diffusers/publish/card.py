@@ -268,7 +268,8 @@ class _Card:
         for title, report in self.facts.reports.items():
             if title and report.command:
                 command = requoted(command_words(report.command))
-                commands.append(f"python examples/{command.removeprefix('python ').removeprefix('examples/')}")
+                script = command.removeprefix("python ").removeprefix("examples/")
+                commands.append(command if command.startswith("sa-diffusers ") else f"python examples/{script}")
         return "\n".join(commands)
 
     @property
