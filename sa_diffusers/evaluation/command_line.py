@@ -35,17 +35,29 @@ from .subject import Subject
 __all__ = ["PROTOCOLS", "Evaluation", "erasure_of", "run"]
 
 
-def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> None:
+Loader = Callable[[str, str], Objective]
+
+
+def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig, load: Loader) -> None:
     """What can be refused before anything is loaded, whatever the protocol.
 
     Raises:
-        ValueError: The protocol needs another kind of model, a measure has no such name, or the precision needs
-            another device.
+        ValueError: A measure has no such name, a model is not there, the protocol needs another kind of model, or the
+            precision needs another device.
     """
     for name in args.measures:
-        if name not in MEASURES:
-            MEASURES[name]
-    takes, classes = PROTOCOLS[args.protocol].takes, takes_classes(args.base, config.revision)
+        MEASURES[name]
+    kinds = {
+        "base": takes_classes(args.base, config.revision),
+        "erased": takes_classes(args.erased, args.erased_revision),
+    }
+    for role, kind in kinds.items():
+        if kind is None:
+            # There is no such model: loading it says what is wrong.
+            load(role, getattr(args, role))
+    takes, classes = PROTOCOLS[args.protocol].takes, kinds["base"]
+    if takes == "classes" and classes is False:
+        raise ValueError(f"the {args.protocol} protocol needs a model of classes; this one takes prompts")
     if takes == "prompts" and classes:
         other = "; this one knows classes: take class" if args.protocol in ("concept", "robustness") else ""
         raise ValueError(f"the {args.protocol} protocol needs a model that takes prompts{other}")
@@ -56,7 +68,7 @@ def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Non
         )
 
 
-def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Callable[[str, str], Objective]:
+def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
     """What loads a model as it was erased from, or as it was saved, on the CPU.
 
     It takes a role, `"base"`, `"erased"` or any other, and a folder or a name on the Hub.
@@ -76,7 +88,7 @@ def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Callable[[
     return load
 
 
-def subject_of(request: Request, load: Callable[[str, str], Objective], accelerator: Accelerator) -> Subject:
+def subject_of(request: Request, load: Loader, accelerator: Accelerator) -> Subject:
     """Both models, what was erased, and how images are sampled.
 
     Raises:
@@ -154,12 +166,12 @@ def run(args: EvaluationConfig) -> Report | None:
     # A run that died while it put new weights in place left an erased model of two halves.
     finish_interrupted(args.erased)
     config = erasure_of(args)
-    check_request(args, config)
+    load = loader(args, config)
+    check_request(args, config, load)
     accelerator = launched(config.mixed_precision)
     request = Request(args, config, accelerator.device)
     protocol = PROTOCOLS[args.protocol](request)
     scorers = request.classifier(), request.networks(), request.measures()
-    load = loader(args, config)
     subject = subject_of(request, load, accelerator)
     comparison = protocol.run(Evaluation(request, subject, load, *scorers, provenance_of(request, subject)))
     if comparison is None:
