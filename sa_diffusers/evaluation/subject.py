@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..data.concepts import ErasurePair
 from ..families import Objective, SamplingSettings
-from ..families.base import fingerprints
+from ..families.digests import digested_once, fingerprint_module
 from ..results.schema import DECODER, Quality, QualityEntry, Sampling
 from .classification import ImageClassifier
 from .groups import PromptGroup
@@ -55,7 +55,8 @@ class Subject:
     def digests(self, model: Objective) -> Digests:
         """The digests of a model, which nothing changes while it is evaluated: they are computed once."""
         if id(model) not in self._digests:
-            self._digests[id(model)] = model, Digests(*fingerprints(model))
+            with digested_once():
+                self._digests[id(model)] = model, Digests(fingerprint_module(model.module), model.fingerprint())
         return self._digests[id(model)][1]
 
     def sample(self, model: Objective, groups: Sequence[PromptGroup], digest: str | None = None) -> list:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -19,12 +18,10 @@ from .paths import Path, draw_timesteps
 
 __all__ = [
     "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "draw_timesteps", "fingerprint_module",
-    "fingerprints", "index_conditions",
+    "index_conditions",
 ]  # fmt: skip
 
 Conditions = dict[str, torch.Tensor]
-# Digests of modules by their identity, for as long as nothing can change them: inside of `fingerprints`.
-_HASHED: ContextVar[dict[int, str] | None] = ContextVar("hashed", default=None)
 
 
 class Denoiser(Protocol):
@@ -359,24 +356,6 @@ def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
 
 def fingerprint_module(module: nn.Module) -> str:
     """A digest of a module's parameters and buffers: names, shapes, types and bytes."""
-    known = _HASHED.get()
-    if known is not None:
-        if id(module) not in known:
-            known[id(module)] = _digest_of_weights(module)
-        return known[id(module)]
-    return _digest_of_weights(module)
-
-
-def fingerprints(objective: Family) -> tuple[str, str]:
-    """Digests of a model's trained module and of the whole model (`Family.fingerprint`); each weight is read once."""
-    token = _HASHED.set({})
-    try:
-        return fingerprint_module(objective.module), objective.fingerprint()
-    finally:
-        _HASHED.reset(token)
-
-
-def _digest_of_weights(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

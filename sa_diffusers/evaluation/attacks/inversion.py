@@ -14,7 +14,8 @@ from ...data.concepts import ErasurePair
 from ...data.generation import SampleGenerator
 from ...data.phrasings import fill_template
 from ...families import Objective
-from ...families.base import TextEncoder, fingerprint_module
+from ...families.base import TextEncoder
+from ...families.digests import fingerprint_module
 from ...identity import fingerprint
 from ..registry import register_attack
 from ..subject import ATTACK_SEEDS, Subject, stream_seeds
