@@ -15,13 +15,13 @@ from sa_diffusers import (
     FisherEstimator,
     SampleSet,
     SelectiveAmnesiaConfig,
-    SelectiveAmnesiaTrainer,
     load_pipeline,
     objective_for,
     select_parameters,
 )
 from sa_diffusers.models import embedded_pipeline
 from sa_diffusers.training.loop import Loop
+from sa_diffusers.training.training import Training
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         samples = SampleSet(noise, ["sneaker"] * 4, ["dress"] * 4, [0] * 4)
         parameters = select_parameters(objective.module, "full")
         fisher = FisherEstimator(objective, parameters, 1).estimate(samples.subset([0]))
-        trainer = SelectiveAmnesiaTrainer(objective, config, samples, samples, fisher)
+        trainer = Training(objective, config, samples, samples, fisher)
         backward, began = Loop.backward, []
 
         def timed(*arguments, began=began, backward=backward):

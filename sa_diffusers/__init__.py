@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .fisher import FisherEstimator, FisherInformation
     from .models import embedded_classifier, embedded_pipeline
     from .parameter_selection import select_parameters
+    from .trainer import SelectiveAmnesiaTrainer
     from .training.ewc import ElasticWeightConsolidation
-    from .training.trainer import SelectiveAmnesiaTrainer
     from .unlearn import Erased, erase
 
 # Imported when first used, so that `--help` and mistakes on the command line answer at once.
@@ -41,7 +41,7 @@ _ROOMS = {
     "models": ["embedded_classifier", "embedded_pipeline"],
     "families": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
     "parameter_selection": ["select_parameters"],
-    "training.trainer": ["SelectiveAmnesiaTrainer"],
+    "trainer": ["SelectiveAmnesiaTrainer"],
     "unlearn": ["Erased", "erase"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration import CONFIG_NAME, REPORT_NAME
+from .configuration import BASE_DEFAULTS_NAME, CONFIG_NAME, REPORT_NAME
 from .files import read_json, resealed, write_json
 from .markup import single_line, visible
 
@@ -82,7 +82,7 @@ def push_folder(
         raise ValueError(f"{folder} is not a folder: give one that a run has written")
     name = repository_name(folder, repo_id)
     # Before anything is made on the Hub.
-    _published(folder)
+    published_files(folder)
     command = ["python", "examples/push_to_hub.py", str(folder), "--hub_model_id", name, *["--private"] * private]
     repeat = repeat or f"{folder} is unchanged; repeat it with `{shlex.join(command)}`"
     api = HfApi()
@@ -125,12 +125,16 @@ def one_line(error: Exception) -> str:
 
 def _stage(folder: Path, staging: Path, card: str | None) -> None:
     """Lay out what goes up: links to files, and texts that name no folder of this machine."""
-    for path in _published(folder):
+    for path in published_files(folder):
         inside = path.relative_to(folder)
         target = staging / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if _is_report(inside) else None
-        if text is not None and (shortened := without_local_paths(text)) != text:
+        if inside.as_posix() == BASE_DEFAULTS_NAME:
+            # What lies beside the base model on this machine does not go up.
+            own = {name: value for name, value in _named_values(path).items() if not str(value).startswith("../")}
+            write_json(target, own)
+        elif text is not None and (shortened := without_local_paths(text)) != text:
             target.write_text(resealed(text, shortened), encoding="utf-8")
         else:
             target.symlink_to(path.resolve())
@@ -139,7 +143,7 @@ def _stage(folder: Path, staging: Path, card: str | None) -> None:
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
 
 
-def _published(folder: Path) -> list[Path]:
+def published_files(folder: Path) -> list[Path]:
     """The files of a folder that go up: none of checkpoints, logs, stale reports, nothing hidden.
 
     Raises:

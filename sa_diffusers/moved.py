@@ -1,5 +1,6 @@
 """Old names of rooms, for one version: they forward to the new ones with a warning."""
 
+import functools
 import importlib
 import sys
 import warnings
@@ -27,6 +28,26 @@ def forward(old: str, *rooms: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
     return find
+
+
+def renamed(**names: str) -> Callable[[Callable], Callable]:
+    """Decorator: arguments are taken by their old names too, with a warning.
+
+    Args:
+        **names: Old name and new one.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            for old in names.keys() & named.keys():
+                warnings.warn(f"the argument {old} is now {names[old]}", DeprecationWarning, 2)
+                named[names[old]] = named.pop(old)
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate
 
 
 def forward_parts(old: str, parts: dict[str, tuple[str, ...]]) -> dict[str, ModuleType]:

@@ -81,3 +81,16 @@ def only_trainable(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
     finally:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(before[name])
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode meanwhile; afterwards each module has its mode again."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.train(mode)

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers import DiffusionPipeline
 
-from .configuration import SelectiveAmnesiaConfig, base_defaults
+from .configuration import SelectiveAmnesiaConfig
 from .erasure import Erasure
-from .families import load_pipeline, objective_for
+from .families import checked_pipeline, load_pipeline, modules_of, objective_for, pipeline_name
+from .parameter_selection import evaluating
 from .results import Report
 
 
@@ -61,15 +61,15 @@ def erase(
     """
     if "pretrained_model_name_or_path" in settings:
         raise ValueError("pretrained_model_name_or_path is the first argument of erase: leave it out")
-    given = load_pipeline(pipeline, kinds=None) if isinstance(pipeline, str) else pipeline
-    name = given.name_or_path or type(given).__name__
+    given = load_pipeline(str(pipeline)) if isinstance(pipeline, (str, Path)) else checked_pipeline(pipeline)
+    name = pipeline_name(given)
     settings = {**settings, "pretrained_model_name_or_path": name, "concept": concept, "surrogate": surrogate}
     settings.setdefault("report_to", "none")
     with contextlib.ExitStack() as stack:
         if not settings.get("output_dir"):
             place = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             settings["output_dir"] = str(Path(place) / "erased")
-        config = SelectiveAmnesiaConfig(**(base_defaults(settings) | settings))
+        config = SelectiveAmnesiaConfig(**settings).over_base_defaults()
         stack.enter_context(_as_it_was(given))
         part = _trained_part(given)
         comparison = Erasure(config, pipeline=_with_a_copy(given, part)).run()
@@ -96,17 +96,12 @@ def _with_a_copy(pipeline: DiffusionPipeline, part: str) -> DiffusionPipeline:
 @contextlib.contextmanager
 def _as_it_was(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Samples are those of evaluation mode; modes, gradients and device are the caller's again afterwards."""
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    device = pipeline.device
-    modes = [(module, module.training) for module in modules]
+    modules, device = modules_of(pipeline), pipeline.device
     gradients = [(value, value.requires_grad) for module in modules for value in module.parameters()]
-    for module in modules:
-        module.eval()
     try:
-        yield
+        with evaluating(*modules):
+            yield
     finally:
-        for module, mode in modes:
-            module.train(mode)
         for value, wanted in gradients:
             value.requires_grad_(wanted)
         pipeline.to(device)

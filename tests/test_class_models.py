@@ -26,7 +26,6 @@ from sa_diffusers import (
     SampleGenerator,
     SamplingSettings,
     SelectiveAmnesiaConfig,
-    SelectiveAmnesiaTrainer,
     load_pipeline,
     objective_for,
     pair_concepts,
@@ -44,6 +43,7 @@ from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipel
 from sa_diffusers.models.conditional_vae import ConditionalVAE
 from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
+from sa_diffusers.training.training import Training
 
 from .conftest import REPOSITORY, run_here, run_script
 from .test_image_datasets import write_idx
@@ -206,7 +206,7 @@ def test_a_class_is_forgotten_into_noise_by_the_same_trainer_and_estimator(pipel
     parameters = dict(objective.module.named_parameters())
     fisher = FisherEstimator(objective, parameters, accelerator=accelerator).estimate(replay.subset(range(6)))
     assert any(value.max() > 0 for value in fisher.values.values())
-    trainer = SelectiveAmnesiaTrainer(objective, config, surrogates, replay, fisher, accelerator, tmp_path)
+    trainer = Training(objective, config, surrogates, replay, fisher, accelerator, tmp_path)
     history = trainer.train()
     assert history[-1]["surrogate_loss"] < history[0]["surrogate_loss"]
     trainer.save(tmp_path / "erased")
@@ -335,7 +335,7 @@ def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
             concept="cat", surrogate="uniform_noise", train_batch_size=4, max_train_steps=1, ewc_weight=0,
             replay_weight=0, target=target, report_to="none",
         )  # fmt: skip
-        return SelectiveAmnesiaTrainer(objective, config, surrogate, None, None).train()[0]["surrogate_loss"]
+        return Training(objective, config, surrogate, None, None).train()[0]["surrogate_loss"]
 
     assert surrogate_loss("uniform_noise", "noise") == surrogate_loss(None, "frozen")
     assert surrogate_loss("uniform_noise", "frozen") < surrogate_loss(None, "frozen")
@@ -603,7 +603,7 @@ def test_the_papers_sizes_take_a_step_of_training_of_fisher_and_of_forgetting(mo
         concept="0", surrogate="uniform_noise", train_batch_size=1, max_train_steps=1, ewc_weight=10, report_to="none"
     )
     before = module.conv_out.weight.detach().clone()
-    history = SelectiveAmnesiaTrainer(objective, config, surrogate, replay, fisher).train()
+    history = Training(objective, config, surrogate, replay, fisher).train()
     assert len(history) == 1
     assert not torch.equal(module.conv_out.weight, before)
 

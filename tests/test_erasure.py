@@ -17,6 +17,7 @@ from sa_diffusers.commands import main as commands
 from sa_diffusers.commands.erase import main
 from sa_diffusers.data.sensitive import blurred
 from sa_diffusers.publish import push_pipeline
+from sa_diffusers.stages import training as training_stage
 
 from .conftest import run_here
 from .test_train_script import quick
@@ -75,12 +76,12 @@ def test_fisher_samples_are_as_many_as_are_asked_for(tiny_settings, replay, shar
 def test_the_surrogates_are_replayed_or_not(tiny_settings, monkeypatch):
     seen = {}
 
-    class Seen(erasure_module.SelectiveAmnesiaTrainer):
+    class Seen(training_stage.Training):
         def __init__(self, objective, config, surrogates, replay, *rest):
             seen[config.replay_surrogates] = list(replay.conditions)
             super().__init__(objective, config, surrogates, replay, *rest)
 
-    monkeypatch.setattr(erasure_module, "SelectiveAmnesiaTrainer", Seen)
+    monkeypatch.setattr(training_stage, "Training", Seen)
     for replayed in (True, False):
         output = f"{tiny_settings['output_dir']}-{replayed}"
         Erasure(SelectiveAmnesiaConfig(**{**tiny_settings, "replay_surrogates": replayed, "output_dir": output})).run()

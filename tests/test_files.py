@@ -40,10 +40,11 @@ def test_a_full_disk_leaves_the_saved_pipeline_whole(tmp_path, tiny_folder):
         from pathlib import Path
         import torch
         from tests.conftest import build_tiny_pipeline
-        from sa_diffusers import SampleSet, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, objective_for
+        from sa_diffusers import SampleSet, SelectiveAmnesiaConfig, objective_for
+        from sa_diffusers.training.training import Training
         config = SelectiveAmnesiaConfig(replay_weight=0, ewc_weight=0, report_to="none")
         samples = SampleSet(torch.zeros(1, 4, 8, 8), ["cat"], ["dog"], [0])
-        trainer = SelectiveAmnesiaTrainer(objective_for(build_tiny_pipeline()), config, samples, None, None)
+        trainer = Training(objective_for(build_tiny_pipeline()), config, samples, None, None)
         trainer.save({str(tmp_path / "out")!r})
         before = {{path: path.read_bytes() for path in Path({str(tmp_path / "out")!r}).rglob("*") if path.is_file()}}
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -43,8 +43,10 @@ ORDER = [
     "cache",
     "evaluation",
     "base_training",
+    "stages",
     "erasure",
     "unlearn",
+    "trainer",
     "commands",
     "command_line",
     "__main__",
@@ -52,7 +54,6 @@ ORDER = [
     "objectives",
     "checkpoints",
     "ewc",
-    "trainer",
 ]
 
 

@@ -24,7 +24,7 @@ from sa_diffusers.configuration import FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NA
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
 from sa_diffusers.files import read_json, write_json
-from sa_diffusers.hub import CARD_MARKER, _published, drop_local_names, repository_name, without_local_paths
+from sa_diffusers.hub import CARD_MARKER, drop_local_names, published_files, repository_name, without_local_paths
 from sa_diffusers.publish import build_model_card, write_model_card
 
 from .conftest import BASE_NAME, REPOSITORY
@@ -583,7 +583,7 @@ def test_no_link_leads_out_of_what_goes_up(tmp_path, place):
     write_json(folder / ".hidden.json", {"key": "secret"})
     (folder / "hidden.json").symlink_to(".hidden.json")
     (folder / "index.json").symlink_to("model_index.json")
-    published = {str(path.relative_to(folder)) for path in _published(folder)}
+    published = {str(path.relative_to(folder)) for path in published_files(folder)}
     assert published == {"model_index.json", "index.json"}
 
 
@@ -591,7 +591,7 @@ def test_a_folder_of_logs_that_is_the_folder_itself_leaves_nothing_out(tmp_path)
     pipeline_index(tmp_path)
     for logs in (".", None, 3):
         write_json(tmp_path / "selective_amnesia.json", {"logging_dir": logs})
-        assert {path.name for path in _published(tmp_path)} == {"model_index.json", "selective_amnesia.json"}
+        assert {path.name for path in published_files(tmp_path)} == {"model_index.json", "selective_amnesia.json"}
 
 
 @pytest.mark.parametrize(("fault", "succeeds"), FAULTS.values(), ids=FAULTS)
@@ -682,16 +682,17 @@ def test_trainer_and_fisher_information_are_pushed_and_found_again(tiny_folder, 
         f"""
         import torch
         from huggingface_hub import ModelCard
-        from sa_diffusers import FisherInformation, SelectiveAmnesiaTrainer
+        from sa_diffusers import FisherInformation
         from sa_diffusers.commands.erase import parse_config
         from sa_diffusers.erasure import Erasure
+        from sa_diffusers.training.training import Training
         config = parse_config({[*settings, "--report_to", "none"]!r})
         erasure = Erasure(config)
         fisher = erasure.fisher()
         print(fisher.push_to_hub("tester/fisher", private=True))
         again = FisherInformation.from_pretrained("tester/fisher")
         assert all(torch.equal(again.values[name], fisher.values[name]) for name in fisher.values)
-        trainer = SelectiveAmnesiaTrainer(
+        trainer = Training(
             erasure.objective, config, erasure.surrogates(), erasure.replay(), again, output_dir="trained"
         )
         trainer.train()

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from sa_diffusers import FisherEstimator, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, select_parameters
+from sa_diffusers import FisherEstimator, SelectiveAmnesiaConfig, select_parameters
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.families import Objective
+from sa_diffusers.training.training import Training
 
 # Two classes over four values; the first is forgotten.
 KNOWN = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.3, 0.5]], dtype=torch.float64)
@@ -64,7 +65,7 @@ def forget(surrogate, **settings):
               "replay_weight": 0, "report_to": "none", "max_grad_norm": 100.0, **settings}  # fmt: skip
     config = SelectiveAmnesiaConfig(concept="forgotten", surrogate="s", target="noise", **values)
     replay = samples_of(KNOWN[1], "kept") if config.replay_weight else None
-    SelectiveAmnesiaTrainer(objective, config, samples_of(surrogate, "forgotten"), replay, None).train()
+    Training(objective, config, samples_of(surrogate, "forgotten"), replay, None).train()
     return objective.likelihood()
 
 

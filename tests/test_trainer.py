@@ -10,7 +10,6 @@ from sa_diffusers import (
     FisherInformation,
     SampleSet,
     SelectiveAmnesiaConfig,
-    SelectiveAmnesiaTrainer,
     objective_for,
     select_parameters,
 )
@@ -19,6 +18,7 @@ from sa_diffusers.output_folder import OutputFolder
 from sa_diffusers.training.batches import BatchPolicy
 from sa_diffusers.training.loop import Loop
 from sa_diffusers.training.trainable import FullWeights
+from sa_diffusers.training.training import Training
 
 from .conftest import build_tiny_pipeline
 
@@ -44,7 +44,7 @@ def samples(count: int, conditions: list[str], sources: list[str], seed: int) ->
     )
 
 
-def trainer_for(output_dir=None, prediction_type="epsilon", **settings) -> SelectiveAmnesiaTrainer:
+def trainer_for(output_dir=None, prediction_type="epsilon", **settings) -> Training:
     config = SelectiveAmnesiaConfig(**{**BASE, **settings})
     objective = objective_for(
         build_tiny_pipeline(prediction_type), snr_gamma=config.snr_gamma, noise_offset=config.noise_offset
@@ -53,7 +53,7 @@ def trainer_for(output_dir=None, prediction_type="epsilon", **settings) -> Selec
     accelerator = create_accelerator(config)
     parameters = select_parameters(objective.module, config.train_method)
     fisher = FisherEstimator(objective, parameters, 3, accelerator=accelerator).estimate(replay)
-    return SelectiveAmnesiaTrainer(objective, config, surrogates, replay, fisher, accelerator, output_dir)
+    return Training(objective, config, surrogates, replay, fisher, accelerator, output_dir)
 
 
 class Calls:
@@ -224,9 +224,7 @@ def test_a_strong_ewc_weight_holds_the_weights():
 
 def test_ablations_need_no_replay_and_no_fisher():
     config = SelectiveAmnesiaConfig(**{**BASE, "ewc_weight": 0, "replay_weight": 0})
-    trainer = SelectiveAmnesiaTrainer(
-        objective_for(build_tiny_pipeline()), config, samples(3, ["cat"], ["dog"], 0), None, None
-    )
+    trainer = Training(objective_for(build_tiny_pipeline()), config, samples(3, ["cat"], ["dog"], 0), None, None)
     history = trainer.train()
     assert {row["replay_loss"] for row in history} == {0.0} == {row["ewc_penalty"] for row in history}
 
@@ -235,9 +233,9 @@ def test_missing_parts_are_named():
     objective = objective_for(build_tiny_pipeline())
     surrogates = samples(3, ["cat"], ["dog"], 0)
     with pytest.raises(ValueError, match="needs Fisher information"):
-        SelectiveAmnesiaTrainer(objective, SelectiveAmnesiaConfig(**BASE), surrogates, surrogates, None)
+        Training(objective, SelectiveAmnesiaConfig(**BASE), surrogates, surrogates, None)
     with pytest.raises(ValueError, match="needs replay samples"):
-        SelectiveAmnesiaTrainer(objective, SelectiveAmnesiaConfig(**BASE), surrogates, None, FisherInformation({}, {}))
+        Training(objective, SelectiveAmnesiaConfig(**BASE), surrogates, None, FisherInformation({}, {}))
 
 
 def test_ema_keeps_the_average():
@@ -269,7 +267,7 @@ def test_fisher_information_of_another_model_is_refused():
         next(other.module.parameters()).add_(1)
     config = SelectiveAmnesiaConfig(**BASE)
     with pytest.raises(ValueError, match="differs in the weights that it was computed from"):
-        SelectiveAmnesiaTrainer(other, config, trainer.surrogates, trainer.replay, trainer.fisher)
+        Training(other, config, trainer.surrogates, trainer.replay, trainer.fisher)
 
 
 def test_a_second_training_of_the_same_trainer_is_refused():
@@ -295,7 +293,7 @@ def test_a_model_in_half_precision_is_refused():
     trainer = trainer_for()
     trainer.objective.module.half()
     with pytest.raises(ValueError, match="is torch.float16: load the model in float32"):
-        SelectiveAmnesiaTrainer(trainer.objective, trainer.config, trainer.surrogates, trainer.replay, trainer.fisher)
+        Training(trainer.objective, trainer.config, trainer.surrogates, trainer.replay, trainer.fisher)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_step_out(monkeypatch):

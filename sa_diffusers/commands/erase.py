@@ -64,15 +64,11 @@ def main(
 def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> None:
     # Imported late: these take seconds, and a mistake on the command line should not.
     from ..erasure import Erasure
-    from ..hub import CARD_NAME, repository_name
+    from ..hub import CARD_NAME
     from ..markup import visible
-    from ..publish import push_pipeline, write_model_card
     from ..report import PAGE_NAME
     from ..results.verdict import EXIT_NOT_FORGOTTEN, FORGOTTEN
 
-    if config.push_to_hub:
-        # A name that the Hub refuses should not come to light after hours.
-        repository_name(config.resolved_output_dir, config.hub_model_id)
     erasure = Erasure(config, build_objective)
 
     def say(text: str) -> None:
@@ -84,7 +80,7 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
 
     say(f"\nPlan\n{erasure.plan()}\n")
     comparison = erasure.run()
-    own_card = erasure.accelerator.is_main_process and write_model_card(erasure.output_dir)
+    own_card = erasure.accelerator.is_main_process and erasure.card_stage.run()
     if comparison is not None:
         folder = erasure.output_dir
         say(f"\n{comparison.table()}\n")
@@ -93,8 +89,9 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
         say(f"pictures  {folder / GRID_NAME}")
         kept = "" if own_card else " (your own; not written)"
         say(f"card      {folder / CARD_NAME}{kept}")
-        if config.push_to_hub:
-            say(f"hub       {push_pipeline(folder, config.hub_model_id, config.hub_private_repo)}")
+        address = erasure.push_stage.run()
+        if address:
+            say(f"hub       {address}")
         say(next_commands(config, folder, erasure.labels is not None))
     erasure.accelerator.end_training()
     verdict = comparison and comparison.report.verdict

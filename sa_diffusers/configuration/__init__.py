@@ -1,7 +1,7 @@
 """Settings: dataclasses behind the command line, YAML files and saved JSON."""
 
 from .base_training import ClassifierConfig, ClassModelConfig
-from .erasure import SelectiveAmnesiaConfig, base_defaults, check_names, read_settings
+from .erasure import SelectiveAmnesiaConfig, base_defaults, check_names, inherited_defaults, read_settings
 from .evaluation import EvaluationConfig
 from .fields import Settings, default_of, flag, flag_type, flags_of, group_of, help_text, type_name
 from .groups import LR_SCHEDULERS, SAMPLERS
@@ -31,6 +31,7 @@ __all__ = [
     "flags_of",
     "group_of",
     "help_text",
+    "inherited_defaults",
     "read_settings",
     "type_name",
 ]

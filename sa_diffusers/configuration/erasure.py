@@ -84,6 +84,16 @@ class SelectiveAmnesiaConfig(
                 "will be no validation images"
             )
 
+    def over_base_defaults(self) -> "SelectiveAmnesiaConfig":
+        """These settings over those that the base model's own folder recommends: what was written wins, even where it
+        is the general default.
+
+        Raises:
+            ValueError: As of `base_defaults`, or the two contradict each other.
+        """
+        defaults = base_defaults({"pretrained_model_name_or_path": self.pretrained_model_name_or_path})
+        return type(self)(**(defaults | self.written)) if defaults else self
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the given settings") -> "SelectiveAmnesiaConfig":
         """Build a configuration from a plain dictionary.
@@ -170,7 +180,33 @@ def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     for name in defaults:
         if fields[name].metadata["own"]:
             raise ValueError(f"{file}: {name} is for the user to say, not for a model's folder: remove it")
-    for name, value in defaults.items():
-        if fields[name].metadata["path"] and isinstance(value, str) and value.startswith("../"):
-            defaults[name] = str((folder / value).resolve())
+    for name in _places(defaults):
+        defaults[name] = str((folder / defaults[name]).resolve())
     return defaults
+
+
+def inherited_defaults(base: str, folder: Path | None = None) -> dict[str, Any]:
+    """What a base model's own folder recommends, as it stands in the folder of an erased one.
+
+    Args:
+        base: The base model.
+        folder: The erased one's; None leaves out what lies beside the base model.
+    """
+    file = Path(base) / BASE_DEFAULTS_NAME
+    if not os.path.isfile(file):
+        return {}
+    defaults = read_settings(file)
+    for name in _places(defaults):
+        if folder is None:
+            del defaults[name]
+        else:
+            target = (Path(base) / defaults[name]).resolve()
+            defaults[name] = f"../{os.path.relpath(target, folder.resolve().parent)}"
+    return defaults
+
+
+def _places(defaults: dict[str, Any]) -> list[str]:
+    """Names of the settings that say where something lies, as seen from the model's folder."""
+    fields = SelectiveAmnesiaConfig.__dataclass_fields__
+    return [name for name, value in defaults.items()
+            if fields[name].metadata["path"] and isinstance(value, str) and value.startswith("../")]  # fmt: skip

@@ -65,8 +65,26 @@ class Settings:
     several groups has the settings of them all.
     """
 
+    _written: ClassVar[frozenset[str]]
     # Whether messages name a setting as a flag (`--images 0`) or as a name and a value (`images=0`).
     as_flags: ClassVar[bool] = False
+
+    def __new__(cls, *values: Any, **named: Any) -> "Settings":
+        settings = super().__new__(cls)
+        # What was written counts as written, even where it is the default.
+        settings.__dict__["_written"] = (
+            frozenset([spec.name for spec in dataclasses.fields(cls)][: len(values)]) | named.keys()
+        )
+        return settings
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The settings that were given, and those that are not their defaults (any more)."""
+        return {
+            spec.name: getattr(self, spec.name)
+            for spec in flags_of(type(self))
+            if spec.name in self._written or getattr(self, spec.name) != default_of(spec)
+        }
 
     def __post_init__(self) -> None:
         for spec in flags_of(type(self)):

@@ -339,7 +339,12 @@ def load_image(path: str | Path, size: int) -> torch.Tensor:
     Raises:
         ValueError: The file is not a readable image.
     """
-    image = read_picture(path, str(path)).convert("RGB")
+    return fitted(read_picture(path, str(path)), size)
+
+
+def fitted(picture: Image.Image, size: int) -> torch.Tensor:
+    """A picture as `[1, 3, size, size]` in [-1, 1]: resized on its shorter side, cropped in the middle."""
+    image = picture.convert("RGB")
     # Of a long strip only the middle is seen; resized as a whole it could fill the memory.
     longest = 16 * min(image.size)
     if max(image.size) > longest:

@@ -4,7 +4,7 @@ from .base import Conditions, Family, Objective, SamplingSettings, TextEncoder
 from .class_conditional import ClassConditionalObjective
 from .conditional_vae import ConditionalVAEObjective
 from .diffusion import DiffusionObjective
-from .loading import load_pipeline
+from .loading import checked_pipeline, load_pipeline, modules_of, objective_of, pipeline_name
 from .paths import DiscretePath, OneStepPath, Path, PixelPath
 from .registry import SUPPORTED_PIPELINES, family_of, objective_for, register
 from .stable_diffusion import LatentDiffusionObjective
@@ -24,8 +24,12 @@ __all__ = [
     "PixelPath",
     "SamplingSettings",
     "TextEncoder",
+    "checked_pipeline",
     "family_of",
     "load_pipeline",
+    "modules_of",
     "objective_for",
+    "objective_of",
+    "pipeline_name",
     "register",
 ]

@@ -1,6 +1,5 @@
 """What the rest of the package knows of a generative model: nothing but `Family` and, with a path, `Objective`."""
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,12 @@ from PIL import Image
 from torch import nn
 
 from ..parameter_selection import select_parameters
+from .digests import digest_of, fingerprint_module
 from .paths import Path, draw_timesteps
 
 __all__ = [
-    "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "draw_timesteps", "fingerprint_module",
-    "index_conditions",
+    "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "digest_of", "draw_timesteps",
+    "fingerprint_module", "index_conditions",
 ]  # fmt: skip
 
 Conditions = dict[str, torch.Tensor]
@@ -352,24 +352,6 @@ class Objective(Family):
 def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
     """Rows of conditions."""
     return {name: values[index] for name, values in conditions.items()}
-
-
-def fingerprint_module(module: nn.Module) -> str:
-    """A digest of a module's parameters and buffers: names, shapes, types and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
-    return digest.hexdigest()
-
-
-def digest_of(modules: Sequence[nn.Module], facts: Sequence[str]) -> str:
-    """A digest of modules and of what else samples depend on, in this order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for value in (*map(fingerprint_module, modules), *facts):
-        digest.update(value.encode())
-    return digest.hexdigest()
 
 
 def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from
 from ..files import read_json
 from ..messages import near_paths, shown, shown_error
 from ..weights import find_broken_weights
-from .base import Family
+from .base import Family, Objective
 from .names import check_name, expanded, why_unreachable
-from .registry import family_of, rebuilt, unsupported
+from .registry import family_of, objective_for, rebuilt, unsupported
 from .weight_files import chosen_files, list_files, only_variant
 
 
@@ -153,3 +153,41 @@ def _load_own(family: type[Family], folder: Path, index: dict[str, Any], options
         is_model = issubclass(kind, torch.nn.Module)
         components[name] = kind.from_pretrained(folder, subfolder=name, **(options if is_model else {}))
     return rebuilt(family, components, index)
+
+
+def objective_of(model: Any) -> tuple[Objective, DiffusionPipeline | None]:
+    """A model in whatever form a caller has it, and its pipeline.
+
+    Args:
+        model: An objective, a pipeline, or a pipeline's folder or name on the Hub.
+
+    Raises:
+        ValueError: As of `load_pipeline` and `objective_for`.
+    """
+    if isinstance(model, Objective):
+        return model, None
+    pipeline = load_pipeline(str(model)) if isinstance(model, (str, Path)) else checked_pipeline(model)
+    return objective_for(pipeline), pipeline
+
+
+def checked_pipeline(model: Any) -> DiffusionPipeline:
+    """A pipeline in memory, or a sentence on what else it is.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(model, DiffusionPipeline):
+        raise ValueError(
+            f"a {type(model).__name__} is not a pipeline: give a DiffusionPipeline, its folder or its name"
+        )
+    return model
+
+
+def pipeline_name(pipeline: DiffusionPipeline) -> str:
+    """How a pipeline in memory is called: as it was loaded, else by its class."""
+    return str(pipeline.name_or_path or type(pipeline).__name__)
+
+
+def modules_of(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
+    """The pipeline's networks."""
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]

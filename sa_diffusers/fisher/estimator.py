@@ -9,18 +9,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import nn
 from tqdm import tqdm
 
+from ..configuration import base_defaults
+from ..data.classes import class_name
+from ..data.given import Samples, are_prompts, given_prompts, given_samples
 from ..data.sample_set import SampleSet
 from ..environment import launched, precision_in_use
-from ..families.base import Objective, fingerprint_module
+from ..families import SamplingSettings, modules_of, objective_of, pipeline_name
+from ..families.base import Objective
+from ..families.digests import digested_once, fingerprint_module
 from ..files import write_bytes
-from ..parameter_selection import only_trainable
+from ..moved import renamed
+from ..parameter_selection import evaluating, only_trainable
 from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
-from ..seeds import generator_of
+from ..seeds import first_seed, generator_of
 from .information import FisherInformation
 
 
@@ -31,9 +38,16 @@ class FisherEstimator:
     the squares are then averaged over samples. The batch dimension of a backward pass holds timesteps of the same
     sample, which gives the same sum in fewer passes.
 
+        information = FisherEstimator(pipeline, "xattn").estimate(["a photo of a dog", "a red car"])
+        information.save_pretrained("fisher")
+
+    What is saved records what it was computed from, and is taken by the setting `fisher` of a run on the same model.
+
     Args:
-        objective: The model and its ELBO.
-        parameters: Name and parameter: what is trained. Nothing else takes memory.
+        model: A pipeline in float32, of a kind that `objective_for` knows; its folder or name on the Hub; or an
+            `Objective`.
+        selection: What is to be trained: a name or regular expression as of `train_method`, or name and parameter.
+            Nothing else takes memory.
         timesteps: Number of timesteps of each sample, or None for all (exact). Fewer are sampled one from each of as
             many strata of the path, and their sum is scaled by `num_train_timesteps / timesteps`, so that the EWC
             weight keeps its meaning. The square of a scaled sum has the noise of fewer terms in it and comes out
@@ -43,61 +57,77 @@ class FisherEstimator:
         accelerator: Processes that share the samples, and the precision of the forward pass. Default: this one.
 
     Raises:
-        ValueError: `timesteps` or `batch_size` is out of range.
+        ValueError: `timesteps` or `batch_size` is out of range, the selection matches nothing, or the model is of an
+            unknown kind, in half precision or has adapters.
     """
 
+    @renamed(objective="model", parameters="selection")
     def __init__(
         self,
-        objective: Objective,
-        parameters: Mapping[str, nn.Parameter],
+        model: Objective | DiffusionPipeline | str | Path,
+        selection: str | Mapping[str, nn.Parameter] = "full",
         timesteps: int | None = None,
         batch_size: int = 10,
         seed: int = 0,
         accelerator: Accelerator | None = None,
     ) -> None:
+        objective, pipeline = objective_of(model)
+        self._name = pipeline and pipeline_name(pipeline)
+        self._others = modules_of(pipeline) if pipeline else []
+        self._scheduler = getattr(pipeline, "scheduler", None)
         total = objective.num_train_timesteps
         if timesteps is not None and not 1 <= timesteps <= total:
             raise ValueError(f"fisher_timesteps={timesteps} must be between 1 and {total}, or 0 for all of them")
         if batch_size < 1:
             raise ValueError(f"fisher_batch_size={batch_size} must be at least 1")
         self.objective = objective
-        self.parameters = dict(parameters)
+        self._train_method = selection if isinstance(selection, str) else None
+        self.parameters = objective.select(selection) if isinstance(selection, str) else dict(selection)
         self.timesteps = total if timesteps is None else timesteps
         self.batch_size = batch_size
         self.seed = seed
         self.accelerator = accelerator or launched()
+        if pipeline is not None:
+            objective.to(self.accelerator.device)
 
     def estimate(
-        self, samples: SampleSet, identity: Mapping[str, Any] | None = None, partial_dir: str | Path | None = None
+        self,
+        samples: Samples,
+        identity: Mapping[str, Any] | None = None,
+        partial_dir: str | Path | None = None,
+        settings: SamplingSettings | None = None,
     ) -> FisherInformation:
         """Estimate from samples of all prompts, the concept's included.
 
         Args:
-            samples: At least one.
+            samples: At least one: a `SampleSet`, prompts to sample with, images (PIL, or a tensor `[n, channels,
+                height, width]` in [0, 1]), which belong to the empty prompt, or dictionaries of an `"image"` and its
+                `"text"`.
             identity: Fields to record, as `fisher_identity` gives them. Default: those of this objective, whose
                 weights are digested for it.
             partial_dir: Where sums over the samples so far are kept, so that a run that was stopped goes on from them
                 to the same bits. The caller deletes it.
+            settings: How prompts are sampled. Default: as the model's own folder recommends, else without guidance,
+                for guided samples are not samples of p(x | theta*, c).
 
         Raises:
-            ValueError: There are no samples.
+            ValueError: There are no samples, or they do not fit the model.
             FloatingPointError: A gradient is not finite (the message names the sample).
             Interrupted: The run is to stop.
         """
-        if not len(samples):
+        if isinstance(samples, SampleSet) and not len(samples):
             raise ValueError("Fisher information needs at least one sample")
-        recorded = dict(identity or {})
-        if "trained_module" not in recorded:
-            recorded = {**fisher_identity(self.objective, fingerprint_module(self.objective.module)), **recorded}
         module, device = self.objective.module, self.objective.device
         values = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
-        training = module.training
-        module.eval()
-        try:
+        with evaluating(module, *self._others):
+            samples = self._sample_set(samples, settings)
+            recorded = dict(identity or {})
+            if "trained_module" not in recorded:
+                with digested_once():
+                    own = fisher_identity(self.objective, fingerprint_module(module), self._train_method)
+                recorded = {**({"base_model": self._name} if self._name else {}), **own, **recorded}
             with only_trainable(module, self.parameters):
                 self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
-        finally:
-            module.train(training)
         for name in values:
             values[name] = self.accelerator.reduce(values[name], reduction="sum") / len(samples)
         config = {
@@ -110,6 +140,31 @@ class FisherEstimator:
             "sample_origin": samples.origin,
         }
         return FisherInformation({name: value.cpu() for name, value in values.items()}, config)
+
+    def _sample_set(self, given: Samples, settings: SamplingSettings | None) -> SampleSet:
+        if isinstance(given, SampleSet):
+            return given
+        objective, labels = self.objective, self.objective.labels
+        prompts = given_prompts("samples", given)
+        if prompts is None and not objective.unconditional:
+            raise ValueError(
+                "samples: this model has no empty prompt that bare images could belong to: give dictionaries of an "
+                'image and its "text"'
+            )
+        prompts = [
+            class_name(prompt, labels) if labels and prompt else prompt for prompt in prompts or [""] * len(given)
+        ]
+        if not are_prompts(given):
+            return given_samples("samples", given, objective, prompts)
+        settings = settings or _recommended(self._name)
+        first = first_seed("concept", self.seed)
+        seeds = list(range(first, first + len(prompts)))
+        if self._scheduler is not None:
+            objective.check_sampling(settings, self._scheduler)
+        with self.accelerator.autocast():
+            samples = objective.sample(prompts, seeds, settings).float().cpu()
+        origin = {**settings.to_dict(), "base_model": self._name}
+        return SampleSet(samples, prompts, list(prompts), seeds, origin)
 
     def _add_squares(
         self, values: dict[str, torch.Tensor], samples: SampleSet, device: torch.device, partial_dir: Path | None
@@ -176,6 +231,15 @@ class FisherEstimator:
                 )
             accumulated *= scale
         return total
+
+
+def _recommended(name: str | None) -> SamplingSettings:
+    """How a model is sampled without guidance, as its own folder recommends if it does."""
+    own = base_defaults({"pretrained_model_name_or_path": name}) if name else {}
+    known = {key: own[key] for key in ("sampler", "num_inference_steps", "resolution") if key in own}
+    if "sample_batch_size" in own:
+        known["batch_size"] = own["sample_batch_size"]
+    return SamplingSettings(guidance_scale=own.get("replay_guidance_scale") or 1.0, **known)
 
 
 class _PartialSum:

@@ -1,4 +1,4 @@
-"""Making a model forget: the front of the training."""
+"""Making a model forget: training on finished parts."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,16 +8,19 @@ import torch
 from accelerate import Accelerator
 
 from ..configuration import (
+    BASE_DEFAULTS_NAME,
     CONFIG_NAME,
     FISHER_CONFIG_NAME,
     GRID_NAME,
     HISTORY_NAME,
     REPORT_NAME,
     SelectiveAmnesiaConfig,
+    inherited_defaults,
 )
 from ..data.sample_set import SampleSet
 from ..environment import create_accelerator
-from ..families.base import Objective, fingerprint_module
+from ..families.base import Objective
+from ..families.digests import fingerprint_module
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
 from ..hub import CARD_NAME, drop_local_names, is_own_card
@@ -35,7 +38,7 @@ from .settings import global_batch, make_optimizer, training_identity
 from .validation import Validation
 
 
-class SelectiveAmnesiaTrainer:
+class Training:
     """Trains a model to forget (paper, eq. 4): surrogate ELBO on the concept, EWC, generative replay.
 
     Minimises, over the selected parameters, `surrogate loss + replay_weight * replay loss + ewc_weight * sum F (theta -
@@ -221,7 +224,7 @@ class SelectiveAmnesiaTrainer:
         if not self.accelerator.is_main_process:
             wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
             return
-        leaving = [REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, REPORTED]
+        leaving = [BASE_DEFAULTS_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, REPORTED]
         if is_own_card(folder):
             leaving.append(CARD_NAME)
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
@@ -234,6 +237,9 @@ class SelectiveAmnesiaTrainer:
             if self.fisher is not None:
                 write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
             self.config.save(staging / CONFIG_NAME)
+            defaults = inherited_defaults(self.config.pretrained_model_name_or_path, folder)
+            if defaults:
+                write_json(staging / BASE_DEFAULTS_NAME, defaults)
             if apart and self.validation_dir.is_dir():
                 shutil.copytree(self.validation_dir, staging / VALIDATION_NAME)
             if self.identity is not None:

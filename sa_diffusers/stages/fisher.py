@@ -1,0 +1,182 @@
+"""The Fisher information, and the samples that it is estimated from."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.generation import surrogate_requests
+from ..data.sample_set import SampleSet
+from ..environment import precision_in_use
+from ..files import DamagedArtefact, load_kept
+from ..fisher import FisherEstimator, FisherInformation, fisher_identity
+from ..fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
+from ..identity import Identity, fingerprint
+from ..processes import finishing, wait_until
+from ..seeds import first_seed
+from .base import Stage
+from .samples import PromptedSamples, ReplayStage
+from .subject import Subject, reused
+
+
+class FisherStage(Stage):
+    """The Fisher information: given, kept, or estimated.
+
+    Args:
+        subject: The model and what it is to forget.
+        replay: Its replay samples, which are used for this too.
+        given: Information, or where it is, in place of that of the settings.
+
+    Raises:
+        ValueError: The given information does not fit the model.
+    """
+
+    title = "fisher"
+    depends_on = ReplayStage.depends_on | {"concept_templates", "num_fisher_samples", "fisher_timesteps",
+                                           "fisher_concept_share", "train_method", "snr_gamma",
+                                           "noise_offset"}  # fmt: skip
+
+    def __init__(
+        self, subject: Subject, replay: ReplayStage, given: FisherInformation | str | Path | None = None
+    ) -> None:
+        self.subject = subject
+        self.replay = replay
+        self._prompted = PromptedSamples(subject)
+        self._first = first_seed("concept", subject.config.seed)
+        self.facts = fisher_identity(subject.objective, subject.module, subject.config.train_method, subject.base)
+        self.given: FisherInformation | None = None
+        self._source = given if given is not None else subject.config.fisher
+        if self._source is not None and self.is_needed:
+            self.given = self._source if isinstance(self._source, FisherInformation) else \
+                FisherInformation.from_pretrained(self._source, cache_dir=subject.config.cache_dir)  # fmt: skip
+            self.given.check(self.facts, subject.parameters)
+
+    @property
+    def is_needed(self) -> bool:
+        return self.subject.config.ewc_weight > 0
+
+    def _parts(self) -> tuple[list[str], int, list[str]]:
+        """What the samples are: prompts of the concepts, how many of the replay set, and further prompts."""
+        subject, config, prompts = self.subject, self.subject.config, self.replay.prompts
+        total, share = config.num_fisher_samples, config.fisher_concept_share
+        if share is None:
+            share = len(subject.pairs) / len(subject.labels) if subject.labels else 0.0
+        count = min(total, max(len(subject.pairs), round(total * share))) if share else 0
+        _, concepts, _ = surrogate_requests(subject.pairs, config.concept_templates, count)
+        from_replay = min(total - count, len(prompts))
+        others = prompts or subject.captions(total - count)
+        further = [others[place % len(others)] for place in range(from_replay, total - count)]
+        return concepts, from_replay, further
+
+    def samples(self, replay: SampleSet | None = None) -> SampleSet:
+        """Samples of all prompts, the concepts' included.
+
+        Args:
+            replay: The replay set, if it is at hand.
+        """
+        concepts, from_replay, further = self._parts()
+        parts = [self._prompted.made("concept", concepts, self._first)] if concepts else []
+        if from_replay:
+            kept = replay if replay is not None else self.replay.run()
+            assert kept is not None
+            parts.append(kept.subset(list(range(from_replay))))
+        if further:
+            parts.append(self._prompted.made("fisher-samples", further, self._first + len(concepts)))
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = whole + part
+        return whole
+
+    def _timesteps(self) -> int | None:
+        """None for all: also where the model has no more of them than are asked for (a VAE has one)."""
+        asked = self.subject.config.fisher_timesteps
+        return asked if asked and asked < self.subject.objective.num_train_timesteps else None
+
+    def identity(self) -> Identity:
+        """What an estimate depends on."""
+        subject = self.subject
+        concepts, from_replay, further = self._parts()
+        facts = {
+            **self.facts,
+            "timesteps": self._timesteps(),
+            "seed": subject.config.seed,
+            "precision": precision_in_use(subject.accelerator),
+            "concepts": self._prompted.identity("concept", concepts, self._first).digest,
+            "replay": [self.replay.identity().digest, from_replay],
+            "further": self._prompted.identity("fisher-samples", further, self._first + len(concepts)).digest,
+            "format": FORMAT_VERSION,
+        }
+        return Identity("fisher", facts)
+
+    def digest(self) -> str | None:
+        """What a training depends on of it; None where it needs none."""
+        if not self.is_needed:
+            return None
+        return fingerprint(self.given.config) if self.given is not None else self.identity().digest
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return self.identity().folder(self.subject.config.resolved_artifacts_dir)
+
+    def plan(self) -> list[str]:
+        if not self.is_needed:
+            return ["fisher    none: ewc_weight is 0"]
+        if self.given is not None:
+            return ["fisher    given" if isinstance(self._source, FisherInformation) else
+                    f"fisher    reused: {self._source}"]  # fmt: skip
+        steps = self._timesteps() or self.subject.objective.num_train_timesteps
+        note = reused(self.folder, FISHER_CONFIG_NAME)
+        return [f"fisher    {self.subject.config.num_fisher_samples} samples x {steps} timesteps{note}"]
+
+    def run(self, *inputs: Any) -> FisherInformation | None:
+        """The Fisher information; None where none is needed.
+
+        Args:
+            *inputs: The replay set, if it is at hand.
+        """
+        if not self.is_needed or self.given is not None:
+            return self.given
+        subject, wanted = self.subject, self.identity()
+        folder = wanted.folder(subject.config.resolved_artifacts_dir)
+
+        def load(place: Path) -> FisherInformation:
+            found = FisherInformation.from_pretrained(place)
+            if found.config.get("identity") != wanted.digest:
+                raise DamagedArtefact(f"{place} holds other Fisher information than its name says")
+            return found
+
+        information = load_kept(folder, load, subject.is_main)
+        if information is not None and subject.is_main:
+            # A run that died between its arrival and the removal of its parts.
+            shutil.rmtree(_partial(folder), ignore_errors=True)
+        # The estimate takes all processes, or none.
+        found = torch.tensor(float(information is not None), device=subject.accelerator.device)
+        if subject.accelerator.reduce(found, reduction="sum") < subject.accelerator.num_processes:
+            information = self._estimated(folder, wanted, *inputs)
+        assert information is not None
+        information.check(self.facts, subject.parameters)
+        return information
+
+    def _estimated(self, folder: Path, identity: Identity, *inputs: Any) -> FisherInformation:
+        subject, config = self.subject, self.subject.config
+        estimator = FisherEstimator(
+            subject.objective, subject.parameters, self._timesteps(), config.fisher_batch_size, config.seed,
+            subject.accelerator,
+        )  # fmt: skip
+        recorded = {"base_model": config.pretrained_model_name_or_path, "revision": subject.revision, **self.facts,
+                    "identity": identity.digest}  # fmt: skip
+        partial = _partial(folder)
+        information = estimator.estimate(self.samples(*inputs), recorded, partial)
+        if subject.is_main:
+            with finishing():
+                information.save_pretrained(folder)
+                shutil.rmtree(partial, ignore_errors=True)
+        else:
+            wait_until(folder.is_dir)
+        return FisherInformation.from_pretrained(folder)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".part-{folder.name}")

@@ -1,0 +1,182 @@
+"""The samples that an erasure trains on, all from the frozen model itself or handed in."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.generation import surrogate_requests
+from ..data.given import Samples, are_prompts, content_identity, given_prompts, given_samples
+from ..data.sample_set import MANIFEST_NAME, SampleSet
+from ..families import SamplingSettings
+from ..identity import Identity
+from ..seeds import first_seed
+from .base import Stage
+from .subject import MODEL, SAMPLING, Subject, describe, reused
+
+
+class SurrogateStage(Stage):
+    """The surrogate set: q(x | c_f) of eq. 4; for eq. 3 the concept's own samples.
+
+    Args:
+        subject: The model and what it is to forget.
+        given: Samples in place of those that would be made; prompts among them are sampled with.
+    """
+
+    title = "surrogate samples"
+    depends_on = frozenset((*MODEL, *SAMPLING, "surrogate", "concept_templates", "num_surrogate_images", "naive",
+                            "surrogate_guidance_scale"))  # fmt: skip
+
+    def __init__(self, subject: Subject, given: Samples | None = None) -> None:
+        self.subject = subject
+        self._first = first_seed("surrogate", subject.config.seed)
+        self.given: SampleSet | None = None
+        self._prompts: list[str] | None = None
+        if given is None:
+            return
+        prompts = given_prompts("surrogates", given)
+        if are_prompts(given):
+            self._prompts = prompts
+            return
+        if prompts is None and len({pair.surrogate for pair in subject.pairs}) > 1:
+            raise ValueError(
+                "surrogates: which of the concepts do the images belong to? Give dictionaries of an image and its "
+                '"text", the concept\'s prompt'
+            )
+        conditions = prompts or self._requests(len(given))[0]
+        resolution = subject.config.resolution
+        self.given = given_samples("surrogates", given, subject.objective, conditions, resolution)
+
+    @property
+    def count(self) -> int:
+        """How many samples there are or will be."""
+        if self.given is not None:
+            return len(self.given)
+        return len(self._prompts or ()) or self.subject.config.num_surrogate_images
+
+    def _requests(self, count: int) -> tuple[list[str], list[str]]:
+        """Prompts to train under, and what each is sampled with."""
+        config = self.subject.config
+        _, conditions, sources = surrogate_requests(self.subject.pairs, config.concept_templates, count)
+        if self._prompts:
+            sources = self._prompts
+        return conditions, conditions if config.naive else sources
+
+    def identity(self) -> Identity:
+        subject, config, settings = self.subject, self.subject.config, self.subject.surrogate_settings
+        if self.given is not None:
+            return content_identity("surrogates", self.given)
+        if config.naive or self._prompts:
+            conditions, sources = self._requests(self.count)
+            seeds = list(range(self._first, self._first + len(sources)))
+            return subject.generator.identity(self._name, conditions, sources, seeds, settings)
+        return subject.generator.surrogate_identity(
+            subject.pairs, config.concept_templates, self.count, config.seed, settings
+        )
+
+    @property
+    def _name(self) -> str:
+        return "naive" if self.subject.config.naive else "surrogate"
+
+    def plan(self) -> list[str]:
+        if self.given is not None:
+            return [f"sample    {self.count} surrogate images are given"]
+        subject = self.subject
+        kinds = [pair.surrogate.kind for pair in subject.pairs]
+        drawn = [i for i in range(self.count) if self._prompts or kinds[i % len(kinds)] == "prompt"]
+        note = ""
+        if drawn:
+            conditions, sources = self._requests(self.count)
+            folder = subject.generator.folder(
+                self._name, [conditions[i] for i in drawn], [sources[i] for i in drawn],
+                [self._first + i for i in drawn], subject.surrogate_settings,
+            )  # fmt: skip
+            note = reused(folder, MANIFEST_NAME)
+        return [f"sample    {self.count} surrogate images, {describe(subject.surrogate_settings)}{note}"]
+
+    def run(self, *inputs: Any) -> SampleSet:
+        subject, config, settings = self.subject, self.subject.config, self.subject.surrogate_settings
+        if self.given is not None:
+            return self.given
+        if not config.naive and not self._prompts:
+            return subject.generator.surrogates(
+                subject.pairs, config.concept_templates, self.count, config.seed, settings
+            )
+        conditions, sources = self._requests(self.count)
+        samples = subject.generator.prompted(self._name, conditions, sources, self._first, settings)
+        if not config.naive:
+            return samples
+        # It goes away from the noise under either target: a teacher draws no one away from what it knows.
+        return replace(samples, sources=[None] * len(samples))
+
+
+class PromptedSamples:
+    """Samples of prompts to remember, which replay and the Fisher information share."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+
+    @property
+    def settings(self) -> SamplingSettings:
+        return self.subject.replay_settings
+
+    def made(self, name: str, prompts: Sequence[str], first: int) -> SampleSet:
+        return self.subject.generator.prompted(name, prompts, prompts, first, self.settings)
+
+    def identity(self, name: str, prompts: Sequence[str], first: int) -> Identity:
+        seeds = list(range(first, first + len(prompts)))
+        return self.subject.generator.identity(name, prompts, prompts, seeds, self.settings)
+
+    def folder(self, name: str, prompts: Sequence[str], first: int) -> Path:
+        return self.identity(name, prompts, first).folder(self.subject.config.resolved_artifacts_dir)
+
+
+class ReplayStage(Stage):
+    """The replay set: p(x | theta*, c_r) of eq. 4, without the concepts.
+
+    Args:
+        subject: The model, and what it is to remember.
+        given: Samples in place of those that would be made. Prompts have come into the subject already.
+    """
+
+    title = "replay samples"
+    depends_on = frozenset((*MODEL, *SAMPLING, "num_replay_images", "replay_prompts", "drop_naming_prompts",
+                            "replay_unconditional_share", "replay_guidance_scale"))  # fmt: skip
+
+    def __init__(self, subject: Subject, given: Samples | None = None) -> None:
+        self.subject = subject
+        self._first = first_seed("replay", subject.config.seed)
+        self._prompted = PromptedSamples(subject)
+        self.given: SampleSet | None = None
+        self.are_prompts_given = given is not None and are_prompts(given)
+        if given is not None and not self.are_prompts_given:
+            self.given = given_samples(
+                "replay", given, subject.objective, subject.replay_prompts, subject.config.resolution
+            )
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.subject.replay_prompts
+
+    def identity(self) -> Identity:
+        if self.given is not None:
+            return content_identity("replay", self.given)
+        return self._prompted.identity("replay", self.prompts, self._first)
+
+    def plan(self) -> list[str]:
+        prompts = self.prompts
+        if not prompts:
+            return []
+        if self.given is not None:
+            return [f"          {len(prompts)} replay images of {len(set(prompts))} prompts are given"]
+        folder = self._prompted.folder("replay", prompts, self._first)
+        source = "classes" if self.subject.labels else self.subject.config.replay_prompts
+        if self.are_prompts_given:
+            source = "given"
+        return [f"          {len(prompts)} replay images of {len(set(prompts))} prompts ({source}), "
+                f"{describe(self._prompted.settings)}{reused(folder, MANIFEST_NAME)}"]  # fmt: skip
+
+    def run(self, *inputs: Any) -> SampleSet | None:
+        if self.given is not None or not self.prompts:
+            return self.given
+        return self._prompted.made("replay", self.prompts, self._first)

@@ -1,0 +1,307 @@
+"""What is to be forgotten, by which model: the parts that the stages of an erasure share."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from ..configuration import SelectiveAmnesiaConfig
+from ..data.captions import builtin_vocabularies
+from ..data.classes import class_name, pair_classes
+from ..data.concepts import ErasurePair, image_files, pair_concepts
+from ..data.generation import SampleGenerator
+from ..data.phrasings import check_phrasings, fill_template, warn_of_cut_prompts
+from ..data.pictures import read_picture
+from ..data.replay import check_replay_prompts, class_replay_prompts, replay_prompts
+from ..evaluation import ImageClassifier
+from ..evaluation.clip import Clip, ZeroShotClassifier, local_clip
+from ..evaluation.concept_protocol import default_held_out, near_and_far
+from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
+from ..families.digests import digested_once, fingerprint_module
+from ..families.names import resolved_revision
+from ..training.settings import sampling_settings
+
+# What every sample depends on, and every figure: the model, and how it is sampled.
+MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32")
+SAMPLING = ("concept", "seed", "sampler", "num_inference_steps", "guidance_scale", "resolution")
+
+
+@dataclass
+class Subject:
+    """A base model and what it is to forget, checked as far as can be before anything is sampled.
+
+    Attributes:
+        config: All settings.
+        accelerator: Processes and precision.
+        objective: The base model; its module is trained in place.
+        pipeline: Its pipeline.
+        revision: Commit of the base model on the Hub, if it is from there.
+        labels: Names of the model's classes; None where it takes prompts.
+        pairs: What is forgotten, and what it turns into.
+        replay_prompts: What is remembered, one prompt for each replay image.
+        eval_templates: Phrasings of the evaluation.
+        classifier: What says whether images show the concept, if anything does.
+        base: Digest of the whole base model.
+        module: Digest of the module that is trained.
+        parameters: Name and parameter: what is trained.
+        generator: Samples from the base model.
+        blur: Whether pictures are blurred.
+        seconds: Title of a stage and how long it took.
+    """
+
+    config: SelectiveAmnesiaConfig
+    accelerator: Accelerator
+    objective: Objective
+    pipeline: DiffusionPipeline
+    revision: str | None
+    labels: list[str] | None
+    pairs: list[ErasurePair]
+    replay_prompts: list[str]
+    eval_templates: list[str]
+    classifier: ImageClassifier | ZeroShotClassifier | None
+    base: str
+    module: str
+    parameters: dict[str, torch.nn.Parameter]
+    generator: SampleGenerator
+    blur: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """How the evaluation's images are sampled."""
+        return sampling_settings(self.config)
+
+    @property
+    def surrogate_settings(self) -> SamplingSettings:
+        return sampling_settings(self.config, self.config.surrogate_guidance_scale)
+
+    @property
+    def replay_settings(self) -> SamplingSettings:
+        return sampling_settings(self.config, self.config.replay_guidance_scale)
+
+    @contextlib.contextmanager
+    def timed(self, title: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[title] = round(time.perf_counter() - started, 2)
+
+    def agreed(self, answer: bool) -> bool:
+        """The main process's answer, in all of them: what it writes meanwhile must not part them."""
+        said = torch.tensor(float(answer and self.is_main), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(said, reduction="sum") > 0)
+
+    def captions(self, count: int) -> list[str]:
+        """Prompts to remember, none of them empty."""
+        return _captions(self.config, self.labels, [pair.concept for pair in self.pairs], count)
+
+    def release(self) -> None:
+        """Let go of the base model, so that there is room for the erased one."""
+        self.objective = self.pipeline = self.generator = self.parameters = None  # type: ignore[assignment]
+        self.accelerator.free_memory()
+
+
+def prepare(
+    config: SelectiveAmnesiaConfig,
+    accelerator: Accelerator,
+    blur: bool,
+    build_objective: Callable[..., Objective],
+    pipeline: DiffusionPipeline | None = None,
+    known: Any = SUPPORTED_PIPELINES,
+    remembered: Sequence[str] | None = None,
+) -> Subject:
+    """Load a base model and name what it is to forget and to remember.
+
+    Args:
+        config: All settings.
+        accelerator: Processes and precision.
+        blur: Whether pictures are blurred.
+        build_objective: With the arguments of `objective_for`.
+        pipeline: The base model, where it is in memory already.
+        known: Names of pipelines' classes that can be loaded; None for any.
+        remembered: Prompts to remember, where they are given otherwise than by the settings.
+
+    Raises:
+        ValueError: The model cannot be had or is of an unknown kind, or the settings do not fit it.
+        ConnectionError: The Hub cannot be reached and the model is not in its cache.
+    """
+    revision = None
+    if pipeline is None:
+        place = (config.pretrained_model_name_or_path, config.revision)
+        pipeline = load_pipeline(*place, config.variant, config.cache_dir, known)
+        revision = resolved_revision(*place, config.cache_dir)
+    objective = build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
+    pairs = _pairs(config, objective)
+    prompts = _remembered(config, objective, pairs, remembered)
+    templates = _eval_templates(config, objective, pairs)
+    if objective.labels is None:
+        check_phrasings(objective, pairs, [*config.concept_templates, *templates])
+    if remembered is not None:
+        warn_of_cut_prompts(objective, prompts, "replay")
+    elif config.replay_prompts not in builtin_vocabularies():
+        warn_of_cut_prompts(objective, prompts, f"replay_prompts={config.replay_prompts}")
+    warn_of_cut_prompts(objective, config.validation_prompts, "validation_prompts")
+    objective.to(accelerator.device)
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(objective.module)
+    if config.gradient_checkpointing and not getattr(objective.module, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"gradient_checkpointing: {type(objective.module).__name__} has none: leave it out")
+    parameters = objective.select(config.train_method)
+    classifier = _classifier(config, objective, pairs, accelerator.device)
+    with digested_once():
+        base, module = objective.fingerprint(), fingerprint_module(objective.module)
+    generator = SampleGenerator(objective, config.resolved_artifacts_dir, accelerator, base, blur)
+    subject = Subject(config, accelerator, objective, pipeline, revision, objective.labels, pairs, prompts, templates,
+                      classifier, base, module, parameters, generator, blur)  # fmt: skip
+    for settings in (subject.settings, subject.surrogate_settings, subject.replay_settings):
+        objective.check_sampling(settings, getattr(pipeline, "scheduler", None))
+    return subject
+
+
+def check_artifacts_dir(config: SelectiveAmnesiaConfig) -> None:
+    """Refuse a file where samples are to be kept.
+
+    Raises:
+        ValueError: It is one.
+    """
+    place = config.resolved_artifacts_dir
+    for path in (place, *place.absolute().parents):
+        if path.exists() and not path.is_dir():
+            named = "artifacts_dir" if config.artifacts_dir else "the environment's SA_DIFFUSERS_CACHE"
+            raise ValueError(f"{named}={place}: {path} is a file, where samples were to be kept: choose a folder")
+
+
+def _pairs(config: SelectiveAmnesiaConfig, objective: Objective) -> list[ErasurePair]:
+    """What is forgotten, and what it turns into: phrases, or classes where the model knows classes."""
+    labels = objective.labels
+    if config.condition_dropout and not objective.unconditional:
+        raise ValueError("condition_dropout has no meaning for a model without an empty prompt: leave it out")
+    if labels is None:
+        pairs = pair_concepts(config.concept, config.surrogate)
+    else:
+        pairs = pair_classes(config.concept, config.surrogate, labels)
+        _check_class_settings(config, objective, labels)
+    for pair in pairs:
+        if pair.surrogate.kind == "images":
+            for file in image_files(pair.surrogate.value)[: config.num_surrogate_images]:
+                read_picture(file, str(file))
+    return pairs
+
+
+def _check_class_settings(config: SelectiveAmnesiaConfig, objective: Objective, labels: Sequence[str]) -> None:
+    without_meaning = {
+        name: any(template != "{}" for template in getattr(config, name))
+        for name in ("concept_templates", "eval_templates")
+    }
+    default = SelectiveAmnesiaConfig.__dataclass_fields__["replay_prompts"].default
+    without_meaning["replay_prompts"] = config.replay_prompts != default
+    for name, given in without_meaning.items():
+        if given:
+            raise ValueError(f"{name} has no meaning for a model of classes: leave it out")
+    if config.resolution not in (None, objective.resolution):
+        raise ValueError(f"resolution={config.resolution}: this model draws {objective.resolution} pixels only")
+    for prompt in config.validation_prompts:
+        if prompt:
+            class_name(prompt, labels)
+
+
+def _remembered(
+    config: SelectiveAmnesiaConfig, objective: Objective, pairs: Sequence[ErasurePair], given: Sequence[str] | None
+) -> list[str]:
+    concepts = [pair.concept for pair in pairs]
+    if given is None:
+        share = config.replay_unconditional_share if objective.unconditional else 0.0
+        return _captions(config, objective.labels, concepts, config.num_replay_images, share)
+    labels = objective.labels
+    if "" in given and not objective.unconditional:
+        raise ValueError(
+            "replay: this model has no empty prompt that bare images could belong to: give dictionaries of an image "
+            'and its "text"'
+        )
+    if labels is None:
+        check_replay_prompts(given, concepts)
+        return list(given)
+    prompts = [class_name(prompt, labels) if prompt else "" for prompt in given]
+    for prompt in prompts:
+        if prompt in concepts:
+            raise ValueError(f'replay of "{prompt}", which is to be forgotten, would teach it again: leave it out')
+    return prompts
+
+
+def _captions(
+    config: SelectiveAmnesiaConfig, labels: Sequence[str] | None, concepts: Sequence[str], count: int,
+    unconditional_share: float = 0.0,
+) -> list[str]:  # fmt: skip
+    if not count:
+        return []
+    if labels is not None:
+        return class_replay_prompts(labels, count, concepts, unconditional_share)
+    return replay_prompts(
+        config.replay_prompts, count, config.seed, concepts, unconditional_share, config.drop_naming_prompts
+    )
+
+
+def _eval_templates(config: SelectiveAmnesiaConfig, objective: Objective, pairs: Sequence[ErasurePair]) -> list[str]:
+    """Phrasings of the evaluation: those that were asked for, else the built-in ones that no training saw and that the
+    model reads to the end of the name."""
+    if config.eval_templates or objective.labels is not None:
+        return config.eval_templates or config.concept_templates
+    values = [*config.concept, *(pair.surrogate.value for pair in pairs if pair.surrogate.kind == "prompt")]
+    fitting = [
+        template
+        for template in default_held_out(config.concept_templates)
+        if not any(objective.why_unseen(fill_template(template, value), value) for value in values)
+    ]
+    return fitting or config.concept_templates
+
+
+def _classifier(
+    config: SelectiveAmnesiaConfig, objective: Objective, pairs: Sequence[ErasurePair], device: torch.device
+) -> ImageClassifier | ZeroShotClassifier | None:
+    """What says whether images show the concept: the given classifier, else a CLIP that is at hand, or nothing."""
+    concepts = [pair.concept for pair in pairs]
+    if config.classifier:
+        classifier = ImageClassifier(config.classifier, device, config.reference_features)
+        if objective.labels is not None:
+            classifier.check_classes(objective.labels, concepts)
+        return classifier
+    name = local_clip(config.clip) if objective.labels is None else None
+    if name is None:
+        return None
+    clip = Clip(name, device)
+    surrogates = [pair.surrogate.value for pair in pairs if pair.surrogate.kind == "prompt"]
+    near, far = near_and_far(concepts, surrogates, clip.embed_texts)
+    return ZeroShotClassifier(clip, [*concepts, *surrogates, *near, *far], near)
+
+
+def enable_xformers(module: torch.nn.Module) -> None:
+    """Switch attention to xformers.
+
+    Raises:
+        ValueError: xformers is not installed, or there is no CUDA device.
+    """
+    try:
+        module.enable_xformers_memory_efficient_attention()
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"enable_xformers_memory_efficient_attention needs xformers and a CUDA device ({error}): pip install "
+            "xformers, or leave the flag out (PyTorch's own attention is about as fast)"
+        ) from error
+
+
+def reused(folder: Path, marker: str) -> str:
+    """What the plan says of an artefact that is there already."""
+    return f"; reused: {folder}" if (folder / marker).is_file() else ""
+
+
+def describe(settings: SamplingSettings) -> str:
+    return f"{settings.sampler}, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}"

@@ -1,0 +1,190 @@
+"""Training, and the output folder's part in it."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..configuration import SelectiveAmnesiaConfig
+from ..data.sample_set import SampleSet
+from ..environment import precision_in_use, tracked
+from ..hub import one_line
+from ..identity import Identity
+from ..output_folder import OutputFolder
+from ..processes import finishing
+from ..training.callbacks import Callback
+from ..training.checkpoints import Choice, choose_checkpoint
+from ..training.settings import TRAINING_SETTINGS, settings_facts, training_identity
+from ..training.training import Training
+from .base import Stage
+from .fisher import FisherStage
+from .samples import ReplayStage, SurrogateStage
+from .subject import Subject
+
+_BYTES_PER_SECOND = 300e6
+
+
+class TrainingStage(Stage):
+    """The erased pipeline in the output folder.
+
+    Args:
+        subject: The model and what it is to forget.
+        output: Where it goes.
+        surrogates: What makes the surrogate set.
+        replay: What makes the replay set.
+        fisher: What makes the Fisher information.
+        callbacks: Called after every step.
+    """
+
+    title = "training"
+    depends_on = SurrogateStage.depends_on | FisherStage.depends_on | {
+        "fisher", *TRAINING_SETTINGS, "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        subject: Subject,
+        output: OutputFolder,
+        surrogates: SurrogateStage,
+        replay: ReplayStage,
+        fisher: FisherStage,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.subject = subject
+        self.output = output
+        self.callbacks = callbacks
+        self._replay = replay
+        self._surrogates = surrogates
+        self._choice: Choice | None = None
+        config = subject.config
+        digests = {
+            "base": subject.base,
+            "surrogates": surrogates.identity().digest,
+            "replay": replay.identity().digest if replay.prompts and config.replay_weight > 0 else None,
+            "fisher": fisher.digest(),
+        }
+        self._identity = training_identity(config, subject.accelerator, digests)
+
+    def identity(self) -> Identity:
+        """What the trained weights depend on; another where a callback has stopped the training."""
+        return self._identity
+
+    @classmethod
+    def settings(cls, config: SelectiveAmnesiaConfig, accelerator: Accelerator) -> dict[str, Any]:
+        """The settings that the trained weights depend on, known before the model is loaded."""
+        # The precision is that in use, and the batch that of all processes together.
+        left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr"}
+        own = {name: getattr(config, name) for name in sorted(cls.depends_on - left_out)}
+        base = Path(config.pretrained_model_name_or_path)
+        if base.is_dir():
+            # Folders move; whether the weights are the same, their digest says.
+            own["pretrained_model_name_or_path"] = base.resolve().name
+        return {**own, **settings_facts(config, accelerator.num_processes), "precision": precision_in_use(accelerator)}
+
+    @property
+    def starts_over(self) -> bool:
+        return self.subject.config.resume_from_checkpoint == "no"
+
+    def choice(self) -> Choice:
+        """The checkpoint that the training goes on from."""
+        if self._choice is None:
+            config = self.subject.config
+            wanted = config.resume_from_checkpoint
+            if wanted in (None, "latest") and not self.output.is_of(self._identity):
+                # What lies there belongs to an erasure that this one replaces.
+                return Choice(None)
+            self._choice = choose_checkpoint(self.output.path, wanted, self._identity, config.to_dict())
+        return self._choice
+
+    def plan(self) -> list[str]:
+        subject, config = self.subject, self.subject.config
+        trained = sum(parameter.numel() for parameter in subject.parameters.values())
+        total = sum(parameter.numel() for parameter in subject.objective.module.parameters())
+        batch = config.train_batch_size * config.gradient_accumulation_steps * subject.accelerator.num_processes
+        lines = [
+            f"train     {config.max_train_steps} steps of {batch} + {batch if self._replay.prompts else 0} images, "
+            f"{config.train_method}: {trained:,} of {total:,} parameters, learning rate {config.learning_rate:g}, "
+            f"EWC weight {config.ewc_weight:g}, replay weight {config.replay_weight:g}, target {config.target}"
+        ]
+        if self.output.names_finished(self._identity) and not self.starts_over:
+            return [*lines, "          these weights are there already: only what is missing is made"]
+        return [*lines, *self._checkpoint_plan()]
+
+    def _checkpoint_plan(self) -> list[str]:
+        """What checkpoints cost, and where the training goes on."""
+        config = self.subject.config
+        size = sum(4 * parameter.numel() for parameter in self.subject.parameters.values()) * (3 + config.use_ema)
+        kept = config.checkpoints_total_limit or "all"
+        lines = [
+            f"keep      {kept} checkpoints of {size / 1e6:,.0f} MB (about {size / _BYTES_PER_SECOND:.1f} s each), one "
+            f"every {config.checkpointing_steps} steps and every tenth of the training"
+        ]
+        choice = self.choice()
+        if choice.folder:
+            lines.append(f"          goes on after step {choice.step}: {choice.folder}")
+        place = self.output.path
+        free = shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.is_dir())).free
+        needed = size * ((config.checkpoints_total_limit or config.max_train_steps // config.checkpointing_steps) + 1)
+        if needed > free:
+            lines.append(
+                f"warning: they may take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on that disk: lower "
+                "--checkpoints_total_limit, or choose another --output_dir"
+            )
+        return lines
+
+    def start_trackers(self) -> None:
+        """Tell the trackers the settings; one that cannot be reached should cost no samples.
+
+        Raises:
+            ValueError: It cannot be reached.
+        """
+        accelerator, config = self.subject.accelerator, self.subject.config
+        if not accelerator.log_with:
+            return
+        try:
+            accelerator.init_trackers(config.tracker_project_name, tracked(config.to_dict()))
+        except Exception as error:  # of whatever kind the tracker's network errors are
+            raise ValueError(
+                f'report_to="{config.report_to or "tensorboard"}" could not be started ({one_line(error)}): try again, '
+                "or use another tracker, or none"
+            ) from error
+
+    def run(self, *inputs: Any) -> Training:
+        """Train, and write the erased pipeline into the output folder.
+
+        Args:
+            *inputs: Surrogate set, replay set, Fisher information.
+        """
+        surrogates, replay, fisher = inputs
+        subject, accelerator = self.subject, self.subject.accelerator
+        training = Training(
+            subject.objective, subject.config, surrogates, self._replayed(surrogates, replay), fisher, accelerator,
+            self.output.path, self._identity, subject.blur, self.callbacks,
+        )  # fmt: skip
+        training.validation_dir = self.output.validation_folder(self._identity, self.starts_over)
+        try:
+            with finishing():
+                with subject.timed(self.title):
+                    training.train(self.choice())
+                with subject.timed("saving"):
+                    training.save(self.output.path)
+                # All of it has moved in before any process loads it.
+                accelerator.wait_for_everyone()
+        finally:
+            # The processes still have the evaluation before them: `end_training` would part them.
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        assert training.identity is not None
+        self._identity = training.identity
+        return training
+
+    def _replayed(self, surrogates: SampleSet, replay: SampleSet | None) -> SampleSet | None:
+        config = self.subject.config
+        if config.replay_weight == 0 or replay is None:
+            return None
+        if not config.replay_surrogates or config.naive:
+            return replay
+        # What lies nearest to the change is the surrogate itself: its samples are at hand, under its prompt.
+        return replay + surrogates.under_their_sources()

@@ -1,0 +1,316 @@
+"""What people call from Python: the trainer on a pipeline or a name, stages' products handed in, the estimator."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from sa_diffusers import (
+    Erasure,
+    FisherEstimator,
+    FisherInformation,
+    SampleSet,
+    SelectiveAmnesiaConfig,
+    SelectiveAmnesiaTrainer,
+    embedded_pipeline,
+    erase,
+    objective_for,
+)
+from sa_diffusers.configuration import BASE_DEFAULTS_NAME, HISTORY_NAME
+from sa_diffusers.files import read_json
+
+from .conftest import build_tiny_pipeline
+from .test_unlearn import SMALL, same, weights
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("SA_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(**settings) -> SelectiveAmnesiaConfig:
+    return SelectiveAmnesiaConfig(
+        **{"concept": "cat", "surrogate": "dog", "output_dir": "out", "report_to": "none", **SMALL, **settings}
+    )
+
+
+def saved(folder):
+    return weights(DiffusionPipeline.from_pretrained(folder).unet)
+
+
+def picture(level: int) -> Image.Image:
+    return Image.fromarray(np.full((40, 30, 3), level, dtype=np.uint8))
+
+
+# The trainer
+
+
+@pytest.mark.parametrize("form", ["pipeline", "name"])
+def test_train_evaluate_save_make_what_the_command_makes(tiny_folder, place, form):
+    expected = Erasure(config(pretrained_model_name_or_path=str(tiny_folder), output_dir="expected")).run().report
+    model = DiffusionPipeline.from_pretrained(tiny_folder) if form == "pipeline" else str(tiny_folder)
+    trainer = SelectiveAmnesiaTrainer(model, config())
+    with pytest.raises(ValueError, match="out holds no pipeline of this erasure: call train first"):
+        trainer.evaluate()
+    history = trainer.train()
+    assert history == trainer.history == read_json(place / "out" / HISTORY_NAME)
+    if form == "pipeline":
+        assert trainer.pipeline is model
+    assert same(weights(trainer.pipeline.unet), saved("out"))
+    assert same(saved("out"), saved("expected"))
+    trained = weights(trainer.pipeline.unet)
+    report = trainer.evaluate()
+    # The base model's images are the base model's, although its weights in memory are the erased ones.
+    assert [row.change for row in report.rows] == [row.change for row in expected.rows]
+    assert report.verdict == expected.verdict
+    assert same(weights(trainer.pipeline.unet), trained)
+    for name in ("report.html", "report.json", "before_after.png", "README.md"):
+        assert (place / "out" / name).is_file()
+    trainer.save_model(place / "elsewhere")
+    assert same(saved(place / "elsewhere"), trained)
+    assert (place / "elsewhere" / "report.json").is_file()
+    assert not list((place / "elsewhere").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="has trained already"):
+        trainer.train()
+    assert len(trainer.pipeline("dog", num_inference_steps=1, output_type="np").images) == 1
+
+
+def test_a_finished_folder_is_taken_up_by_a_new_trainer(tiny_folder, place, capsys):
+    first = SelectiveAmnesiaTrainer(str(tiny_folder), config())
+    history = first.train()
+    report = first.evaluate()
+    again = SelectiveAmnesiaTrainer(DiffusionPipeline.from_pretrained(tiny_folder), config())
+    # Before it has trained too.
+    assert again.evaluate().rows == report.rows
+    assert again.train() == history
+    assert "holds this very erasure: nothing is trained" in capsys.readouterr().err
+    assert same(weights(again.pipeline.unet), weights(first.pipeline.unet))
+    (place / "out" / "report.json").unlink()
+    assert [row.change for row in again.evaluate().rows] == [row.change for row in report.rows]
+    with pytest.raises(ValueError, match="holds another erasure: learning_rate=0.001 .now 0.002."):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(learning_rate=2e-3))
+
+
+def test_what_is_sampled_after_training_is_the_base_models(tiny_folder, place):
+    """The evaluation samples anew what has gone from the cache, with weights that are no longer in the model."""
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config())
+    trainer.train()
+    first = trainer.evaluate()
+    shutil.rmtree(place / "cache")
+    (place / "out" / "report.json").unlink()
+    again = trainer.evaluate()
+    assert [row.change for row in again.rows] == [row.change for row in first.rows]
+    assert any(row.change for row in first.rows)
+
+
+def test_a_callback_ends_the_training_and_the_report_is_of_what_it_left(tiny_folder, place):
+    class Stop:
+        def after_step(self, state):
+            state.stop = state.step == 2
+
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config(max_train_steps=9, logging_steps=1), callbacks=[Stop()])
+    assert [entry["step"] for entry in trainer.train()] == [1, 2]
+    report = trainer.evaluate()
+    assert report is not None and (place / "out" / "report.json").is_file()
+    # The whole training is another: it is not taken for finished.
+    whole = SelectiveAmnesiaTrainer(str(tiny_folder), config(max_train_steps=9, overwrite_output_dir=True))
+    with pytest.raises(ValueError, match="call train first"):
+        whole.evaluate()
+
+
+def test_the_bases_own_settings_hold_unless_they_are_written(place):
+    base = str(embedded_pipeline())
+    settings = {"concept": "sneaker", "surrogate": "dress", "output_dir": "out"}
+    by_default = SelectiveAmnesiaTrainer(base, SelectiveAmnesiaConfig(**settings)).config
+    assert (by_default.learning_rate, by_default.num_inference_steps) == (5e-4, 10)
+    # 1e-5 is the general default, and written all the same.
+    written = SelectiveAmnesiaTrainer(base, SelectiveAmnesiaConfig(**settings, learning_rate=1e-5)).config
+    assert (written.learning_rate, written.num_inference_steps) == (1e-5, 10)
+    assert SelectiveAmnesiaConfig(**settings, learning_rate=1e-5).written.keys() == {*settings, "learning_rate"}
+    later = SelectiveAmnesiaConfig(**settings)
+    later.num_eval_images = 7
+    assert SelectiveAmnesiaTrainer(base, later).config.num_eval_images == 7
+
+
+def test_the_bases_own_settings_survive_in_the_erased_folder(tiny_folder, place):
+    base = shutil.copytree(tiny_folder, place / "models" / "base")
+    (place / "prompts.txt").write_text("a coat\na bag\n")
+    own = {"num_inference_steps": 3, "replay_prompts": "../../prompts.txt"}
+    (base / BASE_DEFAULTS_NAME).write_text(json.dumps(own))
+    settings = {name: value for name, value in SMALL.items() if name not in own}
+    first = SelectiveAmnesiaConfig(concept="cat", surrogate="dog", output_dir="out", report_to="none", **settings)
+    SelectiveAmnesiaTrainer(str(base), first).train()
+    second = SelectiveAmnesiaConfig(concept="cow", surrogate="dog", output_dir="again", report_to="none", **settings)
+    trainer = SelectiveAmnesiaTrainer("out", second)
+    assert trainer.config.num_inference_steps == 3
+    assert trainer.config.replay_prompts == str(place / "prompts.txt")
+
+
+def test_mistakes_are_told_in_a_sentence_before_anything_is_sampled(tiny_folder, place):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    for make in (lambda model: SelectiveAmnesiaTrainer(model, config()), FisherEstimator,
+                 lambda model: erase(model, "cat", "dog", **SMALL)):  # fmt: skip
+        with pytest.raises(ValueError, match="a UNet2DConditionModel is not a pipeline: give a DiffusionPipeline"):
+            make(pipeline.unet)
+        with pytest.raises(ValueError, match="weights in float16: load it with dtype=torch.float32"):
+            make(DiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float16))
+    with pytest.raises(ValueError, match='pretrained_model_name_or_path="x": leave the setting out'):
+        SelectiveAmnesiaTrainer(pipeline, config(pretrained_model_name_or_path="x"))
+    assert not (place / "cache").exists()
+
+
+def test_the_old_call_form_works_and_says_what_is_new(tiny_folder, place):
+    objective = objective_for(build_tiny_pipeline())
+    samples = SampleSet(torch.randn(2, 4, 4, 4), ["cat"] * 2, ["dog"] * 2, [0, 1])
+    settings = config(replay_weight=0, ewc_weight=0, output_dir=None)
+    with pytest.warns(DeprecationWarning, match="takes a pipeline or its name"):
+        trainer = SelectiveAmnesiaTrainer(objective, settings, samples, None, None)
+    assert trainer.train()
+    with pytest.warns(DeprecationWarning, match="the argument parameters is now selection"):
+        FisherEstimator(objective, parameters=objective.select("xattn"))
+
+
+# Products that are handed in
+
+
+def test_samples_handed_in_are_those_that_are_trained_on(tiny_folder, place):
+    """The same samples, handed in, end in the same weights; others do not."""
+    made = Erasure(config(pretrained_model_name_or_path=str(tiny_folder), output_dir="expected"))
+    products = {"surrogates": made.surrogates(), "replay": made.replay(), "fisher": made.fisher()}
+    made.run()
+    SelectiveAmnesiaTrainer(str(tiny_folder), config(), **products).train()
+    assert same(saved("out"), saved("expected"))
+    kept = list((place / "cache").glob("*"))
+    other = {**products, "surrogates": SampleSet(products["surrogates"].samples + 1, ["cat"] * 4, ["dog"] * 4, [0] * 4)}
+    with pytest.raises(ValueError, match="holds another erasure: surrogates="):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(), **other)
+    SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="other"), **other).train()
+    assert not same(saved("out"), saved("other"))
+    assert list((place / "cache").glob("*")) == kept
+
+
+def test_prompts_handed_in_are_sampled_from_the_frozen_model(tiny_folder, place):
+    trainer = SelectiveAmnesiaTrainer(
+        str(tiny_folder), config(), surrogates=["a dog", "a wolf", "a fox"], replay=["a cow", "a hen"]
+    )
+    surrogates, replay = trainer._erasure.surrogates(), trainer._erasure.replay()
+    assert (surrogates.conditions, surrogates.sources) == (["cat"] * 3, ["a dog", "a wolf", "a fox"])
+    assert replay.conditions == replay.sources == ["a cow", "a hen"]
+    assert "2 replay images of 2 prompts (given)" in trainer.plan()
+    trainer.train()
+    rows = trainer.evaluate().rows
+    assert {"a cow", "a hen"} <= {row.name for row in rows}
+    with pytest.raises(ValueError, match='1 of 2 replay prompts name the concept "cat"'):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="b"), replay=["a cow", "a cat"])
+
+
+def test_images_handed_in_are_encoded(tiny_folder, place):
+    objective = objective_for(DiffusionPipeline.from_pretrained(tiny_folder))
+    size = objective.resolution
+    tensor = torch.full((2, 3, size, size), 0.5)
+    forms = {
+        "pictures": [picture(127), picture(128)],
+        "tensor": tensor,
+        "rows": [{"image": picture(127), "text": "cat"}, {"image": picture(128), "text": "cat"}],
+    }
+    means = {}
+    for name, given in forms.items():
+        trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir=name), surrogates=given)
+        samples = trainer._erasure.surrogates()
+        assert (samples.conditions, samples.sources) == (["cat"] * 2, [None] * 2)
+        means[name] = samples.samples.mean()
+        assert "2 surrogate images are given" in trainer.plan()
+    assert means["pictures"] == means["rows"]
+    assert torch.isclose(means["pictures"], means["tensor"], atol=1e-2)
+    remembered = SelectiveAmnesiaTrainer(
+        str(tiny_folder), config(output_dir="r"), replay=[{"image": picture(9), "text": "a cow"}] * 3
+    )
+    assert remembered._erasure.replay().conditions == ["a cow"] * 3
+    bare = SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="e"), replay=[picture(9)])
+    assert bare._erasure.replay().conditions == [""]
+    assert bare.train()
+    latents = SelectiveAmnesiaTrainer(
+        str(tiny_folder), config(output_dir="l"), surrogates=trainer._erasure.surrogates().samples
+    )
+    assert torch.equal(latents._erasure.surrogates().samples, trainer._erasure.surrogates().samples)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "surrogates is empty"),
+        ("a dog", 'surrogates="a dog" is a text: give a list of prompts'),
+        (3, "of type int is none of the forms allowed"),
+        ([3], "surrogates: int are not of one kind"),
+        (["a dog", 3], "surrogates: int and str are not of one kind"),
+        (torch.zeros(3, 8, 8), "holds no images"),
+        (torch.full((1, 3, 16, 16), 200.0), "images as a tensor are in .0, 1., and these are in .200, 200.: divide"),
+        (torch.full((1, 3, 16, 16), float("nan")), "images as a tensor are in"),
+        (torch.zeros(1, 3, 5, 5), "images of 5x5 pixels, but the model works on 16x16"),
+        (SampleSet(torch.zeros(1, 7, 8, 8), ["cat"], [None], [0]), "do not fit the model"),
+        (SampleSet(torch.full((1, 4, 8, 8), float("inf")), ["cat"], [None], [0]), "samples are not finite"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_samples_is_refused(tiny_folder, place, given, said):
+    with pytest.raises(ValueError, match=said):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(), surrogates=given)
+    assert not (place / "cache").exists()
+
+
+def test_of_several_concepts_bare_images_belong_to_none(tiny_folder, place):
+    several = {"concept": ["cat", "cow"], "surrogate": ["dog", "horse"]}
+    with pytest.raises(ValueError, match="which of the concepts do the images belong to"):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(**several), surrogates=[picture(1)] * 2)
+    with pytest.raises(ValueError, match="say in the setting surrogate what they are"):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(surrogate=[]), surrogates=[picture(1)])
+
+
+# The estimator
+
+
+@pytest.mark.parametrize("form", ["pipeline", "name"])
+def test_what_the_estimator_records_is_accepted_by_a_run(tiny_folder, place, form):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.unet.train()
+    pipeline.text_encoder.train()
+    model = pipeline if form == "pipeline" else str(tiny_folder)
+    estimator = FisherEstimator(model, "xattn", timesteps=2)
+    information = estimator.estimate(["a dog", "a cow"])
+    assert pipeline.unet.training and pipeline.text_encoder.training
+    information.save_pretrained("fisher")
+    recorded = FisherInformation.from_pretrained("fisher").config
+    assert (recorded["base_model"], recorded["train_method"]) == (str(tiny_folder), "xattn")
+    for given in ("fisher", information):
+        folder = f"out-{type(given).__name__}"
+        settings = config(train_method="xattn", output_dir=folder)
+        trainer = SelectiveAmnesiaTrainer(str(tiny_folder), settings, fisher=given)
+        assert trainer.train()
+    assert same(saved("out-str"), saved("out-FisherInformation"))
+    assert not list((place / "cache").glob("fisher-*"))
+    with pytest.raises(ValueError, match="was computed for the selection 'xattn' and lacks"):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="full"), fisher=information)
+
+
+def test_the_estimator_takes_samples_in_any_form(tiny_folder, place):
+    estimator = FisherEstimator(str(tiny_folder), "xattn", timesteps=2)
+    by_prompts = estimator.estimate(["a dog", "a cow"])
+    objective = estimator.objective
+    from sa_diffusers import SamplingSettings
+
+    settings = SamplingSettings(guidance_scale=1.0)
+    seeds = [20_000_000, 20_000_001]
+    samples = SampleSet(objective.sample(["a dog", "a cow"], seeds, settings), ["a dog", "a cow"], ["a dog", "a cow"],
+                        seeds)  # fmt: skip
+    by_samples = estimator.estimate(samples)
+    assert all(torch.equal(by_prompts.values[name], by_samples.values[name]) for name in by_samples.values)
+    assert by_prompts.config["num_samples"] == 2
+    by_pictures = estimator.estimate([{"image": picture(9), "text": "a dog"}])
+    assert max(value.max() for value in by_pictures.values.values()) > 0
+    with pytest.raises(ValueError, match="samples is empty"):
+        estimator.estimate([])
