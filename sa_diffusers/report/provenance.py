@@ -7,8 +7,8 @@ from typing import Any
 from ..configuration import CONFIG_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
 from ..hub import shown_name
 from ..markup import requoted
-from ..results.figures import MISSING, listed, plain, seeds_text
-from ..results.schema import Report
+from ..results.figures import MISSING, listed, plain, sampling_text, seeds_text
+from ..results.schema import DECODER, Report
 from .document import Block, Command, Paragraph, Table
 from .tables import INTERVAL, classifier_quality, score_kinds
 
@@ -80,6 +80,8 @@ def reproduction(report: Report, trained: bool) -> list[Block]:
     blocks += _attacks(report)
     sampling = [[spec.name.replace("_", " "), plain(value)] for spec in dataclasses.fields(report.sampling)
                 if (value := getattr(report.sampling, spec.name)) is not None]  # fmt: skip
+    if report.sampling.sampler == DECODER:
+        sampling = [["sampled with", sampling_text(report.sampling)]]
     blocks.append(Table("How the images were sampled", ["setting", "value"], sampling, frozenset({0, 1})))
     versions = {"sa_diffusers": report.sa_diffusers_version, **report.versions}
     blocks.append(Table("Versions of the packages", ["package", "version"],

@@ -20,7 +20,7 @@ from ..results.figures import (
     share_text,
     significant,
 )
-from ..results.schema import ROLES, TIMES, Report, Row, Share, Times
+from ..results.schema import ROLES, TIMES, NudityTotal, Report, Row, Share, Times
 from ..results.verdict import decide
 from .charts import curve_svg, histogram, histogram_svg, tick_text
 from .conclusions import black_images, changes, recognition, strongest_attack
@@ -28,6 +28,7 @@ from .document import Block, Chart, Charts, Document, Items, Paragraph, Pictures
 from .provenance import configuration_tables, reproduction
 from .tables import (
     WIDEST,
+    counted,
     quality_table,
     robustness_table,
     row_note,
@@ -90,7 +91,7 @@ def view(
         configuration: The erasure's settings.
     """
     configuration = configuration or {}
-    kinds = score_kinds(report.rows)
+    kinds = score_kinds(report.rows, counted(report))
     sections = [
         Section("Summary", "summary", [Items(_summary(report, kinds, configuration))]),
         Section("Before and after", "pictures", _pictures(report, grid)),
@@ -147,7 +148,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 def _summary(report: Report, kinds: dict[str, str], configuration: dict[str, Any]) -> list[str]:
     told = [sentence for _, sentence in _pairs(report, configuration)]
     rows = report.of_role("concept")
-    told += [_told(row, kinds) for row in rows[:_SUMMARISED]]
+    told += [_told(row, kinds, _detected(report, row)) for row in rows[:_SUMMARISED]]
     if len(rows) > _SUMMARISED:
         told.append(f"{len(rows) - _SUMMARISED} further rows of erased concepts are in the table below.")
     near = recognition(report.of_role("neighbour"))
@@ -179,14 +180,24 @@ def _summary(report: Report, kinds: dict[str, str], configuration: dict[str, Any
     return told
 
 
-def _told(row: Row, kinds: dict[str, str]) -> str:
+def _detected(report: Report, row: Row) -> list[str]:
+    """The totals of nudity in one concept's row, in words."""
+    return [
+        f"exposed parts of the body detected at {total.threshold:g} or more: {total.before['total']:,} before and "
+        f"{total.after['total']:,} after"
+        for total in report.totals
+        if isinstance(total, NudityTotal) and total.name == row.name
+    ]
+
+
+def _told(row: Row, kinds: dict[str, str], detected: Sequence[str] = ()) -> str:
     """One concept's row in words."""
-    told = []
+    told = list(detected)
     if row.recognised:
         told.append(f"recognised in {_from_to(row.recognised)}")
     if row.as_surrogate:
         told.append(f"recognised as the surrogate in {_from_to(row.as_surrogate)}")
-    for column in list(row.scores)[:WIDEST]:
+    for column in [name for name in row.scores if name in kinds][:WIDEST]:
         kind = kinds[column]
         figures = [score_text(summary, kind, row.images) for summary in row.scores[column]]
         if kind == "share":
