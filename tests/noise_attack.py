@@ -1,4 +1,4 @@
-"""An attack that the package does not know: shout the name at a model whose denoiser is shaken. This one file adds it."""
+"""An attack that the package does not know: the name is shouted at a shaken model. This one file adds it."""
 
 from contextlib import contextmanager
 

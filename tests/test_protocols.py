@@ -344,14 +344,18 @@ def test_mistakes_in_the_models_settings_are_one_line(tmp_path, erased, clip_fol
 
 def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder):
     """Neighbours that are chosen and a token that is learned are the same in both, and only one of them scores."""
+    classifier = EMBEDDED / "classifier"
     base = ["--base", tiny_folder, "--erased", tiny_folder, "--concept", "brad pitt", "--surrogate", "a man", "--clip",
             clip_folder, "--images", "2", "--num_inference_steps", "1", "--batch_size", "1"]  # fmt: skip
     attack = ["--inversion_steps", "2", "--inversion_images", "2", "--inversion_batch_size", "2"]
-    runs = {"concept": [], "robustness": attack}
+    runs = {"concept": ["--classifier", str(classifier)], "robustness": attack}
     commands = [[*map(str, base), "--protocol", name, *more, "--output_dir", name] for name, more in runs.items()]
     script = tmp_path / "evaluate.py"
     script.write_text(
-        "import os\nfrom sa_diffusers.commands.evaluate import main\n"
+        "import os\nfrom sa_diffusers.commands.evaluate import main\nfrom sa_diffusers.evaluation import scoring\n"
+        "look_at = scoring.look_at\n"
+        "def told(*given):\n    print('rank', os.environ['RANK'], 'scores')\n    return look_at(*given)\n"
+        "scoring.look_at = told\n"
         f"for arguments in {commands!r}:\n    main(arguments)\n"
         "print('rank', os.environ['RANK'], 'left')\n"
     )
@@ -363,6 +367,8 @@ def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder
     assert result.returncode == 0, result.stderr
     assert "rank 0 left" in result.stdout
     assert "rank 1 left" in result.stdout
+    assert "rank 0 scores" in result.stdout
+    assert "rank 1 scores" not in result.stdout
     assert result.stdout.count("report    ") == 2
     (tmp_path / "one").mkdir()
     for arguments in commands:

@@ -55,10 +55,7 @@ def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig, load: 
         if kind is None:
             # There is no such model: loading it says what is wrong.
             load(role, getattr(args, role))
-    takes, classes = PROTOCOLS[args.protocol].takes, kinds["base"]
-    if takes == "classes" and classes is False:
-        raise ValueError(f"the {args.protocol} protocol needs a model of classes; this one takes prompts")
-    if takes == "prompts" and classes:
+    if PROTOCOLS[args.protocol].takes == "prompts" and kinds["base"]:
         other = "; this one knows classes: take class" if args.protocol in ("concept", "robustness") else ""
         raise ValueError(f"the {args.protocol} protocol needs a model that takes prompts{other}")
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():

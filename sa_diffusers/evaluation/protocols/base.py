@@ -15,7 +15,8 @@ class Protocol(ABC):
     files and loads the detectors that it needs.
 
     Attributes:
-        takes: `"prompts"` or `"classes"`, if it needs a model of either kind.
+        takes: `"prompts"` if it needs a model that takes them: one of classes is refused before it is loaded. None if
+            it is left to the protocol.
 
     Raises:
         ValueError: Something that it needs is not given, or not as it should be.

@@ -11,6 +11,7 @@ from ...data.image_datasets import load_labelled_images
 from ...families import Objective
 from ..classification import ImageClassifier
 from ..comparison import Comparison, compare
+from ..erased import takes_classes
 from ..groups import label_groups
 from ..quality import FeatureNetwork, check_can_measure
 from ..registry import register_protocol
@@ -19,17 +20,19 @@ from ..scoring import Measure
 from ..subject import Subject, draw_both, quality_of
 from .base import Protocol
 
+_OF_PROMPTS = "the class protocol needs a model of classes; this one takes prompts"
+
 
 @register_protocol("class")
 class ClassProtocol(Protocol):
     """See `class_protocol`."""
 
-    takes = "classes"
-
     def __init__(self, request: Request) -> None:
         check_can_measure()
         if not request.config.classifier:
             raise ValueError("the class protocol needs --classifier: a folder or a Hub name of an image classifier")
+        if takes_classes(request.args.base, request.config.revision) is False:
+            raise ValueError(_OF_PROMPTS)
 
     def run(self, evaluation: Evaluation) -> Comparison | None:
         args, subject, classifier = evaluation.args, evaluation.subject, evaluation.classifier
@@ -66,7 +69,7 @@ def class_protocol(
     """
     labels = subject.base.labels
     if labels is None:
-        raise ValueError("the class protocol needs a model of classes; this one takes prompts")
+        raise ValueError(_OF_PROMPTS)
     classifier.check_classes(labels, [pair.concept for pair in subject.pairs])
     groups = label_groups(
         classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
