@@ -290,3 +290,17 @@ def test_a_changed_model_never_shares_its_samples(subject, own, clip_folder):
 def test_the_settings_know_every_protocol():
     (spec,) = [spec for spec in flags_of(EvaluationConfig) if spec.name == "protocol"]
     assert spec.type == Literal[tuple(PROTOCOLS)]
+
+
+def test_earlier_imports_work_and_are_warned_of():
+    earlier = {
+        "clip": "Clip", "concept_protocol": "default_held_out near_and_far concept_protocol ConceptPrompts",
+        "detector_protocols": "celebrity_protocol nudity_protocol NAKED_PROMPT", "faces": "CelebrityDetector",
+        "nudity": "NudityDetector read_i2p", "protocols": "Subject class_protocol draw_both ATTACK_SEEDS",
+        "report": "write_report", "robustness": "robustness_protocol Inversion invert misspellings INVERTED_TOKEN",
+        "statistics": "wilson_interval",
+    }  # fmt: skip
+    for module, names in earlier.items():
+        for name in names.split():
+            with pytest.warns(DeprecationWarning, match=f"evaluation.{module}.{name} is now sa_diffusers"):
+                assert getattr(importlib.import_module(f"sa_diffusers.evaluation.{module}"), name)

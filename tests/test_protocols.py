@@ -289,6 +289,21 @@ def test_an_evaluation_draws_as_the_erasure_did_unless_it_is_told_otherwise(tmp_
     assert max(detail(picture) for picture in pictures(tmp_path / "out")) > 0.5 * detail(clear)
 
 
+@pytest.mark.parametrize(
+    ("script", "prog", "expected"),
+    [
+        ("examples/evaluate_sa.py", None, "sa-diffusers evaluate"),
+        ("/home/a/venv/bin/sa-diffusers", "sa-diffusers evaluate", "sa-diffusers evaluate"),
+        ("/home/a/my_measures.py", None, "python my_measures.py"),
+    ],
+)
+def test_the_report_records_how_it_was_called(monkeypatch, script, prog, expected):
+    words = ["--base", "a b", "--erased", "c", "--protocol", "class"]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    assert parse_args(prog=prog).command == f"{expected} --base 'a b' --erased c --protocol class"
+    assert parse_args(words, prog).command == "sa-diffusers evaluate --base 'a b' --erased c --protocol class"
+
+
 def test_a_base_in_another_place_has_no_revision_and_no_variant_of_the_first(tmp_path, erased, tiny_folder):
     args = parse_args(["--base", str(tiny_folder), "--erased", str(erased), "--protocol", "class"])
     assert (erasure_of(args).revision, erasure_of(args).variant) == (None, None)
