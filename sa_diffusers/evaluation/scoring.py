@@ -68,7 +68,7 @@ def draw_groups(
 ) -> list[Drawn]:
     """Sample every group's images from one model, and score them; see `sample_groups` and `score_groups`.
 
-    Every process scores. With several, sample first and let one of them score, so that none waits for it.
+    For one process. Of several, only the main one has samples to score: let all sample, and that one score.
 
     Args:
         objective: The model.
