@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,9 @@ class SampleGenerator:
         result = kept()
         return result if result is not None else self.drawn(name, conditions, sources, seeds, settings, preview)
 
-    def _keep(self, folder: Path, parts: Iterable[torch.Tensor | None], conditions: Sequence[str], sources: Sequence[str],
-              seeds: Sequence[int], settings: SamplingSettings, preview: bool) -> None:  # fmt: skip
+    def _keep(self, folder: Path, parts: Sequence[torch.Tensor | None], conditions: Sequence[str],
+              sources: Sequence[str], seeds: Sequence[int], settings: SamplingSettings,
+              preview: bool) -> None:  # fmt: skip
         samples = torch.cat([part for part in parts if part is not None])
         result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings))
         pictures = []
