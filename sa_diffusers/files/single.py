@@ -23,6 +23,13 @@ class DamagedArtefact(ValueError):
     """A file of ours is not what was written: cut short, changed, or from elsewhere."""
 
 
+class Recorded(dict):
+    """Values by name that somebody wrote as JSON; what is not recorded there is None."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
 @contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
     """Add to an error of the disk the place and what to do."""
