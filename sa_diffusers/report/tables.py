@@ -26,7 +26,7 @@ INTERVAL = "Wilson, 95 %"
 # More columns of scores than these are shown one line each.
 WIDEST = 3
 _Column = tuple[str, Callable[[Row], str]]
-_SEEN = {"samples": "the samples", "mean": "their mean image"}
+SEEN = {"samples": "the samples", "mean": "their mean image"}
 
 
 def score_kinds(rows: Sequence[Row]) -> dict[str, str]:
@@ -73,8 +73,10 @@ def _distances(rows: Sequence[Row]) -> list[_Column]:
     """How far images are from the base model's own at the same seeds, in each network's features."""
 
     def cell(row: Row, network: str) -> str:
-        distance = row.distance.get(network)
-        return f"{decimal(distance.same_seed)} ({decimal(distance.between_seeds)})" if distance else MISSING
+        if network not in row.distance:
+            return MISSING
+        distance = row.distance[network]
+        return f"{decimal(distance.same_seed)} ({decimal(distance.between_seeds)})"
 
     networks = list(dict.fromkeys(network for row in rows for network in row.distance))
     short = [Path(network).name for network in networks]
@@ -188,7 +190,7 @@ def row_note(report: Report, rows: Sequence[Row]) -> str:
 def surrogate_table(report: Report) -> list[Block]:
     """What the classifier says of the surrogate's own samples."""
     lines = [
-        [name, _SEEN.get(kind, kind), decimal(values.probability), decimal(values.entropy),
+        [name, SEEN.get(kind, kind), decimal(values.probability), decimal(values.entropy),
          share_text(values.recognised)]
         for name, seen in report.surrogate_samples.items()
         for kind, values in seen.items()
