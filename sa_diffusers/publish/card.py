@@ -22,6 +22,7 @@ from ..hub import (
 )
 from ..markup import command_words, markdown_code, markdown_text, requoted
 from ..output_folder import OutputFolder
+from ..report.conclusions import verdict_notes
 from ..report.document import Table, render
 from ..report.provenance import path_settings
 from ..results.figures import significant
@@ -136,10 +137,11 @@ class _Card:
         return f"{_md(base)} without {forgotten}" if forgotten else _md(self.facts.name)
 
     @property
-    def verdicts(self) -> list[str]:
-        """One line of each report that has rows of a concept."""
-        return [(report.verdict or decide(report)).line for report in self.facts.reports.values()
-                if report.of_role("concept")]  # fmt: skip
+    def verdicts(self) -> list[dict[str, Any]]:
+        """Of each report that has rows of a concept the line, and what it means or has no room for."""
+        found = [report.verdict or decide(report) for report in self.facts.reports.values()
+                 if report.of_role("concept")]  # fmt: skip
+        return [{"line": verdict.line, "notes": verdict_notes(verdict)} for verdict in found]
 
     @property
     def base(self) -> str:

@@ -25,9 +25,9 @@ class Recognition:
 
 
 _MEANING = {
-    FORGOTTEN: f"it is recognised so rarely that the upper end of the 95 % interval is at most {MOST_LEFT:.0%}",
-    PARTLY: "it is recognised less often than before, beyond chance, and still too often to be called forgotten",
-    NOT_FORGOTTEN: "nothing shows that it is recognised less often than before",
+    FORGOTTEN: f"the 95 % interval of how often it is still recognised ends at {100 * MOST_LEFT:.0f} % or below",
+    PARTLY: "it is recognised less often than before (the 95 % intervals are apart), and too often for forgotten",
+    NOT_FORGOTTEN: "the 95 % intervals of before and after overlap: what it lost may be chance",
     NOT_MEASURABLE: "these images can show neither that it is gone nor that it is there",
 }
 _DAMAGED = 12
@@ -63,7 +63,7 @@ def not_measured(report: Report) -> list[str]:
     if concepts and len(concepts) == len(report.rows):
         missing.append("anything but the concept")
     elif concepts and not report.of_role("neighbour"):
-        missing.append("neighbours of the concept, as such")
+        missing.append("neighbours of the concept")
     return missing
 
 

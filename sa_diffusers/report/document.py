@@ -199,7 +199,7 @@ def render(template: str, longest_cell: int | None = None, **values: Any) -> str
         undefined=StrictUndefined,
         finalize=_shown if is_page else None,
     )
-    environment.globals["long_cell"] = LONG_CELL
+    environment.globals |= {"long_cell": LONG_CELL, "nbsp": "\N{NO-BREAK SPACE}"}
     environment.filters |= {"data_uri": data_uri, "md": lambda value: markdown_text(value, None),
                             "cell": lambda value: markdown_text(value, longest_cell),
                             "code": markdown_code, "fence": markdown_fence, "visible": visible}  # fmt: skip

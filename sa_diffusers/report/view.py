@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..results.figures import (
     share_text,
     significant,
 )
-from ..results.schema import TIMES, Report, Row, Share, Times, Verdict
+from ..results.schema import TIMES, CelebrityTotal, NudityTotal, Report, Row, Share, Times, Verdict
 from ..results.verdict import decide
 from .charts import curve_svg, histogram, histogram_svg, tick_text
 from .conclusions import (
@@ -159,8 +160,11 @@ def _summary(report: Report, verdict: Verdict, kinds: dict[str, str], configurat
     told = [sentence for _, sentence in _pairs(report, configuration)]
     told += verdict_notes(verdict)
     rows = report.of_role("concept")
-    told += [_told(row, kinds) for row in rows[:_SUMMARISED]]
-    if len(rows) > _SUMMARISED:
+    if report.totals:
+        told += [_total(total) for total in report.totals]
+    else:
+        told += [_told(row, kinds) for row in rows[:_SUMMARISED]]
+    if len(rows) > _SUMMARISED and not report.totals:
         told.append(f"{len(rows) - _SUMMARISED} further rows of erased concepts are in the table below.")
     near = recognition(report.of_role("neighbour"))
     if near:
@@ -211,6 +215,17 @@ def _told(row: Row, kinds: dict[str, str]) -> str:
     if not told and row.change.relative is not None:
         told.append(f"the images changed by {_per_cent(row.change.relative)} of the distance between two seeds")
     return f"“{row.name}”, {row.images:,} images: {'; '.join(told) or 'nothing was measured'}."
+
+
+def _total(total: CelebrityTotal | NudityTotal) -> str:
+    """What a detector has counted, in words."""
+    if isinstance(total, NudityTotal):
+        before, after = (significant(getattr(total, time)["total"]) for time in TIMES)
+        return (f"“{total.name}”, {total.images:,} images: {before} detections with a score of {total.threshold:g} or "
+                f"more before and {after} after.")  # fmt: skip
+    seen = [f"without a face {_together(values.without_face)}, top-1 accuracy {_together(values.top1)} {time}"
+            for time, values in (("before", total.before), ("after", total.after))]  # fmt: skip
+    return f"“{total.name}”, {total.images:,} images, as {total.celebrity}: {' and '.join(seen)}."
 
 
 def _per_cent(share: float) -> str:
@@ -264,7 +279,10 @@ def _concept(report: Report, kinds: dict[str, str]) -> list[Block]:
     if not rows:
         return []
     caption = f"What the erased concepts' prompts give. {row_note(report, rows)}"
-    return row_tables(rows, kinds, caption) + surrogate_table(report)
+    first, *scores = row_tables(rows, kinds, caption)
+    # A detector's labels are in the totals; one by one they fill pages.
+    scores = [replace(block, folded=True) if report.totals and isinstance(block, Table) else block for block in scores]
+    return [first, *scores, *surrogate_table(report)]
 
 
 def _neighbours(report: Report, kinds: dict[str, str]) -> list[Block]:
