@@ -261,7 +261,7 @@ def totals(report: Report) -> list[Block]:
         if isinstance(total, NudityTotal):
             caption = (f"{total.name}, {total.images} images: detections with a score of {total.threshold:g} or more, "
                        "of which a picture may have several.")  # fmt: skip
-            labels = list(total.before)
+            labels = sorted(total.before, key=lambda label: label != "total")
             header = ["", *(label.replace("_", " ") for label in labels)]
             rows = [[time, *(significant(getattr(total, time)[label]) for label in labels)] for time in TIMES]
         else:

@@ -309,7 +309,7 @@ def _histograms(report: Report, kinds: dict[str, str]) -> list[Block]:
     ]
     for name, kind in kinds.items():
         for row in rows:
-            if name not in row.scores or kind == "share":
+            if name not in row.scores or kind == "share" or (kind == "count" and report.totals):
                 continue
             before, after = ([value for value in summary.values if value is not None] for summary in row.scores[name])
             if before or after:
@@ -317,8 +317,8 @@ def _histograms(report: Report, kinds: dict[str, str]) -> list[Block]:
     if not charts:
         return []
     text = (
-        "How the scores of single images are spread, before and after, over the same bins. Scores that are yes or no "
-        "are in the tables alone."
+        "How the scores of single images are spread, before and after, over the same bins. Scores that are yes or no, "
+        "and what is summed up in totals, are in the tables alone."
     )
     return [Paragraph(text), Charts(charts)]
 
