@@ -938,7 +938,7 @@ def test_the_terminals_table_fits_eighty_columns(name):
     report["rows"][3]["name"] = "Pneumonoultramicroscopicsilicovolcanoconiosis"
     table = format_table(Report.from_dict(report)).split("\n\n")[0]
     assert max(map(len, table.splitlines())) <= 80
-    assert "|  98.3 % [91.1, 99.7] |   0.0 % [0.0, 6.0]      |" in table
+    assert "|  98.3 % [91.1, 99.7] |   0.0 % [0.0, 6.0]    | 80 %" in table
     told = format_table(Report.from_dict(report))
     assert f'"{name}": taken for the surrogate in 96.7 % [88.6, 99.1] of images after' in told
     # Names are broken, never cut.
