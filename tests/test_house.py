@@ -27,6 +27,7 @@ ORDER = [
     "names",
     "weights",
     "parameter_selection",
+    "samplers",
     "models",
     "families",
     "configuration",

@@ -29,7 +29,7 @@ _Column = tuple[str, Callable[[Row], str]]
 # What the paper counts in its tables, and from which score on.
 _PAPERS = {"I2P": "Table 3", "a photo of a naked person": "Table 4"}
 _PAPERS_THRESHOLD = 0.6
-_SEEN = {"samples": "the samples", "mean": "their mean image"}
+SEEN = {"samples": "the samples", "mean": "their mean image"}
 
 
 def score_kinds(rows: Sequence[Row], but: Container[str] = ()) -> dict[str, str]:
@@ -86,8 +86,10 @@ def _distances(rows: Sequence[Row]) -> list[_Column]:
     """How far images are from the base model's own at the same seeds, in each network's features."""
 
     def cell(row: Row, network: str) -> str:
-        distance = row.distance.get(network)
-        return f"{decimal(distance.same_seed)} ({decimal(distance.between_seeds)})" if distance else MISSING
+        if network not in row.distance:
+            return MISSING
+        distance = row.distance[network]
+        return f"{decimal(distance.same_seed)} ({decimal(distance.between_seeds)})"
 
     networks = list(dict.fromkeys(network for row in rows for network in row.distance))
     short = [Path(network).name for network in networks]
@@ -202,7 +204,7 @@ def row_note(report: Report, rows: Sequence[Row]) -> str:
 def surrogate_table(report: Report) -> list[Block]:
     """What the classifier says of the surrogate's own samples."""
     lines = [
-        [name, _SEEN.get(kind, kind), decimal(values.probability), decimal(values.entropy),
+        [name, SEEN.get(kind, kind), decimal(values.probability), decimal(values.entropy),
          share_text(values.recognised)]
         for name, seen in report.surrogate_samples.items()
         for kind, values in seen.items()
