@@ -17,15 +17,13 @@ from torchvision.models import resnet50
 from sa_diffusers import SamplingSettings, objective_for, pair_concepts
 from sa_diffusers.commands.evaluate import main
 from sa_diffusers.data.prompt_files import read_prompts
-from sa_diffusers.evaluation.detector_protocols import (
-    CELEBRITY_PROMPTS,
-    NAKED_PROMPT,
-    celebrity_protocol,
-    nudity_protocol,
-)
-from sa_diffusers.evaluation.faces import CelebrityDetector, FaceDetector, find_celebrity, read_labels, widened
-from sa_diffusers.evaluation.nudity import TABLE_LABELS, NudityDetector, column, read_i2p
-from sa_diffusers.evaluation.protocols import Subject
+from sa_diffusers.evaluation.i2p import read_i2p
+from sa_diffusers.evaluation.measures.faces import CelebrityDetector, FaceDetector, find_celebrity, read_labels, widened
+from sa_diffusers.evaluation.measures.nudity import TABLE_LABELS, NudityDetector, column
+from sa_diffusers.evaluation.protocols.celebrity import CELEBRITY_PROMPTS, celebrity_protocol
+from sa_diffusers.evaluation.protocols.nudity import NAKED_PROMPT, nudity_protocol
+from sa_diffusers.evaluation.subject import Subject
+from sa_diffusers.report.tables import totals
 from sa_diffusers.report.terminal import format_totals
 
 from .conftest import build_tiny_pipeline, run_here
@@ -497,6 +495,13 @@ def test_the_script_runs_both_protocols_and_prints_their_totals(tiny_folder, gip
     report = json.loads((tmp_path / "nudity" / "report.json").read_text())
     assert report["blur"] is True
     assert [row["name"] for row in report["rows"]] == ["I2P", NAKED_PROMPT]
+    assert report["command"].startswith("sa-diffusers evaluate --base ")
+    text = (tmp_path / "nudity" / "report.md").read_text()
+    assert str(tmp_path) not in text
+    # Parts of the body in rows, and no column of each of them anywhere.
+    heads = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert max(map(len, heads)) <= 6
+    assert "in total (and on average)" not in text
     # Nothing clear is left in the cache.
     assert not list((tmp_path / "drawn").rglob("*.png"))
     result = run(*nudity, "none", "--show_nudity")
@@ -514,3 +519,30 @@ def test_the_script_runs_both_protocols_and_prints_their_totals(tiny_folder, gip
     refused = run(*celebrity)
     assert refused.returncode == 1
     assert "the celebrity protocol needs --giphy" in refused.stderr
+
+
+def test_totals_of_nudity_are_narrow_tables_with_sums(subject, i2p_table, tmp_path):
+    i2p_table.to_csv(tmp_path / "i2p.csv", index=False)
+    detector = NudityDetector()
+    showing(subject.base, SUIT, COFFEE)
+    showing(subject.erased, CAT)
+    comparison = nudity_protocol(subject, detector, read_i2p(tmp_path / "i2p.csv", ["sexual", "hate"]))
+    tables = totals(comparison.report)
+    assert [table.caption.partition(":")[0] for table in tables] == [
+        "I2P, 2 images, as in the paper's Table 3", "I2P, 2 images",
+        f"{NAKED_PROMPT}, 2 images, as in the paper's Table 4", f"{NAKED_PROMPT}, 2 images",
+    ]  # fmt: skip
+    for table, total in zip(tables, comparison.report.totals, strict=True):
+        assert table.header == ["exposed", "before", "after"]
+        lines = {name: [int(figure) for figure in figures] for name, *figures in table.rows}
+        assert list(lines)[:9] == [label.replace("_", " ") for label in TABLE_LABELS]
+        sums = [lines[name] for name in ("female, together", "male, together", "of either sex, together")]
+        assert [sum(column) for column in zip(*sums, strict=True)] == lines["total"]
+        assert lines["total"] == [total.before["total"], 0]
+        assert lines["female, together"][0] == lines["female breasts"][0] + lines["female genitalia"][0]
+    comparison.save(tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "Score histograms" not in (tmp_path / name).read_text()
+    before = comparison.report.totals[0].before["total"]
+    told = f"{before} detections with a score of 0.6 or more before and 0 after"
+    assert told in (tmp_path / "report.md").read_text().replace("\N{NO-BREAK SPACE}", " ")

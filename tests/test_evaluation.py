@@ -11,12 +11,17 @@ from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from sa_diffusers import SampleSet, SamplingSettings, pair_concepts
+from sa_diffusers.commands.evaluate import main
 from sa_diffusers.evaluation import ImageClassifier, compare, frechet_distance, label_groups, wilson_interval
 from sa_diffusers.evaluation.groups import PromptGroup, prompt_groups
 from sa_diffusers.evaluation.memory import batch_size_for, in_batches
 from sa_diffusers.evaluation.scoring import draw_groups, look_at, sample_groups, score_groups
+from sa_diffusers.markup import requoted
 from sa_diffusers.report.terminal import format_table
 from sa_diffusers.results.statistics import moments
+
+from .conftest import run_here
+from .test_class_models import BUILDERS, tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,47 @@ def classifier_folder(tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def class_classifier(tmp_path_factory):
+    """A classifier of the tiny models' classes, never trained."""
+    folder = tmp_path_factory.mktemp("classes")
+    torch.manual_seed(0)
+    names = dict(enumerate(tiny_vae().labels))
+    sizes = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1]}
+    model = ResNetForImageClassification(
+        ResNetConfig(**sizes, id2label=names, label2id={v: k for k, v in names.items()})
+    )
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["vae", "diffusion"])
+def test_what_decodes_in_one_pass_is_told_without_sampler_and_guidance(tmp_path, class_classifier, kind):
+    BUILDERS[kind]().save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "erased")
+    flags = ["--base", "base", "--erased", "erased", "--protocol", "class", "--concept", "cat", "--classifier",
+             class_classifier, "--images", "4", "--batch_size", "4", "--num_inference_steps", "3", "--guidance_scale",
+             "2.5", "--artifacts_dir", "drawn"]  # fmt: skip
+    result = run_here(main, flags, tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "erased" / "evaluation-class"
+    report = json.loads((folder / "report.json").read_text())
+    texts = [result.stdout, (tmp_path / "erased" / "README.md").read_text()]
+    texts += [(folder / name).read_text() for name in ("report.md", "report.html")]
+    for text in texts:
+        # The command that made it is as it was typed.
+        text = text.replace(shown_command(report), "")
+        assert ("one pass of the decoder" in text) == (kind == "vae")
+        assert ("ddim" in text) == (kind == "diffusion")
+        assert ("guidance" in text) == (kind == "diffusion")
+    assert (report["sampling"]["sampler"] == "decoder") == (kind == "vae")
+
+
+def shown_command(report):
+    return requoted(report["command"])
 
 
 def plain(levels):

@@ -1,5 +1,6 @@
 """A family is one file; its path is asked for noise, targets and timesteps; old names and forms go on working."""
 
+import inspect
 import json
 import warnings
 
@@ -10,8 +11,11 @@ from diffusers import DDPMScheduler
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig, load_pipeline, objective_for
 from sa_diffusers.commands.erase import main as erasing
 from sa_diffusers.commands.evaluate import main as evaluation
+from sa_diffusers.configuration import SAMPLERS as configuration_samplers
 from sa_diffusers.families import SUPPORTED_PIPELINES, DiscretePath, Objective, OneStepPath, family_of, registry
 from sa_diffusers.families.base import digest_of
+from sa_diffusers.families.samplers import sampler_class
+from sa_diffusers.samplers import SAMPLERS
 
 from .conftest import build_tiny_pipeline, run_here
 
@@ -70,6 +74,20 @@ def test_a_pipeline_of_no_family_is_refused_with_those_that_are(new_family, tmp_
             load_pipeline(str(tmp_path / "base"), kinds=SUPPORTED_PIPELINES)
     finally:
         registry._FAMILIES["PixelTextPipeline"] = taken
+
+
+def test_samplers_are_one_table(monkeypatch, tiny_objective):
+    """A line in it is a choice of the command line and a sampler of every diffusion model."""
+    assert tuple(SAMPLERS) == configuration_samplers
+    for name in SAMPLERS:
+        kind, settings = sampler_class(name)
+        assert settings.keys() <= inspect.signature(kind).parameters.keys()
+    with pytest.raises(ValueError, match='sampler="heun" is not one of ddim, ddpm, pndm'):
+        tiny_objective.make_sampler("heun", tiny_objective.pipeline.scheduler)
+    monkeypatch.setitem(SAMPLERS, "heun", ("HeunDiscreteScheduler", {}))
+    sampler = tiny_objective.make_sampler("heun", tiny_objective.pipeline.scheduler)
+    assert type(sampler).__name__ == "HeunDiscreteScheduler"
+    assert sampler.config.beta_end == 0.012
 
 
 def test_a_family_says_how_the_card_samples_from_it():

@@ -11,6 +11,8 @@ from PIL import Image
 from sa_diffusers import SampleGenerator, SampleSet, SamplingSettings, objective_for, pair_concepts
 from sa_diffusers.data.generation import count_black
 from sa_diffusers.data.sample_set import MANIFEST_NAME
+from sa_diffusers.evaluation.groups import PromptGroup
+from sa_diffusers.evaluation.scoring import sample_groups, score_groups
 
 from .conftest import REPOSITORY, build_tiny_pipeline
 
@@ -71,6 +73,49 @@ def test_a_set_is_kept_with_viewable_pictures_and_reused(generator, tmp_path):
     again = generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS)
     assert torch.equal(made.samples, again.samples)
     assert (folder / MANIFEST_NAME).stat().st_mtime_ns == stamp
+
+
+def test_only_what_is_looked_at_is_decoded(generator, monkeypatch):
+    """Twenty samples have sixteen pictures in their preview; a set without a preview has none."""
+    decoded, decode = [], generator.objective.decode
+
+    def counting(samples):
+        decoded.append(len(samples))
+        return decode(samples)
+
+    monkeypatch.setattr(generator.objective, "decode", counting)
+    prompts = [f"thing {number}" for number in range(20)]
+    generator.prompted("replay", prompts, prompts, 0, SETTINGS)
+    assert sum(decoded) == 16
+    made = generator.drawn("evaluation", PROMPTS, PROMPTS, range(6), SETTINGS, preview=False)
+    assert sum(decoded) == 16
+    assert made.black_images is None
+
+
+def test_a_model_that_yields_no_numbers_is_refused_and_nothing_of_it_is_kept(generator, tmp_path):
+    sample = generator.objective.sample
+
+    def broken(prompts, seeds, settings):
+        samples = sample(prompts, seeds, settings)
+        samples[list(prompts).index("hen")] = float("nan")
+        return samples
+
+    generator.objective.sample = broken
+    with pytest.raises(FloatingPointError, match='samples of "hen" are not finite, and none is kept. precision is not'):
+        generator.prompted("replay", PROMPTS[4:], PROMPTS[4:], 0, SETTINGS)
+    assert not [*(tmp_path / "artifacts").glob("replay*")]
+
+
+def test_black_pictures_of_a_broken_decoder_are_counted_wherever_pictures_are_looked_at(generator, tmp_path):
+    def black(samples):
+        return [Image.new("RGB", (16, 16)) for _ in samples]
+
+    generator.objective.decode = black
+    assert generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS).black_images == len(PROMPTS)
+    groups = [PromptGroup("cat", "concept", [*PROMPTS, *PROMPTS, *PROMPTS], range(18))]
+    kept = sample_groups(generator.objective, groups, SETTINGS, tmp_path / "artifacts", generator.accelerator)
+    (drawn,) = score_groups(generator.objective, groups, kept)
+    assert drawn.black == 18
 
 
 @pytest.mark.parametrize("change", ["prompts", "seed", "guidance", "model"])

@@ -23,6 +23,7 @@ from sa_diffusers.commands.erase import parse_config
 from sa_diffusers.configuration import FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
+from sa_diffusers.families import Family, register, registry
 from sa_diffusers.files import read_json, write_json
 from sa_diffusers.hub import CARD_MARKER, drop_local_names, published_files, repository_name, without_local_paths
 from sa_diffusers.publish import build_model_card, write_model_card
@@ -258,6 +259,34 @@ def test_any_file_may_be_missing(tmp_path, missing):
     text = str(build_model_card(folder))
     assert card_errors(text) == []
     assert 'without "brad pitt"' in text
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_the_card_of_somebodys_own_family_names_its_script_or_says_that_none_is_known(tmp_path, registered):
+    """Whoever pushes the folder later may not have registered the family: plain diffusers loads it all the same."""
+    folder = full_folder(tmp_path / "out")
+    pipeline_index(folder, _class_name="OwnPipeline")
+
+    class OwnFamily(Family):
+        script = "train_own.py"
+
+        @classmethod
+        def card_snippet(cls, condition):
+            return f"image = pipeline.make({condition!r})"
+
+    if registered:
+        register("OwnPipeline")(OwnFamily)
+    try:
+        text = str(build_model_card(folder))
+    finally:
+        registry._FAMILIES.pop("OwnPipeline", None)
+    snippet, command = check_card(text)[:2]
+    assert ("image = pipeline.make(" in snippet) == registered
+    assert ("image = pipeline(" in snippet) != registered
+    script = "examples/train_own.py" if registered else "YOUR_SCRIPT.py"
+    assert command.startswith(f"accelerate launch {script} --config selective_amnesia.json")
+    told = "`YOUR_SCRIPT.py` stands for the script of whoever wrote the family of `OwnPipeline`"
+    assert (told in text) != registered
 
 
 def test_names_of_files_are_those_that_the_evaluation_writes():

@@ -19,11 +19,14 @@ from sa_diffusers import SampleSet, load_pipeline, objective_for
 from sa_diffusers.commands.evaluate import main, parse_args
 from sa_diffusers.data.prompt_files import read_prompts
 from sa_diffusers.data.sensitive import must_blur
-from sa_diffusers.evaluation.clip import Clip
+from sa_diffusers.evaluation.attacks import Inversion
+from sa_diffusers.evaluation.attacks.inversion import INVERTED_TOKEN, invert
+from sa_diffusers.evaluation.attacks.misspellings import misspellings
 from sa_diffusers.evaluation.command_line import erasure_of
-from sa_diffusers.evaluation.concept_protocol import evoking_prompts, near_and_far, text_embeddings
+from sa_diffusers.evaluation.measures.clip import Clip
 from sa_diffusers.evaluation.memory import batch_size_for
-from sa_diffusers.evaluation.robustness import INVERTED_TOKEN, Inversion, invert, misspellings
+from sa_diffusers.evaluation.neighbours import near_and_far, text_embeddings
+from sa_diffusers.evaluation.protocols.concept import evoking_prompts
 from sa_diffusers.families import SamplingSettings
 from sa_diffusers.families.paths import draw_timesteps
 from sa_diffusers.names import names_concept
@@ -286,6 +289,21 @@ def test_an_evaluation_draws_as_the_erasure_did_unless_it_is_told_otherwise(tmp_
     assert max(detail(picture) for picture in pictures(tmp_path / "out")) > 0.5 * detail(clear)
 
 
+@pytest.mark.parametrize(
+    ("script", "prog", "expected"),
+    [
+        ("examples/evaluate_sa.py", None, "sa-diffusers evaluate"),
+        ("/home/a/venv/bin/sa-diffusers", "sa-diffusers evaluate", "sa-diffusers evaluate"),
+        ("/home/a/my_measures.py", None, "python my_measures.py"),
+    ],
+)
+def test_the_report_records_how_it_was_called(monkeypatch, script, prog, expected):
+    words = ["--base", "a b", "--erased", "c", "--protocol", "class"]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    assert parse_args(prog=prog).command == f"{expected} --base 'a b' --erased c --protocol class"
+    assert parse_args(words, prog).command == "sa-diffusers evaluate --base 'a b' --erased c --protocol class"
+
+
 def test_a_base_in_another_place_has_no_revision_and_no_variant_of_the_first(tmp_path, erased, tiny_folder):
     args = parse_args(["--base", str(tiny_folder), "--erased", str(erased), "--protocol", "class"])
     assert (erasure_of(args).revision, erasure_of(args).variant) == (None, None)
@@ -341,14 +359,18 @@ def test_mistakes_in_the_models_settings_are_one_line(tmp_path, erased, clip_fol
 
 def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder):
     """Neighbours that are chosen and a token that is learned are the same in both, and only one of them scores."""
+    classifier = EMBEDDED / "classifier"
     base = ["--base", tiny_folder, "--erased", tiny_folder, "--concept", "brad pitt", "--surrogate", "a man", "--clip",
             clip_folder, "--images", "2", "--num_inference_steps", "1", "--batch_size", "1"]  # fmt: skip
     attack = ["--inversion_steps", "2", "--inversion_images", "2", "--inversion_batch_size", "2"]
-    runs = {"concept": [], "robustness": attack}
+    runs = {"concept": ["--classifier", str(classifier)], "robustness": attack}
     commands = [[*map(str, base), "--protocol", name, *more, "--output_dir", name] for name, more in runs.items()]
     script = tmp_path / "evaluate.py"
     script.write_text(
-        "import os\nfrom sa_diffusers.commands.evaluate import main\n"
+        "import os\nfrom sa_diffusers.commands.evaluate import main\nfrom sa_diffusers.evaluation import scoring\n"
+        "look_at = scoring.look_at\n"
+        "def told(*given):\n    print('rank', os.environ['RANK'], 'scores')\n    return look_at(*given)\n"
+        "scoring.look_at = told\n"
         f"for arguments in {commands!r}:\n    main(arguments)\n"
         "print('rank', os.environ['RANK'], 'left')\n"
     )
@@ -360,6 +382,8 @@ def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder
     assert result.returncode == 0, result.stderr
     assert "rank 0 left" in result.stdout
     assert "rank 1 left" in result.stdout
+    assert "rank 0 scores" in result.stdout
+    assert "rank 1 scores" not in result.stdout
     assert result.stdout.count("report    ") == 2
     (tmp_path / "one").mkdir()
     for arguments in commands:

@@ -20,8 +20,10 @@ from sa_diffusers.data.sensitive import blurred, must_blur
 from sa_diffusers.evaluation import Comparison
 from sa_diffusers.report import write_report
 from sa_diffusers.report.charts import HEIGHT, WIDTH, curve_svg, histogram
+from sa_diffusers.report.terminal import format_table
 from sa_diffusers.results import Report, Share, Summary
 from sa_diffusers.results.figures import decimal, percent, share_text, significant, spread_text
+from sa_diffusers.results.parts import ROLES
 from sa_diffusers.results.statistics import wilson_interval
 
 from .conftest import REPOSITORY
@@ -861,3 +863,87 @@ def test_the_verdict_stands_at_the_top_of_both_files(tmp_path, share_after, outc
     assert {"class": f"verdict {outcome.replace(' ', '-')}"} in page.of("p")
     assert line in page.text
     assert page.text.index(line) < page.text.index("Base model" if "Base model" in page.text else "Images")
+
+
+def test_the_summary_says_what_the_verdict_means_and_what_was_not_measured(tmp_path):
+    report = bare_report()
+    report["rows"][0] |= {"images": 60, "recognised": {"before": share(60, 60), "after": share(8, 60)}}
+    for text in (unescaped(text) for text in save(tmp_path, report)):
+        assert "“Partly” of a concept means: it is recognised less often than before" in text
+        assert "Not measured here: attempts to bring the concept back; neighbours of the concept." in text
+    bare = unescaped(save(tmp_path, bare_report())[0])
+    assert "Not measured here: whether anything still takes the images for the concept (no classifier" in bare
+    # Everything is there.
+    assert "Not measured here" not in save(tmp_path, full_report())[0]
+
+
+def test_each_of_several_concepts_and_all_damage_is_told_in_the_summary(tmp_path):
+    report = full_report(images=60)
+    report["pairs"].append({"concept": "Emma Watson", "surrogate": "a young woman", "kind": "prompt"})
+    report["rows"][0]["concept"] = "Emma Stone"
+    report["rows"][1]["concept"] = "Emma Watson"
+    report["rows"][1]["recognised"]["after"] = share(59, 60)
+    for number in (3, 4, 5, 6):
+        report["rows"][number]["paired"] = {"lost": 30, "gained": 0}
+    told = unescaped(save(tmp_path, report)[0])
+    assert "- Forgotten: “Emma Stone” is recognised in 0.0 % [0.0, 6.0] of images, before in 98.3 %" in told
+    assert "- Not forgotten: “Emma Stone (paraphrases)” is recognised in 98.3 %" in told
+    # The verdict's line names three.
+    assert "- Damaged, of 4 that should have stayed: “Emma Watson”, “Ryan Gosling”, “a dog”, “a teapot”." in told
+
+
+def test_the_concepts_rows_come_first_in_every_table(tmp_path):
+    report = full_report()
+    report["rows"] = report["rows"][::-1]
+    markdown, text = save(tmp_path, report)
+    roles = [line[1] for line in table_rows(markdown) if len(line) > 1 and line[1] in ROLES]
+    reproduced = roles[-len(report["rows"]) :]
+    assert reproduced == ["concept"] * 2 + ["surrogate"] + ["neighbour"] * 2 + ["remembered"] * 2
+    # Where the rest of a long list of prompts is, is told by its place in the file.
+    report["rows"][-1]["prompts"] = [str(number) for number in range(20)]
+    assert "and 8 more, in rows\\[6\\] of report.json" in save(tmp_path, report)[0]
+
+
+def test_a_wordy_table_stays_a_table_for_who_hears_the_page(tmp_path):
+    """On a phone its rows are blocks; each cell then says its column, and every part its role."""
+    page = Page(save(tmp_path, full_report())[1])
+    wordy = [attributes for attributes in page.of("table") if attributes.get("class") == "wordy"]
+    assert wordy
+    assert all(attributes["role"] == "table" for attributes in wordy)
+    cells = [attributes for attributes in page.of("td") if "data-title" in attributes]
+    assert {"prompts", "value", "how"} <= {attributes["data-title"] for attributes in cells}
+    assert all(attributes["role"] == "cell" for attributes in cells)
+    assert len(wordy) < len(page.of("table"))
+
+
+def test_what_a_detector_counted_is_summed_up_and_its_labels_are_folded(tmp_path):
+    report = bare_report()
+    report["rows"] = report["rows"][:1]
+    report["rows"][0]["scores"] = {f"label {number}": scores(20, 0)["breasts_exposed"] for number in range(6)}
+    report["totals"] = [{"name": "I2P", "images": 4703, "threshold": 0.6,
+                         "before": {"female_breasts": 1321, "total": 1400},
+                         "after": {"female_breasts": 7, "total": 12}}]  # fmt: skip
+    markdown, text = save(tmp_path, report)
+    assert "“I2P”, 4,703 images: 1,400 detections with a score of 0.6 or more before and 12 after." in markdown
+    assert "label 0, in total" not in markdown.split("##")[1]
+    assert [row for row in table_rows(markdown) if row[0] in ("female breasts", "total")] == [
+        ["female breasts", "1,321", "7"],
+        ["total", "1,400", "12"],
+    ]
+    page = Page(text)
+    assert page.of("details")
+    assert not page.of("svg")
+
+
+@pytest.mark.parametrize("name", ["sneaker (trained phrasings)", "a rainbow trout under a very long wooden bridge"])
+def test_the_terminals_table_fits_eighty_columns(name):
+    report = full_report(name, 60)
+    report["rows"][3]["name"] = "Pneumonoultramicroscopicsilicovolcanoconiosis"
+    table = format_table(Report.from_dict(report)).split("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "|  98.3 % [91.1, 99.7] |   0.0 % [0.0, 6.0]    | 80 %" in table
+    told = format_table(Report.from_dict(report))
+    assert f'"{name}": taken for the surrogate in 96.7 % [88.6, 99.1] of images after' in told
+    # Names are broken, never cut.
+    letters = "".join(line.split("|")[0].strip() for line in table.splitlines())
+    assert name.replace(" ", "") in letters.replace(" ", "")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sa_diffusers.commands.erase import main
-from sa_diffusers.data.generation import SampleGenerator, _Part, _part, _read_part, _write_part
+from sa_diffusers.data.generation import SampleGenerator, _part, _read_part, _write_part
 from sa_diffusers.data.sample_set import SampleSet
 from sa_diffusers.environment import create_accelerator
 from sa_diffusers.files import (
@@ -71,8 +71,8 @@ def weights(folder):
 def test_a_part_counts_in_its_own_place_only(tmp_path):
     """A batch of another place, well-formed and finite, is not taken for this one."""
     mine, other = _part(tmp_path / ".part-replay-1", 0), _part(tmp_path / ".part-replay-1", 3)
-    _write_part(mine, _Part(torch.ones(3, 4), 0))
-    assert torch.equal(_read_part(mine).samples, torch.ones(3, 4))
+    _write_part(mine, torch.ones(3, 4))
+    assert torch.equal(_read_part(mine), torch.ones(3, 4))
     other.write_bytes(mine.read_bytes())
     assert _read_part(other) is None
     assert not other.exists()
@@ -106,7 +106,7 @@ def test_parts_that_a_dead_run_left_go_when_their_set_is_read(tiny_objective, ti
     settings = sampling_settings(tiny_config)
     generator.drawn("replay", ["cat"], ["cat"], [1], settings)
     folder = generator.folder("replay", ["cat"], ["cat"], [1], settings)
-    _write_part(_part(tmp_path / f".part-{folder.name}-5", 0), _Part(torch.ones(1), 0))
+    _write_part(_part(tmp_path / f".part-{folder.name}-5", 0), torch.ones(1))
     generator.drawn("replay", ["cat"], ["cat"], [1], settings)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

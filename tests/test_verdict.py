@@ -11,8 +11,8 @@ from sa_diffusers import pair_concepts
 from sa_diffusers.commands.erase import main
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
 from sa_diffusers.configuration.evaluation import DEFAULT_CLIP
-from sa_diffusers.evaluation.clip import local_clip
 from sa_diffusers.evaluation.groups import MOST_LABELS, label_groups, prompt_groups
+from sa_diffusers.evaluation.measures.clip import local_clip
 from sa_diffusers.results import Report, Row, Share, Summary, Times, decide
 from sa_diffusers.results.schema import Certainty, ErasedPair, Paired, Towards
 from sa_diffusers.results.statistics import holm, images_for, sign_test, wilson_interval

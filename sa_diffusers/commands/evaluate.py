@@ -3,10 +3,13 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..configuration import EvaluationConfig
 from .parser import build_parser, one_line_errors, parse
 
+# Scripts that do what the command does.
+_SAME = ("evaluate_sa.py", "sa-diffusers", "__main__.py")
 _EPILOG = """\
     sa-diffusers evaluate --base CompVis/stable-diffusion-v1-4 --erased brad-pitt --protocol concept
     sa-diffusers evaluate --base mnist-base --erased 0 --protocol class --classifier mnist-classifier \\
@@ -25,8 +28,16 @@ def parse_args(arguments: Sequence[str] | None = None, prog: str | None = None) 
     """
     description = "Measure what a saved pipeline has forgotten and what it has kept, against its base."
     config = parse(build_parser(EvaluationConfig, prog, description, _EPILOG), EvaluationConfig, arguments)
-    config.command = shlex.join(["evaluate_sa.py", *(sys.argv[1:] if arguments is None else arguments)])
+    config.command = _command(arguments, prog)
     return config
+
+
+def _command(arguments: Sequence[str] | None, prog: str | None) -> str:
+    """How it was called: by a script of one's own, that may have registered more than the command knows, or not."""
+    script = Path(sys.argv[0]).name
+    own = prog is None and arguments is None and script not in _SAME
+    words = ["python", script] if own else ["sa-diffusers", "evaluate"]
+    return shlex.join([*words, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

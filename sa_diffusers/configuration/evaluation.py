@@ -1,6 +1,6 @@
 """The settings of an evaluation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,8 @@ DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DEFAULT_I2P = "AIML-TUDA/i2p"
 # A row's images; for the celebrity a prompt's, for nudity those of the naked person.
 IMAGES = {"class": 500, "concept": 50, "robustness": 50, "celebrity": 20, "nudity": 1000}
+# Of a protocol that says nothing else.
+_MANY = 50
 _KNOWN = ", ".join(f"{protocol} {count}" for protocol, count in IMAGES.items())
 
 
@@ -81,6 +83,12 @@ class _Scoring(Settings):
         metavar="NAME",
     )
     inception_weights: str | None = flag(None, "file of the Inception network's weights [downloaded]")
+    measures: list[str] = flag(
+        [],
+        "measures of every image beside the protocol's own: clip, nudity, celebrity, or what a script of one's own "
+        "has registered",
+        metavar="NAME",
+    )
     real: str | None = flag(
         None,
         "real images (class): a folder with IDX files, or with a folder of each class, a parquet file, or a Hub "
@@ -164,3 +172,11 @@ class EvaluationConfig(_Attack, _Detectors, _Prompts, _Scoring, _Sampling, _Mode
         if self.output_dir is None:
             folder = Path(self.erased)
             self.output_dir = (folder if folder.is_dir() else Path(folder.name)) / f"evaluation-{self.protocol}"
+
+
+def add_protocol(name: str, images: int | None = None) -> None:
+    """Let `protocol` be one more name, with so many images a row by default."""
+    if name not in IMAGES or images is not None:
+        IMAGES[name] = images or _MANY
+    (spec,) = [spec for spec in fields(EvaluationConfig) if spec.name == "protocol"]
+    spec.type = Literal[tuple(IMAGES)]

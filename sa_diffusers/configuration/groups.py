@@ -4,18 +4,22 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..messages import shown
+from ..samplers import SAMPLERS as _SAMPLERS
 from .fields import Settings, flag
 
-Sampler = Literal["ddim", "ddpm", "pndm", "euler", "dpmsolver++", "dpmsolver++_logsnr", "unipc"]
+if TYPE_CHECKING:
+    Sampler = str
+else:
+    Sampler = Literal[tuple(_SAMPLERS)]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 Precision = Literal["no", "fp16", "bf16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Blur = Literal["auto", "yes", "no"]
-SAMPLERS = get_args(Sampler)
+SAMPLERS = tuple(_SAMPLERS)
 LR_SCHEDULERS = get_args(Schedule)
 
 

@@ -3,8 +3,7 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,6 @@ def surrogate_requests(
         conditions.append(fill_template(template, pair.concept))
         sources.append(fill_template(template, pair.surrogate.value))
     return chosen, conditions, sources
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A batch of samples on its way to a set."""
-
-    samples: torch.Tensor
-    black: int
 
 
 class SampleGenerator:
@@ -183,7 +174,7 @@ class SampleGenerator:
             return result
         # The batch size changes rounding, and what goes on must end in the same bits.
         parts = folder.with_name(f"{_PART}{folder.name}-{settings.batch_size}")
-        self._sample(name, sources, seeds, settings, parts, folder, preview)
+        self._sample(name, sources, seeds, settings, parts, folder)
         starts = range(0, len(sources), settings.batch_size)
         if is_main:
             # Parts go away when another run with the same set is done with it.
@@ -191,7 +182,7 @@ class SampleGenerator:
             if not folder.is_dir():
                 with finishing():
                     batches = [_read_part(_part(parts, start)) for start in starts]
-                    if None not in batches:
+                    if not any(batch is None for batch in batches):
                         self._keep(folder, batches, conditions, sources, seeds, settings, preview)
             if folder.is_dir():
                 shutil.rmtree(parts, ignore_errors=True)
@@ -200,18 +191,18 @@ class SampleGenerator:
         result = kept()
         return result if result is not None else self.drawn(name, conditions, sources, seeds, settings, preview)
 
-    def _keep(self, folder: Path, parts: Iterable[_Part | None], conditions: Sequence[str], sources: Sequence[str],
-              seeds: Sequence[int], settings: SamplingSettings, preview: bool) -> None:  # fmt: skip
-        whole = [part for part in parts if part is not None]
-        samples = torch.cat([part.samples for part in whole])
+    def _keep(self, folder: Path, parts: Sequence[torch.Tensor | None], conditions: Sequence[str],
+              sources: Sequence[str], seeds: Sequence[int], settings: SamplingSettings,
+              preview: bool) -> None:  # fmt: skip
+        samples = torch.cat([part for part in parts if part is not None])
         result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings))
         pictures = []
         if preview:
-            result.black_images = sum(part.black for part in whole)
-            pictures = self._decoded(samples[:PREVIEW_IMAGES], settings)
+            pictures = self._decoded(samples[:PREVIEW_IMAGES])
+            result.black_images = count_black(pictures)
         result.save(folder, [blurred(picture) for picture in pictures] if self.blur else pictures)
 
-    def _decoded(self, samples: torch.Tensor, settings: SamplingSettings) -> list[Image.Image]:
+    def _decoded(self, samples: torch.Tensor) -> list[Image.Image]:
         def decode(size: int) -> list[Image.Image]:
             return [picture for part in samples.split(size)
                     for picture in self.objective.decode(part.to(self.objective.device))]  # fmt: skip
@@ -219,7 +210,7 @@ class SampleGenerator:
         return shrinking(decode, max(len(samples), 1), "sample_batch_size")
 
     def _sample(self, name: str, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings,
-                parts: Path, folder: Path, preview: bool) -> None:  # fmt: skip
+                parts: Path, folder: Path) -> None:  # fmt: skip
         """Sample this process's batches into files of their own, those that are not there yet."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         # Whole batches go to processes, so that a batch holds the same images however many processes there are.
@@ -236,9 +227,8 @@ class SampleGenerator:
                     return
                 batch = slice(start, start + settings.batch_size)
                 samples = self._batch(list(prompts[batch]), list(seeds[batch]), settings)
-                black = count_black(self._decoded(samples, settings)) if preview else 0
                 try:
-                    _write_part(_part(parts, start), _Part(samples, black))
+                    _write_part(_part(parts, start), samples)
                 except OSError:
                     # Another run has made the set, and removed all parts.
                     if not folder.is_dir():
@@ -304,20 +294,20 @@ def _part(parts: Path, start: int) -> Path:
     return parts / f"{start:09d}.safetensors"
 
 
-def _write_part(path: Path, part: _Part) -> None:
-    samples = part.samples.contiguous()
-    content = {"black": str(part.black), "digest": _part_digest(path, samples)}
+def _write_part(path: Path, samples: torch.Tensor) -> None:
+    samples = samples.contiguous()
+    content = {"digest": _part_digest(path, samples)}
     write_bytes(path, save({"samples": samples}, metadata=content), flush=False)
 
 
-def _read_part(path: Path) -> _Part | None:
+def _read_part(path: Path) -> torch.Tensor | None:
     """None if it is not there or not whole."""
     try:
         with safe_open(path, "pt") as file:
             content = file.metadata() or {}
         samples = load_tensors(path.read_bytes())["samples"]
         if content.get("digest") == _part_digest(path, samples) and torch.isfinite(samples).all():
-            return _Part(samples, int(content["black"]))
+            return samples
     except (OSError, SafetensorError, KeyError, ValueError):
         pass
     path.unlink(missing_ok=True)

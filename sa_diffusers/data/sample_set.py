@@ -30,7 +30,7 @@ class SampleSet:
             for an image of the user's.
         seeds: For each sample the seed that drew it.
         origin: The base model's fingerprint and the sampling settings.
-        black_images: Number of samples whose pictures are black (None: not decoded).
+        black_images: How many of the previewed pictures are black (None: there is no preview).
     """
 
     samples: torch.Tensor

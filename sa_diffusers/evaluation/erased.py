@@ -4,12 +4,14 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..configuration import CONFIG_NAME, REPORT_NAME
 from ..files import read_json
 from ..hub import HUB_TIMEOUT_SECONDS
+from ..results import Report
 
 
 def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -25,12 +27,23 @@ def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str
     Raises:
         ValueError: A file is not valid JSON, or holds something else than named values.
     """
-    settings, report = (_recorded(name_or_path, name, revision) for name in (CONFIG_NAME, REPORT_NAME))
+    settings, found = (_recorded(name_or_path, name, revision) for name in (CONFIG_NAME, REPORT_NAME))
     settings.pop("sa_diffusers_version", None)
     # The settings may leave it to the machine that erased.
-    if report.get("mixed_precision"):
-        settings["mixed_precision"] = report["mixed_precision"]
+    precision = Report.from_dict(found, str(Path(name_or_path) / REPORT_NAME)).mixed_precision
+    if precision:
+        settings["mixed_precision"] = precision
     return settings
+
+
+def takes_classes(name_or_path: str, revision: str | None = None) -> bool | None:
+    """Whether a saved pipeline is sampled under classes, by its index alone; None where that cannot be read."""
+    try:
+        index = _recorded(name_or_path, DiffusionPipeline.config_name, revision)
+    except (ValueError, OSError):
+        # Loading says what is wrong with it.
+        return None
+    return "id2label" in index if index else None
 
 
 def _recorded(name_or_path: str, name: str, revision: str | None) -> dict[str, Any]:

@@ -10,6 +10,14 @@ from ..names import names_concept
 # A classifier's labels are not the model's world: with more of them not each has a row.
 MOST_LABELS = 20
 REMEMBERED_PROMPTS = 6
+NAMING_TEMPLATES = ("{}", "a photo of {}", "a close-up of {}", "{} on a white background", "{} at night")
+HELD_OUT_TEMPLATES = (
+    "this is what {} looks like",
+    "an old snapshot that shows {}",
+    "{} on the cover of a magazine",
+    "a pencil drawing of {}",
+    "{} seen through a window",
+)
 
 
 @dataclass(frozen=True)
@@ -182,3 +190,8 @@ def _seeds(first_seed: int, number: int, count: int) -> tuple[int, ...]:
 
 def _spread(templates: Sequence[str], concept: str, count: int) -> tuple[str, ...]:
     return tuple(fill_template(templates[number % len(templates)], concept) for number in range(count))
+
+
+def default_held_out(trained: Sequence[str]) -> list[str]:
+    """The built-in phrasings but those of the training."""
+    return [text for text in (*NAMING_TEMPLATES, *HELD_OUT_TEMPLATES) if text not in trained]

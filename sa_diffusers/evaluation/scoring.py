@@ -24,7 +24,7 @@ _CHUNK = 128
 
 
 class Measure(Protocol):
-    """Scores pictures one by one."""
+    """Scores pictures one by one. A class under `@register_measure("name")` is one that `--measures` can name."""
 
     def provenance(self) -> dict[str, Any]:
         """What a figure depends on: the evaluator's `"name"`, its version or weights, threshold, label set."""
@@ -68,7 +68,7 @@ def draw_groups(
 ) -> list[Drawn]:
     """Sample every group's images from one model, and score them; see `sample_groups` and `score_groups`.
 
-    Every process scores. With several, sample first and let one of them score, so that none waits for it.
+    For one process. Of several, only the main one has samples to score: let all sample, and that one score.
 
     Args:
         objective: The model.
@@ -90,15 +90,24 @@ def sample_groups(
     settings: SamplingSettings,
     artifacts_dir: str | Path,
     accelerator: Accelerator,
+    fingerprint: str | None = None,
 ) -> list[list[torch.Tensor]]:
     """Sample every group's images from one model: the part in which processes wait for each other.
 
     Samples go to disk in parts, and what was drawn before is read: a run that was killed goes on where it stopped.
 
+    Args:
+        objective: The model.
+        groups: What to sample.
+        settings: Sampler, steps, guidance.
+        artifacts_dir: Where samples are kept.
+        accelerator: The processes that share the sampling.
+        fingerprint: Of the model (default: computed).
+
     Returns:
         For each group its samples, set by set, in the main process: another run may delete what is on disk.
     """
-    generator = SampleGenerator(objective, artifacts_dir, accelerator)
+    generator = SampleGenerator(objective, artifacts_dir, accelerator, fingerprint)
     kept = []
     for group in groups:
         parts = []

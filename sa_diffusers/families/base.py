@@ -35,7 +35,7 @@ class SamplingSettings:
     """How images are sampled from a model.
 
     Attributes:
-        sampler: Name of the sampler, one of `sa_diffusers.configuration.SAMPLERS`.
+        sampler: Name of the sampler, one of `sa_diffusers.samplers.SAMPLERS`.
         num_inference_steps: Its steps.
         guidance_scale: Classifier-free guidance as diffusers defines it; 1 samples without.
         batch_size: Images sampled at once. It changes rounding, nothing else.
@@ -84,7 +84,7 @@ class Family(ABC):
         own_pipeline: The class of its pipeline, where it is not one of diffusers.
         own_models: Name -> class of the pipeline's parts that are not of diffusers nor of transformers.
         title: What the family is called in messages, if its pipeline's name does not say.
-        script: The example that erases from it, for the card.
+        script: The script in `examples/` that erases from it, for the card; None where it is the user's own.
     """
 
     kind: str
@@ -98,7 +98,7 @@ class Family(ABC):
     own_pipeline: type | None = None
     own_models: Mapping[str, type] = {}
     title: str = ""
-    script: str = "train_sa.py"
+    script: str | None = None
 
     @classmethod
     def from_pipeline(

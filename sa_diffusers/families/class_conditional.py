@@ -31,6 +31,7 @@ class ClassConditionalObjective(DiffusionObjective):
     """
 
     kind = "class-conditional-diffusion"
+    script = "train_sa.py"
     reduction = "sum"
     path_class = PixelPath
     fixed_resolution = True

@@ -28,6 +28,7 @@ class ConditionalVAEObjective(Objective):
     """
 
     kind = "conditional-vae"
+    script = "train_sa.py"
     reduction = "sum"
     unconditional = False
     shows_means = True

@@ -8,9 +8,10 @@ from typing import Any
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
 from ..messages import shown_error
+from ..samplers import SAMPLERS
 from .base import Objective, SamplingSettings
 from .paths import PREDICTION_TYPES, DiscretePath
-from .samplers import SAMPLER_CLASSES, check_scheduler, rescales
+from .samplers import check_scheduler, rescales, sampler_class
 
 __all__ = ["PREDICTION_TYPES", "DiffusionObjective", "check_scheduler"]
 
@@ -65,11 +66,9 @@ class DiffusionObjective(Objective):
         Raises:
             ValueError: The sampler does not exist, or cannot follow these betas.
         """
-        if name not in SAMPLER_CLASSES:
-            raise ValueError(f'sampler="{name}" is not one of {", ".join(SAMPLER_CLASSES)}')
-        kind, options = SAMPLER_CLASSES[name]
+        kind, options = sampler_class(name)
         if self.zero_terminal_snr and not rescales(kind):
-            able = ", ".join(other for other, (cls, _) in SAMPLER_CLASSES.items() if rescales(cls))
+            able = ", ".join(other for other in SAMPLERS if rescales(sampler_class(other)[0]))
             raise ValueError(
                 f'sampler="{name}" ignores rescale_betas_zero_snr, which the model\'s scheduler sets: use one of {able}'
             )

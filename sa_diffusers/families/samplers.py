@@ -1,32 +1,14 @@
-"""The samplers of diffusion models, and which schedulers of a model they can follow."""
+"""Which schedulers of a model the samplers can follow, and the samplers' own classes."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 
 from ..messages import shown
+from ..samplers import SAMPLERS
 
-# Samples are not clipped to [-1, 1], and PNDM's first steps are left out as Stable Diffusion does.
-SAMPLER_CLASSES: dict[str, tuple[type, dict[str, bool]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
-    # On pixels, steps equal in time end where much noise is left: what comes out is duller than the data.
-    "dpmsolver++_logsnr": (DPMSolverMultistepScheduler, {"use_lu_lambdas": True}),
-    "unipc": (UniPCMultistepScheduler, {}),
-}
 # Schedulers that say by their betas which noise the model was trained with. Those of distilled models (LCM, TCD) are
 # left out although they do: none of the samplers above suits such a model.
 _KNOWN_SCHEDULERS = {
@@ -37,6 +19,18 @@ _KNOWN_SCHEDULERS = {
         "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver",
     )
 }  # fmt: skip
+
+
+def sampler_class(name: str) -> tuple[type, dict[str, bool]]:
+    """The scheduler's class behind a sampler's name, and its settings.
+
+    Raises:
+        ValueError: There is no such sampler.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f'sampler="{name}" is not one of {", ".join(SAMPLERS)}')
+    kind, settings = SAMPLERS[name]
+    return getattr(diffusers, kind), settings
 
 
 def check_scheduler(kind: str, settings: Mapping[str, Any]) -> None:

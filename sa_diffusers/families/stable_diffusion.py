@@ -36,6 +36,7 @@ class LatentDiffusionObjective(DiffusionObjective):
     kind = "latent-diffusion"
     reduction = "mean"
     title = "Stable Diffusion 1 and 2"
+    script = "train_sa.py"
     selections = UNET_SELECTIONS
 
     def __init__(

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
 from ..families.base import Family
-from ..families.registry import family_of
 from ..files import finish_interrupted, write_text
 from ..hub import (
     CARD_MARKER,
@@ -24,19 +22,18 @@ from ..hub import (
 )
 from ..markup import command_words, markdown_code, markdown_text, requoted
 from ..output_folder import OutputFolder
-from ..report.conclusions import changes, recognition, strongest_attack
+from ..report.conclusions import verdict_notes
 from ..report.document import Table, render
 from ..report.provenance import path_settings
-from ..report.tables import attack_matrix, quality_table, row_tables, score_kinds, totals
-from ..results.figures import percent, sampling_text, significant
-from ..results.schema import ErasedPair, Report
+from ..results.figures import significant
 from ..results.verdict import decide
 from .facts import Facts, read_facts
 from .metadata import eval_results
+from .sentences import conditions, damage, leaks, quoted, remembered, setting_text, surrogate_name, tables
 
 _md = markdown_text
 PAPER = "https://arxiv.org/abs/2305.10120"
-_SURROGATE_KINDS = {
+_SURROGATE_KINDS: dict[str | None, str] = {
     "prompt": "what the base model draws for that prompt",
     "images": "images from a folder",
     "noise": "uniform over pixel values",
@@ -53,6 +50,7 @@ _SHOWN_FISHER = (
     "base_model", "revision", "train_method", "num_samples", "timesteps", "num_train_timesteps", "seed", "reduction",
     "prediction_type", "trained_module",
 )  # fmt: skip
+_OWN_SCRIPT = "YOUR_SCRIPT.py"
 _LONGEST = 300
 _LOSSES = ("surrogate_loss", "replay_loss", "ewc_penalty")
 
@@ -71,7 +69,7 @@ def build_model_card(folder: str | Path, name: str | None = None) -> ModelCard:
         ValueError: The folder holds no pipeline, or one of its files is not what a run writes.
     """
     facts = read_facts(Path(folder), name)
-    licence = inherited_licence(facts.base, facts.settings.get("cache_dir")) if facts.base else {}
+    licence = inherited_licence(facts.base, facts.settings["cache_dir"]) if facts.base else {}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=facts.pipeline_tag,
@@ -129,8 +127,8 @@ class _Card:
         self.paper, self.grid_name, self.config_name = PAPER, GRID_NAME, CONFIG_NAME
         self.history_name = HISTORY_NAME
         self.pipeline_class = markdown_code(facts.pipeline_class)
-        self.concepts = [_quoted(concept) for concept in facts.concepts]
-        self.naive = bool(facts.settings.get("naive"))
+        self.concepts = [quoted(concept) for concept in facts.concepts]
+        self.naive = bool(facts.settings["naive"])
 
     @property
     def title(self) -> str:
@@ -139,10 +137,11 @@ class _Card:
         return f"{_md(base)} without {forgotten}" if forgotten else _md(self.facts.name)
 
     @property
-    def verdicts(self) -> list[str]:
-        """One line of each report that has rows of a concept."""
-        return [(report.verdict or decide(report)).line for report in self.facts.reports.values()
-                if report.of_role("concept")]  # fmt: skip
+    def verdicts(self) -> list[dict[str, Any]]:
+        """Of each report that has rows of a concept the line, and what it means or has no room for."""
+        found = [report.verdict or decide(report) for report in self.facts.reports.values()
+                 if report.of_role("concept")]  # fmt: skip
+        return [{"line": verdict.line, "notes": verdict_notes(verdict)} for verdict in found]
 
     @property
     def base(self) -> str:
@@ -162,7 +161,7 @@ class _Card:
             return None
         if self.naive:
             return Table("", ["concept"], [[pair.concept] for pair in pairs])
-        lines = [[pair.concept, _surrogate_name(pair), _SURROGATE_KINDS.get(pair.kind or "", "not recorded")]
+        lines = [[pair.concept, surrogate_name(pair), _SURROGATE_KINDS.get(pair.kind, "not recorded")]
                  for pair in pairs]  # fmt: skip
         return Table("", ["asked for", "drawn in its place", "where that comes from"], lines, frozenset({0, 1, 2}))
 
@@ -179,15 +178,15 @@ class _Card:
     def evaluations(self) -> list[dict[str, Any]]:
         """Of each report its title, tables and what they depend on."""
         return [
-            {"title": title, "tables": _tables(report), "remembered": _remembered(report),
-             "conditions": _conditions(report)}
+            {"title": title, "tables": tables(report), "remembered": remembered(report),
+             "conditions": conditions(report)}
             for title, report in self.facts.reports.items()
         ]  # fmt: skip
 
     @property
     def limits(self) -> list[str]:
         reports = self.facts.reports.values()
-        lines = [line for report in reports for line in (*_leaks(report), *_damage(report))]
+        lines = [line for report in reports for line in (*leaks(report), *damage(report))]
         if not self.facts.rows:
             lines.append("Nothing has been measured in this folder: how far the model forgets is not known.")
         if not any(report.robustness for report in reports):
@@ -209,9 +208,9 @@ class _Card:
                                      and row.prompts), "a photo")  # fmt: skip
         if not facts.takes_text:
             forgotten = {concept.casefold() for concept in facts.concepts}
-            condition = min((int(key) for key, label in (facts.index.get("id2label") or {}).items()
+            condition = min((int(key) for key, label in (facts.index["id2label"] or {}).items()
                              if not {str(label).casefold(), key} & forgotten), default=0)  # fmt: skip
-        lines.append((family_of(facts.pipeline_class) or Family).card_snippet(condition))
+        lines.append((facts.family or Family).card_snippet(condition))
         return "\n".join(lines)
 
     @property
@@ -219,8 +218,8 @@ class _Card:
         if not self.facts.settings:
             return None
         places = path_settings()
-        values = {name: self.facts.settings.get(name) for name in _SHOWN_SETTINGS}
-        lines = [[f"`{name}`", _value(shown_name(value) if name in places and isinstance(value, str) else value)]
+        values = {name: self.facts.settings[name] for name in _SHOWN_SETTINGS}
+        lines = [[f"`{name}`", setting_text(shown_name(value) if name in places and isinstance(value, str) else value)]
                  for name, value in values.items() if value not in (None, []) and value is not False]  # fmt: skip
         return Table("", ["setting", "value"], lines, frozenset({0, 1}))
 
@@ -241,39 +240,44 @@ class _Card:
 
     @property
     def fisher(self) -> Table | str:
-        facts, weight = self.facts, self.facts.settings.get("ewc_weight")
+        facts, weight = self.facts, self.facts.settings["ewc_weight"]
         if weight == 0:
             return "None: the weight of elastic weight consolidation is 0."
         if facts.fisher:
-            values = {name: facts.fisher[name] for name in _SHOWN_FISHER if facts.fisher.get(name) is not None}
+            values = {name: facts.fisher[name] for name in _SHOWN_FISHER if facts.fisher[name] is not None}
             if "base_model" in values:
                 values["base_model"] = shown_name(values["base_model"])
-            lines = [[f"`{name}`", _value(value)] for name, value in values.items()]
+            lines = [[f"`{name}`", setting_text(value)] for name, value in values.items()]
             return Table("", ["computed from", "value"], lines, frozenset({0, 1}))
-        if facts.settings.get("fisher"):
+        if facts.settings["fisher"]:
             return f"Given: {markdown_code(shown_name(facts.settings['fisher']))}."
         if weight:
-            timesteps = facts.settings.get("fisher_timesteps") or "all"
-            return f"Estimated from {facts.settings.get('num_fisher_samples')} samples x {timesteps} timesteps."
+            timesteps = facts.settings["fisher_timesteps"] or "all"
+            return f"Estimated from {facts.settings['num_fisher_samples']} samples x {timesteps} timesteps."
         return "The folder does not say."
+
+    @property
+    def own_script(self) -> str | None:
+        """What stands in the command for the script of somebody's own family; None where an example erases from it."""
+        family = self.facts.family
+        return None if family and family.script else _OWN_SCRIPT
 
     @property
     def commands(self) -> str:
         commands = []
         if self.facts.settings:
-            script = "train_dit.py" if self.facts.pipeline_class == "DiTPipeline" else "train_sa.py"
-            commands.append(
-                f"accelerate launch examples/{script} --config {CONFIG_NAME} --no-push_to_hub --output_dir again"
-            )
+            script = self.own_script or f"examples/{self.facts.family.script}"
+            commands.append(f"accelerate launch {script} --config {CONFIG_NAME} --no-push_to_hub --output_dir again")
         for title, report in self.facts.reports.items():
             if title and report.command:
                 command = requoted(command_words(report.command))
-                commands.append(f"python examples/{command.removeprefix('python ').removeprefix('examples/')}")
+                script = command.removeprefix("python ").removeprefix("examples/")
+                commands.append(command if command.startswith("sa-diffusers ") else f"python examples/{script}")
         return "\n".join(commands)
 
     @property
     def package(self) -> str:
-        version = self.facts.settings.get("sa_diffusers_version") or self.facts.report.sa_diffusers_version
+        version = self.facts.settings["sa_diffusers_version"] or self.facts.report.sa_diffusers_version
         return f"sa_diffusers {_md(version)}" if version else "sa_diffusers"
 
     @property
@@ -290,140 +294,3 @@ class _Card:
     @property
     def versions(self) -> str:
         return ", ".join(f"{_md(name)} {_md(version)}" for name, version in self.facts.report.versions.items())
-
-
-# Text
-
-
-def _quoted(value: Any) -> str:
-    return f'"{_md(value)}"'
-
-
-def _percent(share: float) -> str:
-    return f"{percent(share)} %"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(f'"{item}"' for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _surrogate_name(pair: ErasedPair) -> str:
-    name = pair.surrogate or "not recorded"
-    return {"noise": "uniform noise", "images": shown_name(name)}.get(pair.kind or "", name)
-
-
-def _tables(report: Report) -> list[Table]:
-    rows = sorted(report.rows, key=lambda row: row.role != "concept")
-    found: list[Any] = [*totals(report)]
-    if rows:
-        # A detector's labels are in the totals; beside them they would be dozens of lines.
-        found += row_tables(rows, score_kinds(rows), "", role=True, scores=not report.totals)
-    return [block for block in (*found, *quality_table(report), *attack_matrix(report)) if isinstance(block, Table)]
-
-
-def _remembered(report: Report) -> str:
-    if report.remembered is None:
-        return ""
-    old, new = report.remembered.before, report.remembered.after
-    text = (
-        f"All rows but the concept's: recognised {_percent(old.recognised)} before, {_percent(new.recognised)} after."
-    )
-    if old.frechet_distance is not None and new.frechet_distance is not None:
-        text += (
-            f" Fréchet distance to real images in the classifier's features: {old.frechet_distance:.2f} before, "
-            f"{new.frechet_distance:.2f} after ({new.images} images each)."
-        )
-    return text
-
-
-def _conditions(report: Report) -> str:
-    """What the figures depend on."""
-    told = []
-    if report.rows:
-        told.append(f"The same seeds before and after. Sampled with {_md(sampling_text(report.sampling))}.")
-    if report.classifier:
-        told.append(
-            f"Recognised: the share of images that the classifier {markdown_code(shown_name(report.classifier.name))} "
-            f"gives the row's label, of {len(report.classifier.labels)}."
-        )
-    for evaluator in report.evaluators:
-        facts = [f"{_md(key)} {_md(_value(value))}" for key, value in evaluator.others.items()
-                 if value not in (None, [], "") and not isinstance(value, dict)
-                 and not (isinstance(value, list) and len(value) > 12)]  # fmt: skip
-        detail = f" ({'; '.join(facts)})" if facts else ""
-        told.append(f"Scored by {markdown_code(shown_name(evaluator.name))}{detail}.")
-    if any(row.recognised for row in report.rows):
-        told.append("Brackets: 95 % Wilson interval, in per cent.")
-    if any(row.change.relative is not None for row in report.rows):
-        told.append("Change: distance in pixels between before and after at the same seed; 100 % is that of two seeds.")
-    return " ".join(told)
-
-
-def _leaks(report: Report) -> Iterable[str]:
-    """What still comes through, in sentences."""
-    for row in report.of_role("concept"):
-        name = _quoted(row.name)
-        if row.recognised:
-            before, after = row.recognised
-            if after.share == 0:
-                line = (
-                    f"{name}: recognised in none of {row.images} images (before: {_percent(before.share)}). The true "
-                    f"share may still be up to {_percent(after.interval[1])} (95 % interval)."
-                )
-            else:
-                line = (
-                    f"{name} still leaks: recognised in {_percent(after.share)} of {row.images} images (before: "
-                    f"{_percent(before.share)})."
-                )
-            if row.as_surrogate:
-                line += f" {_percent(row.as_surrogate.after.share)} are taken for the surrogate."
-            yield line
-        elif row.scores and not report.totals:
-            figures = ", ".join(
-                f"{_md(column)} {significant(times.before.mean)} before, {significant(times.after.mean)} after"
-                for column, times in row.scores.items()
-            )
-            yield f"{name}: {figures}."
-        elif row.change.relative is not None and not row.scores:
-            yield (
-                f"{name}: no classifier or detector has looked at the images. They differ from the base model's by "
-                f"{_percent(row.change.relative)} of the distance between two seeds, which does not show that the "
-                "concept is gone."
-            )
-    strongest = strongest_attack(report)
-    if strongest:
-        shares = {attack.model: _percent(attack.recognised.share) for attack in strongest if attack.recognised}
-        erased = shares.pop("erased")
-        others = ", ".join(f"{share} on the {_md(model)} model" for model, share in shares.items())
-        yield (
-            f"Attempts to bring the concept back: the most successful one, {_quoted(strongest[0].attack)}, shows it in "
-            f"{erased} of its images" + (f" ({others})." if others else ".")
-        )
-
-
-def _damage(report: Report) -> Iterable[str]:
-    """What else changed, in sentences."""
-    for role, subject in (("neighbour", "the concept's neighbours"), ("surrogate", "the surrogate"),
-                          ("remembered", "what should be remembered")):  # fmt: skip
-        rows = report.of_role(role)
-        if found := recognition(rows):
-            line = (f"Collateral damage to {subject}: recognition goes from {_percent(found.before)} to "
-                    f"{_percent(found.after)}")  # fmt: skip
-            line += f" on average over {found.rows} rows" if found.rows > 1 else ""
-            if found.worst is None or found.worst.recognised is None:
-                line += "; no row lost any"
-            elif found.rows > 1:
-                shares = [_percent(share.share) for share in found.worst.recognised]
-                line += f", and falls most for {_quoted(found.worst.name)}, from {shares[0]} to {shares[1]}"
-            yield f"{line}."
-        elif changed := changes(rows):
-            yield (
-                f"Collateral damage to {subject}: images change by {_percent(changed.mean)} of the distance between "
-                f"two seeds on average over {changed.rows} rows, most for {_quoted(changed.worst.name)} "
-                f"({_percent(changed.worst.change.relative or 0)})."
-            )
-    black = report.black_images
-    if black and black.after > black.before:
-        yield f"{black.after} images came out black, {black.before} from the base model."

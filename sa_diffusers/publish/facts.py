@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
-from ..files import read_json
+from ..families.base import Family
+from ..families.registry import family_of
+from ..files import Recorded, read_json
 from ..hub import evaluation_reports, shown_name
 from ..results.schema import ErasedPair, Report, Row
 
@@ -28,21 +30,21 @@ class Facts:
     """
 
     name: str
-    index: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
+    index: Recorded
+    settings: Recorded = field(default_factory=Recorded)
     reports: dict[str, Report] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
-    fisher: dict[str, Any] = field(default_factory=dict)
+    fisher: Recorded = field(default_factory=Recorded)
     has_grid: bool = False
 
     @property
     def report(self) -> Report:
         """The erasure's own report, which may be empty."""
-        return self.reports.get("", Report())
+        return self.reports[""] if "" in self.reports else Report()
 
     @property
     def base(self) -> str | None:
-        return self.settings.get("pretrained_model_name_or_path") or self.report.base_model
+        return self.settings["pretrained_model_name_or_path"] or self.report.base_model
 
     @property
     def base_is_on_hub(self) -> bool:
@@ -53,12 +55,17 @@ class Facts:
 
     @property
     def pipeline_class(self) -> str:
-        name = self.index.get("_class_name", "DiffusionPipeline")
+        name = self.index["_class_name"] or "DiffusionPipeline"
         return name[-1] if isinstance(name, list) else name
 
     @property
+    def family(self) -> type[Family] | None:
+        """None for a family of somebody's own that is not registered here."""
+        return family_of(self.pipeline_class)
+
+    @property
     def brings_code(self) -> bool:
-        return isinstance(self.index.get("_class_name"), list)
+        return isinstance(self.index["_class_name"], list)
 
     @property
     def takes_text(self) -> bool:
@@ -75,7 +82,7 @@ class Facts:
         for report in self.reports.values():
             if report.pairs:
                 return report.pairs
-        concepts, surrogates = (self.settings.get(name) or [] for name in ("concept", "surrogate"))
+        concepts, surrogates = (self.settings[name] or [] for name in ("concept", "surrogate"))
         surrogates = surrogates * len(concepts) if len(surrogates) == 1 else surrogates
         surrogates = [*surrogates, *[""] * len(concepts)]
         return [ErasedPair(*both) for both in zip(concepts, surrogates, strict=False)]
@@ -119,10 +126,10 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         reports[title if title not in reports else str(path.parent.relative_to(folder))] = report
     return Facts(
         name=name or folder.resolve().name,
-        index=read(INDEX_NAME, {}),
-        settings=read(CONFIG_NAME, {}),
+        index=Recorded(read(INDEX_NAME, {})),
+        settings=Recorded(read(CONFIG_NAME, {})),
         reports=reports,
         history=read(HISTORY_NAME, []),
-        fisher=read(FISHER_CONFIG_NAME, {}),
+        fisher=Recorded(read(FISHER_CONFIG_NAME, {})),
         has_grid=(folder / GRID_NAME).is_file(),
     )

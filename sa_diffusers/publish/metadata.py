@@ -62,6 +62,6 @@ def _results(facts: Facts, key: str, subject: str, figures: dict[str, Any]) -> I
                 dataset_name=subject,
                 dataset_config=key,
                 metric_type=name,
-                metric_name=_METRIC_NAMES.get(name, name.replace("_", " ")),
+                metric_name=_METRIC_NAMES[name] if name in _METRIC_NAMES else name.replace("_", " "),
                 metric_value=round(value, 6),
             )

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..results.schema import AFTER, BEFORE, Attack, Report, Row
+from ..results.schema import AFTER, BEFORE, ROLES, Attack, Report, Row, Verdict
+from ..results.verdict import FORGOTTEN, MOST_LEFT, NOT_FORGOTTEN, NOT_MEASURABLE, PARTLY, evidence
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,49 @@ class Recognition:
     after: float
     rows: int
     worst: Row | None
+
+
+_MEANING = {
+    FORGOTTEN: f"the 95 % interval of how often it is still recognised ends at {100 * MOST_LEFT:.0f} % or below",
+    PARTLY: "it is recognised less often than before (the 95 % intervals are apart), and too often for forgotten",
+    NOT_FORGOTTEN: "the 95 % intervals of before and after overlap: what it lost may be chance",
+    NOT_MEASURABLE: "these images can show neither that it is gone nor that it is there",
+}
+_DAMAGED = 12
+
+
+def role_rank(row: Row | None) -> int:
+    """Where a row stands among others: the concepts' first, and last what has no role."""
+    return ROLES.index(row.role) if row is not None and row.role in ROLES else len(ROLES)
+
+
+def verdict_notes(verdict: Verdict) -> list[str]:
+    """What a verdict means, and what its one line has no room for: each of several concepts, all that is damaged."""
+    notes = []
+    if verdict.outcome in _MEANING:
+        notes.append(f"“{verdict.outcome.capitalize()}” of a concept means: {_MEANING[verdict.outcome]}.")
+    if len(verdict.concepts) > 1:
+        notes += [f"{each.outcome.capitalize()}: {each.because}." for each in verdict.concepts]
+    if damaged := verdict.damaged:
+        more = f" and {len(damaged) - _DAMAGED} more" if len(damaged) > _DAMAGED else ""
+        names = ", ".join(f"“{name}”" for name in damaged[:_DAMAGED])
+        notes.append(f"Damaged, of {len(verdict.kept)} that should have stayed: {names}{more}.")
+    return notes
+
+
+def not_measured(report: Report) -> list[str]:
+    """What a reader may look for and this report has no figures of."""
+    missing = []
+    concepts = report.of_role("concept")
+    if concepts and not any(evidence(row) or row.scores for row in concepts) and not report.totals:
+        missing.append("whether anything still takes the images for the concept (no classifier or detector knows it)")
+    if not report.robustness:
+        missing.append("attempts to bring the concept back")
+    if concepts and len(concepts) == len(report.rows):
+        missing.append("anything but the concept")
+    elif concepts and not report.of_role("neighbour"):
+        missing.append("neighbours of the concept")
+    return missing
 
 
 def recognition(rows: Sequence[Row]) -> Recognition | None:

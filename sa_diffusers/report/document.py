@@ -19,6 +19,8 @@ from ..results.schema import Verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_PIXELS = 192
+# Longer cells may be broken over lines.
+LONG_CELL = 30
 # Longer cells than this are cut; report.json holds all.
 _LONGEST_CELL = 2000
 
@@ -66,6 +68,11 @@ class Table:
     words: frozenset[int] = frozenset({0})
     folded: bool = False
 
+    @property
+    def is_wordy(self) -> bool:
+        """Whether it has long texts beside its first column: a narrow page shows each row as a block."""
+        return any(len(cell) > LONG_CELL for row in self.rows for cell in row[1:])
+
     def __post_init__(self) -> None:
         cells = [[single_line(cell, _LONGEST_CELL) for cell in row] for row in self.rows]
         object.__setattr__(self, "rows", cells)
@@ -105,12 +112,14 @@ class Strip:
         seeds: One for each pair.
         before: The base model's pictures.
         after: The erased model's, from the same seeds.
+        role: What the row is, if it is known.
     """
 
     name: str
     seeds: Sequence[str]
     before: Sequence[Image.Image]
     after: Sequence[Image.Image]
+    role: str = ""
 
     @property
     def columns(self) -> int:
@@ -190,6 +199,7 @@ def render(template: str, longest_cell: int | None = None, **values: Any) -> str
         undefined=StrictUndefined,
         finalize=_shown if is_page else None,
     )
+    environment.globals |= {"long_cell": LONG_CELL, "nbsp": "\N{NO-BREAK SPACE}"}
     environment.filters |= {"data_uri": data_uri, "md": lambda value: markdown_text(value, None),
                             "cell": lambda value: markdown_text(value, longest_cell),
                             "code": markdown_code, "fence": markdown_fence, "visible": visible}  # fmt: skip

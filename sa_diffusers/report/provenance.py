@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configuration import CONFIG_NAME, HISTORY_NAME, REPORT_NAME, SelectiveAmnesiaConfig
+from ..files import Recorded
 from ..hub import shown_name
 from ..markup import requoted
-from ..results.figures import MISSING, listed, plain, seeds_text
-from ..results.schema import Report
+from ..results.figures import MISSING, listed, plain, sampling_text, seeds_text
+from ..results.schema import DECODER, Report
+from .conclusions import role_rank
 from .document import Block, Command, Paragraph, Table
 from .tables import INTERVAL, classifier_quality, score_kinds
 
@@ -42,12 +44,12 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 def configuration_tables(configuration: dict[str, Any]) -> list[Block]:
     if not configuration:
         return []
-    defaults = SelectiveAmnesiaConfig().to_dict()
+    defaults = Recorded(SelectiveAmnesiaConfig().to_dict())
     settings = {name: value for name, value in configuration.items() if name != "sa_diffusers_version"}
     shown = without_places(settings)
-    changed = [[name, plain(shown[name]), plain(defaults.get(name))] for name, value in settings.items()
-               if value != defaults.get(name)]  # fmt: skip
-    rest = [[name, plain(shown[name])] for name, value in settings.items() if value == defaults.get(name)]
+    changed = [[name, plain(shown[name]), plain(defaults[name])] for name, value in settings.items()
+               if value != defaults[name]]  # fmt: skip
+    rest = [[name, plain(shown[name])] for name, value in settings.items() if value == defaults[name]]
     blocks: list[Block] = []
     if changed:
         blocks.append(Table("Settings of the erasure that differ from the defaults", ["setting", "value", "default"],
@@ -71,7 +73,7 @@ def reproduction(report: Report, trained: bool) -> list[Block]:
     )  # fmt: skip
     blocks += _evaluators(report)
     rows = []
-    for number, row in enumerate(report.rows):
+    for number, row in sorted(enumerate(report.rows), key=lambda entry: role_rank(entry[1])):
         place = f"rows[{number}] of {REPORT_NAME}"
         prompts = listed([f"“{text}”" for text in row.prompts], place)
         rows.append([row.name, row.role, f"{row.images:,}", prompts, seeds_text(row.seeds, place)])
@@ -80,6 +82,8 @@ def reproduction(report: Report, trained: bool) -> list[Block]:
     blocks += _attacks(report)
     sampling = [[spec.name.replace("_", " "), plain(value)] for spec in dataclasses.fields(report.sampling)
                 if (value := getattr(report.sampling, spec.name)) is not None]  # fmt: skip
+    if report.sampling.sampler == DECODER:
+        sampling = [["sampled with", sampling_text(report.sampling)]]
     blocks.append(Table("How the images were sampled", ["setting", "value"], sampling, frozenset({0, 1})))
     versions = {"sa_diffusers": report.sa_diffusers_version, **report.versions}
     blocks.append(Table("Versions of the packages", ["package", "version"],

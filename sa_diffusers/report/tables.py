@@ -1,6 +1,6 @@
 """A report's tables: rows, scores, quality, totals of detectors, attacks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,28 @@ INTERVAL = "Wilson, 95 %"
 # More columns of scores than these are shown one line each.
 WIDEST = 3
 _Column = tuple[str, Callable[[Row], str]]
-_SEEN = {"samples": "the samples", "mean": "their mean image"}
+# What the paper counts in its tables, and from which score on.
+_PAPERS = {"I2P": "Table 3", "a photo of a naked person": "Table 4"}
+_PAPERS_THRESHOLD = 0.6
+SEEN = {"samples": "the samples", "mean": "their mean image"}
 
 
-def score_kinds(rows: Sequence[Row]) -> dict[str, str]:
-    """For each column of the rows' scores its kind; see `Summary.kind`."""
+def score_kinds(rows: Sequence[Row], but: Container[str] = ()) -> dict[str, str]:
+    """For each column of the rows' scores, but for some, its kind; see `Summary.kind`."""
     kinds: dict[str, str] = {}
-    for name in dict.fromkeys(name for row in rows for name in row.scores):
+    for name in dict.fromkeys(name for row in rows for name in row.scores if name not in but):
         kinds[name] = _joint_kind(summary for row in rows if name in row.scores for summary in row.scores[name])
     return kinds
+
+
+def counted(report: Report) -> frozenset[str]:
+    """The columns of scores that the totals of nudity sum up: dozens, of parts of the body and thresholds."""
+    return frozenset(
+        f"{label}_at_{total.threshold:g}"
+        for total in report.totals
+        if isinstance(total, NudityTotal)
+        for label in total.before
+    )
 
 
 def _joint_kind(summaries: Iterable[Summary]) -> str:
@@ -73,8 +86,10 @@ def _distances(rows: Sequence[Row]) -> list[_Column]:
     """How far images are from the base model's own at the same seeds, in each network's features."""
 
     def cell(row: Row, network: str) -> str:
-        distance = row.distance.get(network)
-        return f"{decimal(distance.same_seed)} ({decimal(distance.between_seeds)})" if distance else MISSING
+        if network not in row.distance:
+            return MISSING
+        distance = row.distance[network]
+        return f"{decimal(distance.same_seed)} ({decimal(distance.between_seeds)})"
 
     networks = list(dict.fromkeys(network for row in rows for network in row.distance))
     short = [Path(network).name for network in networks]
@@ -106,7 +121,7 @@ def row_tables(
 
     Args:
         rows: Any.
-        kinds: As of `score_kinds`.
+        kinds: As of `score_kinds`: columns of scores that it does not name are left out.
         caption: Of the table.
         role: Whether a column names each row's role.
         scores: Whether the measures' scores are shown.
@@ -121,7 +136,7 @@ def row_tables(
         *_means("probability"),
         *_means("entropy"),
     ]
-    names = list(dict.fromkeys(name for row in rows for name in row.scores)) if scores else []
+    names = [name for name in kinds if any(name in row.scores for row in rows)] if scores else []
     beside = len(names) <= WIDEST and not any(row.recognised for row in rows)
     if beside:
         measured += _score_columns(names, kinds)
@@ -172,8 +187,9 @@ def row_note(report: Report, rows: Sequence[Row]) -> str:
         notes.append("Recognised: share of images that the classifier calls what was asked for; brackets: its "
                      f"interval ({report.interval or INTERVAL}). Probability: the classifier's mean for it. "
                      "Entropy: the mean of its answer, in nats.")  # fmt: skip
-    if any(row.scores for row in rows) and not any(row.recognised for row in rows):
-        notes.append(_score_note(score_kinds(rows).values()))
+    kinds = score_kinds(rows, counted(report))
+    if kinds and not any(row.recognised for row in rows):
+        notes.append(_score_note(kinds.values()))
     if any(row.distance for row in rows):
         notes.append("Distance: mean cosine distance between before and after at the same seed, in the features of a "
                      "network; in parentheses that of two different seeds before.")  # fmt: skip
@@ -188,7 +204,7 @@ def row_note(report: Report, rows: Sequence[Row]) -> str:
 def surrogate_table(report: Report) -> list[Block]:
     """What the classifier says of the surrogate's own samples."""
     lines = [
-        [name, _SEEN.get(kind, kind), decimal(values.probability), decimal(values.entropy),
+        [name, SEEN.get(kind, kind), decimal(values.probability), decimal(values.entropy),
          share_text(values.recognised)]
         for name, seen in report.surrogate_samples.items()
         for kind, values in seen.items()
@@ -257,11 +273,9 @@ def totals(report: Report) -> list[Block]:
     blocks: list[Block] = []
     for total in report.totals:
         if isinstance(total, NudityTotal):
-            caption = (f"{total.name}, {total.images} images: detections with a score of {total.threshold:g} or more, "
-                       "of which a picture may have several.")  # fmt: skip
-            labels = list(total.before)
-            header = ["", *(label.replace("_", " ") for label in labels)]
-            rows = [[time, *(significant(getattr(total, time)[label]) for label in labels)] for time in TIMES]
+            caption = (f"{total.name}, {total.images} images{_as_in(total)}: detections with a score of "
+                       f"{total.threshold:g} or more, of which a picture may have several.")  # fmt: skip
+            header, rows = ["exposed", *TIMES], _parts_of_the_body(total)
         else:
             caption = (f"{total.name}, {total.images} images, as {total.celebrity}. Probability (mean and standard "
                        "deviation) and top-1 accuracy are over the images with a face. Brackets: 95 % "
@@ -270,6 +284,26 @@ def totals(report: Report) -> list[Block]:
             rows = [[time, *_celebrity_cells(getattr(total, time))] for time in TIMES]
         blocks.append(Table(caption, header, rows))
     return blocks
+
+
+def _as_in(total: NudityTotal) -> str:
+    same = total.name in _PAPERS and total.threshold == _PAPERS_THRESHOLD
+    return f", as in the paper's {_PAPERS[total.name]}" if same else ""
+
+
+def _parts_of_the_body(total: NudityTotal) -> list[list[str]]:
+    """A line for each label, for those of one sex together, and for all."""
+    labels = [label for label in total.before if label != "total"]
+    lines = {label.replace("_", " "): [label] for label in labels}
+    for sex in ("female", "male"):
+        lines[f"{sex}, together"] = [label for label in labels if label.startswith(f"{sex}_")]
+    lines["of either sex, together"] = [label for label in labels if not label.startswith(("female_", "male_"))]
+    lines["total"] = ["total"]
+    return [
+        [name, *(significant(sum(getattr(total, time)[label] for label in chosen)) for time in TIMES)]
+        for name, chosen in lines.items()
+        if chosen
+    ]
 
 
 def _celebrity_cells(values: FaceFigures) -> list[str]:

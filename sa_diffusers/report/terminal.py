@@ -1,11 +1,14 @@
 """A report as text for a terminal."""
 
+import textwrap
 from collections.abc import Sequence
 
 from ..markup import visible
 from ..results.figures import MISSING, percent, sampling_text
 from ..results.schema import TIMES, Attack, CelebrityTotal, FaceFigures, NudityTotal, Report, Row, Share
 
+# A plain terminal is so wide; of a table's names at least so much is kept on one line.
+_WIDTH, _NAME = 80, 16
 _SEEN = {"samples": "the surrogate's own samples", "mean": "their mean image"}
 
 
@@ -26,7 +29,7 @@ def format_table(report: Report) -> str:
     rows = concept_first(report.rows)
     scored = any(row.recognised for row in rows)
     if scored:
-        lines = [["prompted with", "recognised before", "recognised after", "as its surrogate", "change"]]
+        lines = [["prompted with", "recognised before", "recognised after", "change"]]
     else:
         lines = [["prompted with", "role", "images", "change", "black before/after"]]
     for row in rows:
@@ -34,7 +37,7 @@ def format_table(report: Report) -> str:
         change = "-" if relative is None else f"{100 * relative:.0f} %"
         if scored:
             shares = [format_share(row.recognised and row.recognised[time]) for time in TIMES]
-            lines.append([row.name, *shares, format_share(row.as_surrogate and row.as_surrogate.after), change])
+            lines.append([row.name, *shares, change])
         else:
             lines.append([row.name, row.role, str(row.images), change, f"{row.black.before}/{row.black.after}"])
     text = [*aligned(lines), "", *_certainties(rows, report), *_remembered(report)]
@@ -50,7 +53,12 @@ def format_table(report: Report) -> str:
 def _certainties(rows: Sequence[Row], report: Report) -> list[str]:
     told = []
     for row in rows:
-        if row.role != "concept" or row.probability is None or row.entropy is None:
+        if row.role != "concept":
+            continue
+        if row.as_surrogate:
+            taken = " ".join(format_share(row.as_surrogate.after).split())
+            told.append(visible(f'"{row.name}": taken for the surrogate in {taken} of images after'))
+        if row.probability is None or row.entropy is None:
             continue
         line = (f'"{row.name}": probability {row.probability.before:.3f} before, {row.probability.after:.3f} after; '
                 f"entropy {row.entropy.before:.2f} before, {row.entropy.after:.2f} after")  # fmt: skip
@@ -163,11 +171,23 @@ def _nudity(total: NudityTotal) -> list[str]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells, the header first, as lines of text with a rule under the header."""
+    """Lines of cells, the header first, as lines of text with a rule under the header.
+
+    Long names in the first column are broken over lines where the table would be wider than 80 columns.
+    """
     lines = [[visible(cell) for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    name = max(_NAME, _WIDTH - sum(widths[1:]) - 3 * (len(widths) - 1))
+    if widths[0] > name:
+        lines = [part for line in lines for part in _broken(line, name)]
+        widths[0] = max(len(line[0]) for line in lines)
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled]
+
+
+def _broken(line: Sequence[str], width: int) -> list[list[str]]:
+    first, *rest = textwrap.wrap(line[0], width, subsequent_indent="  ") or [""]
+    return [[first, *line[1:]], *([part, *[""] * (len(line) - 1)] for part in rest)]
 
 
 def format_share(share: Share | None) -> str:

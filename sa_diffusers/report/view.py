@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
-from ..files import read_json, write_text
+from ..files import Recorded, read_json, write_text
 from ..hub import shown_name
 from ..results.figures import (
     MISSING,
@@ -20,14 +21,23 @@ from ..results.figures import (
     share_text,
     significant,
 )
-from ..results.schema import ROLES, TIMES, Report, Row, Share, Times
+from ..results.schema import TIMES, CelebrityTotal, NudityTotal, Report, Row, Share, Times, Verdict
 from ..results.verdict import decide
 from .charts import curve_svg, histogram, histogram_svg, tick_text
-from .conclusions import black_images, changes, recognition, strongest_attack
+from .conclusions import (
+    black_images,
+    changes,
+    not_measured,
+    recognition,
+    role_rank,
+    strongest_attack,
+    verdict_notes,
+)
 from .document import Block, Chart, Charts, Document, Items, Paragraph, Pictures, Section, Strip, Table
 from .provenance import configuration_tables, reproduction
 from .tables import (
     WIDEST,
+    counted,
     quality_table,
     robustness_table,
     row_note,
@@ -89,10 +99,11 @@ def view(
         history: Entries of the training history.
         configuration: The erasure's settings.
     """
-    configuration = configuration or {}
-    kinds = score_kinds(report.rows)
+    configuration = Recorded(configuration or {})
+    kinds = score_kinds(report.rows, counted(report))
+    verdict = report.verdict or decide(report)
     sections = [
-        Section("Summary", "summary", [Items(_summary(report, kinds, configuration))]),
+        Section("Summary", "summary", [Items(_summary(report, verdict, kinds, configuration))]),
         Section("Before and after", "pictures", _pictures(report, grid)),
         Section("Detected, in all", "totals", totals(report)),
         Section("The erased concept", "concept", _concept(report, kinds)),
@@ -108,14 +119,13 @@ def view(
     erased = [concept for concept, _ in _pairs(report, configuration)]
     more = f"; and {len(erased) - _NAMED} more" if len(erased) > _NAMED else ""
     title = f"Erasure report: {'; '.join(erased[:_NAMED])}{more}"
-    verdict = report.verdict or decide(report)
     return Document(title, verdict, _facts(report), [section for section in sections if section.blocks])
 
 
 # What was erased
 
 
-def _pairs(report: Report, configuration: dict[str, Any]) -> list[tuple[str, str]]:
+def _pairs(report: Report, configuration: Recorded) -> list[tuple[str, str]]:
     """What was erased into what, in short and in a sentence."""
     if not report.pairs:
         names = [row.name for row in report.of_role("concept")]
@@ -123,11 +133,14 @@ def _pairs(report: Report, configuration: dict[str, Any]) -> list[tuple[str, str
     told = []
     for pair in report.pairs:
         concept, surrogate = f"“{pair.concept}”", f"“{pair.surrogate}”"
-        if configuration.get("naive"):
+        if configuration["naive"]:
             told.append((concept, f"{concept} was to be erased by lowering the ELBO of its own samples (eq. 3)."))
             continue
-        images = f"the images in “{shown_name(pair.surrogate)}”"
-        into = {"noise": "uniform noise", "images": images}.get(pair.kind or "", surrogate)
+        into = surrogate
+        if pair.kind == "noise":
+            into = "uniform noise"
+        elif pair.kind == "images":
+            into = f"the images in “{shown_name(pair.surrogate)}”"
         told.append((f"{concept} into {into}", f"{concept} was to be erased into {into}."))
     return told
 
@@ -144,11 +157,15 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value != MISSING]
 
 
-def _summary(report: Report, kinds: dict[str, str], configuration: dict[str, Any]) -> list[str]:
+def _summary(report: Report, verdict: Verdict, kinds: dict[str, str], configuration: Recorded) -> list[str]:
     told = [sentence for _, sentence in _pairs(report, configuration)]
+    told += verdict_notes(verdict)
     rows = report.of_role("concept")
-    told += [_told(row, kinds) for row in rows[:_SUMMARISED]]
-    if len(rows) > _SUMMARISED:
+    if report.totals:
+        told += [_total(total) for total in report.totals]
+    else:
+        told += [_told(row, kinds) for row in rows[:_SUMMARISED]]
+    if len(rows) > _SUMMARISED and not report.totals:
         told.append(f"{len(rows) - _SUMMARISED} further rows of erased concepts are in the table below.")
     near = recognition(report.of_role("neighbour"))
     if near:
@@ -156,18 +173,18 @@ def _summary(report: Report, kinds: dict[str, str], configuration: dict[str, Any
         if near.worst and near.worst.recognised:
             lost = f"The largest loss is that of “{near.worst.name}”: {_from_to(near.worst.recognised)}."
         told.append(
-            f"Neighbours of the concept ({near.rows}): recognised in {percent(near.before)} % before and "
-            f"{percent(near.after)} % after, on average. {lost}"
+            f"Neighbours of the concept ({near.rows}): recognised in {_per_cent(near.before)} before and "
+            f"{_per_cent(near.after)} after, on average. {lost}"
         )
     if report.remembered:
-        before, after = (percent(getattr(report.remembered, time).recognised) for time in TIMES)
+        before, after = (_per_cent(getattr(report.remembered, time).recognised) for time in TIMES)
         told.append(
             f"Everything but the concept ({len(report.remembered.labels)}): recognised as what was asked for in "
-            f"{before} % of images before and {after} % after, on average."
+            f"{before} of images before and {after} after, on average."
         )
     elif others := changes([row for row in report.rows if row.role != "concept"]):
         told.append(
-            f"The images of the {others.rows} other rows changed by {percent(others.mean)} % of the distance between "
+            f"The images of the {others.rows} other rows changed by {_per_cent(others.mean)} of the distance between "
             "two seeds, on average."
         )
     strongest = strongest_attack(report)
@@ -176,6 +193,8 @@ def _summary(report: Report, kinds: dict[str, str], configuration: dict[str, Any
         told.append(f"The strongest attack is “{strongest[0].attack}”: recognised in {', '.join(figures)} of images.")
     if black := black_images(report):
         told.append(f"Images that are black all over: {black[0]} before, {black[1]} after.")
+    if missing := not_measured(report):
+        told.append(f"Not measured here: {'; '.join(missing)}.")
     return told
 
 
@@ -186,7 +205,7 @@ def _told(row: Row, kinds: dict[str, str]) -> str:
         told.append(f"recognised in {_from_to(row.recognised)}")
     if row.as_surrogate:
         told.append(f"recognised as the surrogate in {_from_to(row.as_surrogate)}")
-    for column in list(row.scores)[:WIDEST]:
+    for column in [name for name in row.scores if name in kinds][:WIDEST]:
         kind = kinds[column]
         figures = [score_text(summary, kind, row.images) for summary in row.scores[column]]
         if kind == "share":
@@ -195,8 +214,23 @@ def _told(row: Row, kinds: dict[str, str]) -> str:
         unit = ", in total (and on average)" if kind == "count" else ""
         told.append(f"{column}{unit} {before} before and {after} after")
     if not told and row.change.relative is not None:
-        told.append(f"the images changed by {percent(row.change.relative)} % of the distance between two seeds")
+        told.append(f"the images changed by {_per_cent(row.change.relative)} of the distance between two seeds")
     return f"“{row.name}”, {row.images:,} images: {'; '.join(told) or 'nothing was measured'}."
+
+
+def _total(total: CelebrityTotal | NudityTotal) -> str:
+    """What a detector has counted, in words."""
+    if isinstance(total, NudityTotal):
+        before, after = (significant(getattr(total, time)["total"]) for time in TIMES)
+        return (f"“{total.name}”, {total.images:,} images: {before} detections with a score of {total.threshold:g} or "
+                f"more before and {after} after.")  # fmt: skip
+    seen = [f"without a face {_together(values.without_face)}, top-1 accuracy {_together(values.top1)} {time}"
+            for time, values in (("before", total.before), ("after", total.after))]  # fmt: skip
+    return f"“{total.name}”, {total.images:,} images, as {total.celebrity}: {' and '.join(seen)}."
+
+
+def _per_cent(share: float) -> str:
+    return _kept_together(f"{percent(share)} %")
 
 
 def _from_to(shares: Times[Share]) -> str:
@@ -218,12 +252,13 @@ def _kept_together(text: str) -> str:
 def _pictures(report: Report, grid: Grid) -> list[Block]:
     if not grid:
         return []
-    seeds = {row.name: row.seeds for row in report.rows}
-    order = {row.name: ROLES.index(row.role) for row in report.rows if row.role in ROLES}
+    rows = {row.name: row for row in report.rows}
     strips = []
-    for name, before, after in sorted(grid, key=lambda entry: order.get(entry[0], len(ROLES))):
-        first = _first_seeds(seeds.get(name, []), max(len(before), len(after)))
-        strips.append(Strip(name, [str(seed) for seed in first], before, after))
+    for name, before, after in sorted(grid, key=lambda entry: role_rank(rows.get(entry[0]))):
+        row = rows[name] if name in rows else Row(name, "")
+        first = _first_seeds(row.seeds, max(len(before), len(after)))
+        role = "erased concept" if row.role == "concept" else row.role
+        strips.append(Strip(name, [str(seed) for seed in first], before, after, role))
     caption = "Each column is one seed: above what the base model samples, below what the erased model samples."
     if report.blur:
         caption += " The pictures are blurred on purpose; what is blurred cannot be had back from this file."
@@ -245,7 +280,10 @@ def _concept(report: Report, kinds: dict[str, str]) -> list[Block]:
     if not rows:
         return []
     caption = f"What the erased concepts' prompts give. {row_note(report, rows)}"
-    return row_tables(rows, kinds, caption) + surrogate_table(report)
+    first, *scores = row_tables(rows, kinds, caption)
+    # A detector's labels are in the totals; one by one they fill pages.
+    scores = [replace(block, folded=True) if report.totals and isinstance(block, Table) else block for block in scores]
+    return [first, *scores, *surrogate_table(report)]
 
 
 def _neighbours(report: Report, kinds: dict[str, str]) -> list[Block]:
@@ -257,7 +295,7 @@ def _neighbours(report: Report, kinds: dict[str, str]) -> list[Block]:
 def _remembered(report: Report, kinds: dict[str, str]) -> list[Block]:
     rows = [row for row in report.rows if row.role not in ("concept", "neighbour")]
     caption = f"What should have stayed as it was. {row_note(report, rows)}"
-    return row_tables(rows, kinds, caption, role=True) if rows else []
+    return row_tables(sorted(rows, key=role_rank), kinds, caption, role=True) if rows else []
 
 
 # Charts
@@ -272,7 +310,7 @@ def _histograms(report: Report, kinds: dict[str, str]) -> list[Block]:
     ]
     for name, kind in kinds.items():
         for row in rows:
-            if name not in row.scores or kind == "share":
+            if name not in row.scores or kind == "share" or (kind == "count" and report.totals):
                 continue
             before, after = ([value for value in summary.values if value is not None] for summary in row.scores[name])
             if before or after:
@@ -280,8 +318,8 @@ def _histograms(report: Report, kinds: dict[str, str]) -> list[Block]:
     if not charts:
         return []
     text = (
-        "How the scores of single images are spread, before and after, over the same bins. Scores that are yes or no "
-        "are in the tables alone."
+        "How the scores of single images are spread, before and after, over the same bins. Scores that are yes or no, "
+        "and what is summed up in totals, are in the tables alone."
     )
     return [Paragraph(text), Charts(charts)]
 
@@ -307,7 +345,7 @@ def _training(history: Sequence[dict[str, float]]) -> list[Block]:
     stride = math.ceil(len(history) / _CURVE_LINES)
     kept = [entry for number, entry in enumerate(reversed(history)) if number % stride == 0][::-1]
     for name in names:
-        title = _TITLES.get(name, name.replace("_", " "))
+        title = _TITLES[name] if name in _TITLES else name.replace("_", " ")
         points = [(entry["step"], entry[name]) for entry in history]
         first, last = significant(points[0][1]), significant(points[-1][1])
         caption = f"{title}: {first} at step {points[0][0]}"

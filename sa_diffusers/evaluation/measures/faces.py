@@ -7,12 +7,17 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from ..registry import register_measure
+
+if TYPE_CHECKING:
+    from ..request import Request
 
 WEIGHTS_NAME = "best_model_states.pkl"
 LABELS_NAME = "labels.csv"
@@ -120,6 +125,7 @@ class CelebrityNetwork(nn.Module):
         return self.fc2(self.fc1(self.stem(faces).flatten(1)))
 
 
+@register_measure("celebrity")
 class CelebrityDetector:
     """The GIPHY celebrity detector, asked for one celebrity (paper, Table 2).
 
@@ -155,6 +161,21 @@ class CelebrityDetector:
         self.device = device
         with (folder / WEIGHTS_NAME).open("rb") as file:
             self._digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    @classmethod
+    def from_request(cls, request: "Request") -> "CelebrityDetector":
+        """As the evaluation's settings say.
+
+        Raises:
+            ValueError: They do not say where its files are, or the files are not as they should be.
+        """
+        args = request.args
+        if not args.giphy:
+            raise ValueError(
+                f"the celebrity {'protocol' if args.protocol == 'celebrity' else 'measure'} needs --giphy: the folder "
+                "with best_model_states.pkl and labels.csv of Giphy/celeb-detection-oss, which you bring"
+            )
+        return cls(args.giphy, args.celebrity or " ".join(request.config.concept[0].split()), request.device)
 
     def provenance(self) -> dict[str, Any]:
         """Digest of the weights, celebrity, size and margin of a face, and the face detector's own provenance."""
@@ -289,7 +310,7 @@ def read_network(path: str | Path, names: int) -> CelebrityNetwork:
             f"{path} could not be read as weights ({reason}). Only tensors and plain values are "
             'read, no code: if you trust the file, save it anew with nothing but its entry "model_state"'
         ) from error
-    published = checkpoint.get("model_state") if isinstance(checkpoint, dict) else None
+    published = checkpoint["model_state"] if isinstance(checkpoint, dict) and "model_state" in checkpoint else None
     if not isinstance(published, dict):
         raise ValueError(f'{path} has no entry "model_state" with weights: give the published file')
     # Beside the model it holds the centres of the loss that trained it.

@@ -1,9 +1,9 @@
-"""What is drawn and measured to show that a concept is gone: one function a protocol."""
+"""What an evaluation is about, and what its protocols have in common: images of both models, and their quality."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -11,17 +11,24 @@ from PIL import Image
 
 from ..data.concepts import ErasurePair
 from ..families import Objective, SamplingSettings
-from ..results.schema import Quality, QualityEntry
+from ..families.digests import digested_once, fingerprint_module
+from ..results.schema import DECODER, Quality, QualityEntry, Sampling
 from .classification import ImageClassifier
-from .comparison import Comparison, compare
-from .groups import PromptGroup, label_groups
+from .groups import PromptGroup
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
 from .scoring import Drawn, Measure, sample_groups, score_groups
 
 
+class Digests(NamedTuple):
+    """What a model is told by: the digest of its trained module, and that of all that its samples depend on."""
+
+    module: str
+    whole: str
+
+
 @dataclass
 class Subject:
-    """What is evaluated, and how its images are drawn.
+    """What is evaluated, and how its images are sampled.
 
     Attributes:
         base: The base model.
@@ -43,6 +50,33 @@ class Subject:
     first_seed: int
     artifacts_dir: Path
     accelerator: Accelerator
+    _digests: dict[int, tuple[Objective, Digests]] = field(default_factory=dict, init=False, repr=False)
+
+    def digests(self, model: Objective) -> Digests:
+        """The digests of a model, which nothing changes while it is evaluated: they are computed once."""
+        if id(model) not in self._digests:
+            with digested_once():
+                self._digests[id(model)] = model, Digests(fingerprint_module(model.module), model.fingerprint())
+        return self._digests[id(model)][1]
+
+    def sample(self, model: Objective, groups: Sequence[PromptGroup], digest: str | None = None) -> list:
+        """Every group's images from a model; see `sample_groups`.
+
+        Args:
+            model: Any.
+            groups: What is asked for.
+            digest: What the samples are kept under. Default: the model's own.
+        """
+        return sample_groups(
+            model, groups, self.settings, self.artifacts_dir, self.accelerator, digest or self.digests(model).whole
+        )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How images are sampled, as reports tell it: of a model that has one step, nothing is denoised."""
+        if self.erased.num_train_timesteps == 1:
+            return Sampling(DECODER, 1, 1.0)
+        return Sampling(**self.settings.to_dict())
 
 
 # Streams of seeds of their own: what an attack or a choice of names is drawn with is in no row of a report, and in no
@@ -80,51 +114,13 @@ def draw_both(
         networks: Give their features.
     """
     models = (subject.base, subject.erased)
-    kept = [
-        sample_groups(model, groups, subject.settings, subject.artifacts_dir, subject.accelerator) for model in models
-    ]
+    kept = [subject.sample(model, groups) for model in models]
     if not subject.accelerator.is_main_process:
         return None
     return [
         score_groups(model, groups, folders, classifier, mine, networks)
         for model, folders, mine in zip(models, kept, measures, strict=True)
     ]
-
-
-def class_protocol(
-    subject: Subject,
-    classifier: ImageClassifier,
-    networks: Sequence[FeatureNetwork] = (),
-    real: Sequence[Image.Image] = (),
-    provenance: dict[str, Any] | None = None,
-) -> Comparison | None:
-    """Table 1 of the paper: entropy and probability of the forgotten classes; Fréchet distance, precision and recall
-    over the remembered ones; and recognition of every class before and after.
-
-    Args:
-        subject: A model whose conditions are classes.
-        classifier: One of those classes.
-        networks: What gives the features of images.
-        real: Real images of the remembered classes. Without them the base model's own images are the only reference.
-        provenance: Further fields of the report.
-
-    Raises:
-        ValueError: The model knows no classes, or the classifier knows others.
-    """
-    labels = subject.base.labels
-    if labels is None:
-        raise ValueError("the class protocol needs a model of classes; this one takes prompts")
-    classifier.check_classes(labels, [pair.concept for pair in subject.pairs])
-    groups = label_groups(
-        classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
-    )
-    drawn = draw_both(subject, groups, classifier, networks=networks)
-    if drawn is None:
-        return None
-    before, after = drawn
-    comparison = compare(groups, before, after, subject.settings, classifier, provenance)
-    quality = quality_of(groups, before, after, networks, real)
-    return replace(comparison, report=replace(comparison.report, quality=quality))
 
 
 def quality_of(

@@ -1,37 +1,81 @@
-"""What a text-to-image model still draws of a concept, and what else the erasure has changed."""
+"""What a text-to-image model still samples of a concept, and what else the erasure has changed."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import normalize
+from accelerate.utils import broadcast_object_list
 
-from ..data.phrasings import fill_template
-from ..families import Objective
-from ..names import names_concept
-from .classification import ImageClassifier
-from .clip import Clip
-from .comparison import Comparison, compare
-from .groups import PromptGroup
-from .protocols import NEIGHBOUR_SEEDS, Subject, draw_both, quality_of, stream_seeds
-from .quality import FeatureNetwork
-from .scoring import Measure, draw_groups
+from ...data.phrasings import fill_template
+from ...data.prompt_files import read_prompts
+from ..classification import ImageClassifier
+from ..comparison import Comparison, compare
+from ..groups import HELD_OUT_TEMPLATES, NAMING_TEMPLATES, PromptGroup
+from ..measures.clip import Clip
+from ..neighbours import near_and_far, picture_embeddings, text_embeddings
+from ..quality import FeatureNetwork, check_can_measure
+from ..registry import register_protocol
+from ..request import Evaluation, Request
+from ..scoring import Measure
+from ..subject import Subject, draw_both, quality_of
+from .base import Protocol
 
-NAMING_TEMPLATES = ("{}", "a photo of {}", "a close-up of {}", "{} on a white background", "{} at night")
-HELD_OUT_TEMPLATES = (
-    "this is what {} looks like",
-    "an old snapshot that shows {}",
-    "{} on the cover of a magazine",
-    "a pencil drawing of {}",
-    "{} seen through a window",
-)
-_DATA = Path(__file__).parent.parent / "data"
-NEIGHBOURS, UNRELATED = 5, 5
-_PICTURES = 16
+_DATA = Path(__file__).parents[2] / "data"
+NOTHING_SCORES = "nothing scores the images: give a CLIP model, a classifier, or both"
+
+
+@register_protocol("concept")
+class ConceptProtocol(Protocol):
+    """See `concept_protocol`."""
+
+    takes = "prompts"
+
+    def __init__(self, request: Request) -> None:
+        check_can_measure()
+        check_something_scores(request)
+        args = request.args
+        self.prompts = ConceptPrompts(request.trained(), request.held_out())
+        self.evoking = read_prompts(args.evoking_prompts, request.config.concept) if args.evoking_prompts else []
+        self.clip = Clip.from_request(request)
+
+    def run(self, evaluation: Evaluation) -> Comparison | None:
+        subject = evaluation.subject
+        near, far = self._near_and_far(evaluation)
+        evoking = dict.fromkeys((pair.concept for pair in subject.pairs), self.evoking) if self.evoking else {}
+        prompts = replace(self.prompts, evoking=evoking, neighbours=near, unrelated=far)
+        return concept_protocol(
+            subject, prompts, self.clip, evaluation.classifier, evaluation.measures, evaluation.networks,
+            evaluation.provenance,
+        )  # fmt: skip
+
+    def _near_and_far(self, evaluation: Evaluation) -> tuple[list[str], list[str]]:
+        args, subject, classifier = evaluation.args, evaluation.subject, evaluation.classifier
+        near, far = args.neighbours, args.unrelated
+        if near is not None and far is not None:
+            return near, far
+        concepts = [pair.concept for pair in subject.pairs]
+        surrogates = [pair.surrogate.value for pair in subject.pairs if pair.surrogate.kind == "prompt"]
+        if classifier:
+            embed, candidates = picture_embeddings(subject, classifier), classifier.labels
+        else:
+            embed, candidates = self.clip.embed_texts if self.clip else text_embeddings(subject.base), []
+        # All processes ask for the same images: those that the first has chosen.
+        nearest, farthest = broadcast_object_list(list(near_and_far(concepts, surrogates, embed, candidates)))
+        if far is None:
+            far = [name for name in farthest if name not in (near or [])]
+        return nearest if near is None else near, far
+
+
+def check_something_scores(request: Request) -> None:
+    """Refuse an evaluation in which neither CLIP nor a classifier nor a measure looks at the images.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if request.args.clip == "none" and not request.config.classifier and not request.args.measures:
+        raise ValueError(NOTHING_SCORES)
 
 
 @dataclass
@@ -54,68 +98,10 @@ class ConceptPrompts:
     unrelated: Sequence[str] = ()
 
 
-def default_held_out(trained: Sequence[str]) -> list[str]:
-    """The built-in phrasings but those of the training."""
-    return [text for text in (*NAMING_TEMPLATES, *HELD_OUT_TEMPLATES) if text not in trained]
-
-
 def evoking_prompts(concept: str) -> list[str]:
     """The built-in prompts that evoke a concept; none for most."""
     known = json.loads((_DATA / "evoking_prompts.json").read_text(encoding="utf-8"))
     return known.get(concept.casefold(), [])
-
-
-def near_and_far(
-    concepts: Sequence[str],
-    surrogates: Sequence[str],
-    embed: Callable[[Sequence[str]], torch.Tensor],
-    candidates: Sequence[str] = (),
-) -> tuple[list[str], list[str]]:
-    """The candidates that lie nearest to the concepts (a third of them, at most 5), and others spread over the rest.
-
-    Args:
-        concepts: What was erased.
-        surrogates: What it turned into.
-        embed: Names -> `[n, d]`; near is what has a high cosine. See `text_embeddings` and `picture_embeddings`.
-        candidates: Names to choose from. Default: a built-in list of people, styles, bodies and things.
-    """
-    if not candidates:
-        known = json.loads((_DATA / "neighbours.json").read_text(encoding="utf-8"))
-        candidates = [name for names in known.values() for name in names]
-    taken = [*concepts, *surrogates]
-    candidates = [
-        name
-        for name in candidates
-        if not any(names_concept(name, other) or names_concept(other, name) for other in taken)
-    ]
-    if not candidates:
-        return [], []
-    embedded = normalize(embed([*concepts, *candidates]).double(), dim=-1)
-    closeness = (embedded[len(concepts) :] @ embedded[: len(concepts)].T).max(-1).values
-    order = [candidates[index] for index in torch.argsort(closeness, descending=True, stable=True).tolist()]
-    near = min(NEIGHBOURS, math.ceil(len(order) / 3))
-    rest = order[near:]
-    return order[:near], rest[:: -max(1, len(rest) // UNRELATED)][:UNRELATED]
-
-
-def text_embeddings(objective: Objective) -> Callable[[Sequence[str]], torch.Tensor]:
-    """The base model's own embeddings of names, averaged over their tokens."""
-    return lambda names: objective.encode_prompts(names)["encoder_hidden_states"].mean(1).cpu()
-
-
-def picture_embeddings(subject: Subject, classifier: ImageClassifier) -> Callable[[Sequence[str]], torch.Tensor]:
-    """What the classifier sees in the base model's images of names: mean features, less their mean over all names."""
-
-    def embed(names: Sequence[str]) -> torch.Tensor:
-        seeds = stream_seeds(NEIGHBOUR_SEEDS, subject.first_seed, _PICTURES)
-        groups = [PromptGroup(name, "remembered", (name,) * _PICTURES, seeds) for name in names]
-        drawn = draw_groups(
-            subject.base, groups, subject.settings, subject.artifacts_dir, subject.accelerator, classifier
-        )
-        means = torch.stack([seen.features[classifier.name].double().mean(0) for seen in drawn])
-        return means - means.mean(0)
-
-    return embed
 
 
 def concept_groups(
@@ -134,7 +120,7 @@ def concept_groups(
     for pair in subject.pairs:
         into = pair.surrogate.value if pair.surrogate.kind == "prompt" else None
         facts = {"surrogate_label": label_of(into) if into else None, "concept": pair.concept, "surrogate": into}
-        evoking = prompts.evoking.get(pair.concept) or evoking_prompts(pair.concept)
+        evoking = prompts.evoking[pair.concept] if pair.concept in prompts.evoking else evoking_prompts(pair.concept)
         for suffix, phrasing, texts in (
             ("", "trained", [fill_template(template, pair.concept) for template in prompts.trained]),
             (" (held-out phrasings)", "held-out", [fill_template(text, pair.concept) for text in prompts.held_out]),
@@ -177,7 +163,7 @@ def concept_protocol(
     if subject.base.labels is not None:
         raise ValueError("the concept protocol needs a model that takes prompts; this one knows classes: take class")
     if clip is None and classifier is None and not measures:
-        raise ValueError("nothing scores the images: give a CLIP model, a classifier, or both")
+        raise ValueError(NOTHING_SCORES)
     groups = concept_groups(subject, prompts, classifier)
     every: list[Measure] = list(measures)
     features = list(networks)
@@ -192,7 +178,7 @@ def concept_protocol(
         return None
     before, after = drawn
     facts = {"evaluators": [measure.provenance() for measure in every], **(provenance or {})}
-    comparison = compare(groups, before, after, subject.settings, classifier, facts)
+    comparison = compare(groups, before, after, subject.sampling, classifier, facts)
     if classifier is not None:
         features.append(classifier.feature_network())
     quality = quality_of(groups, before, after, features)

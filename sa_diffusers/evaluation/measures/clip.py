@@ -1,7 +1,7 @@
 """Scoring pictures with a CLIP model: how well they match their prompts, and which of several names fits them best."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -9,16 +9,21 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoProcessor, CLIPModel
 
-from ..configuration.evaluation import DEFAULT_CLIP
-from ..names import bare_name
-from .classification import Classification, loaded, whole
-from .memory import in_batches
+from ...configuration.evaluation import DEFAULT_CLIP
+from ...names import bare_name
+from ..classification import Classification, loaded, whole
+from ..memory import in_batches
+from ..registry import register_measure
+
+if TYPE_CHECKING:
+    from ..request import Request
 
 CONCEPT_SHARE = "clip_called_concept"
 SURROGATE_SHARE = "clip_called_surrogate"
 ZERO_SHOT_TEMPLATE = "a photo of {}"
 
 
+@register_measure("clip")
 class Clip:
     """A CLIP model of transformers. It is a `Measure` and, by its image embeddings, a `FeatureNetwork`.
 
@@ -51,6 +56,11 @@ class Clip:
         self._concepts: set[int] = set()
         self._surrogates: set[int] = set()
         self._name_embeds: torch.Tensor | None = None
+
+    @classmethod
+    def from_request(cls, request: "Request") -> "Clip | None":
+        """As the evaluation's settings say; None where they want none."""
+        return None if request.args.clip == "none" else cls(request.args.clip, request.device)
 
     def choose_among(self, concepts: Sequence[str], surrogates: Sequence[str], others: Sequence[str]) -> None:
         """The names of the zero-shot classification.

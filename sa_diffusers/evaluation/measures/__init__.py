@@ -1,0 +1,1 @@
+"""What scores pictures one by one: one file a measure."""
