@@ -20,8 +20,9 @@ from ..data.phrasings import check_phrasings, fill_template, warn_of_cut_prompts
 from ..data.pictures import read_picture
 from ..data.replay import check_replay_prompts, class_replay_prompts, replay_prompts
 from ..evaluation import ImageClassifier
-from ..evaluation.clip import Clip, ZeroShotClassifier, local_clip
-from ..evaluation.concept_protocol import default_held_out, near_and_far
+from ..evaluation.groups import default_held_out
+from ..evaluation.measures.clip import Clip, ZeroShotClassifier, local_clip
+from ..evaluation.neighbours import near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
 from ..families.digests import digested_once, fingerprint_module
 from ..families.names import resolved_revision
