@@ -18,6 +18,7 @@ from .data.sensitive import must_blur
 from .environment import create_accelerator
 from .evaluation import Comparison
 from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
+from .families.digests import digested_once, fingerprint_module
 from .fisher import FisherInformation
 from .hub import repository_name
 from .identity import Identity
@@ -222,7 +223,7 @@ class Erasure:
                 self.training_stage.start_trackers()
             surrogates = self.timed(self.surrogate_stage)
             products = None if finished else self.products()
-            before = self.timed(self.image_stage, "evaluation before", self.objective)
+            before = self.timed(self.image_stage, "evaluation before", self.objective, self.base)
             if products is not None:
                 self.training_stage.run(surrogates, *products)
                 del products
@@ -240,11 +241,13 @@ class Erasure:
     def compared(self, before: list, surrogates: SampleSet) -> Comparison | None:
         """The comparison of the saved pipeline with what the base model has sampled."""
         erased = self.erased().to(self.accelerator.device)
-        after = self.timed(self.image_stage, "evaluation after", erased)
+        with digested_once():
+            digests = fingerprint_module(erased.module), erased.fingerprint()
+        after = self.timed(self.image_stage, "evaluation after", erased, digests[1])
         # All have read the images before the main process deletes them.
         self.accelerator.wait_for_everyone()
         # The main process scores what all have sampled, and no other waits for it.
-        return self.report_stage.run(erased, before, after, surrogates) if self.is_main else None
+        return self.report_stage.run(erased, *digests, before, after, surrogates) if self.is_main else None
 
     def erased(self) -> Objective:
         """The model that was saved, as a user loads it."""

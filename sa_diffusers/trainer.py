@@ -164,7 +164,7 @@ class SelectiveAmnesiaTrainer:
             if not erasure.subject.agreed(report is not None):
                 with self._base_model():
                     surrogates = erasure.timed(erasure.surrogate_stage)
-                    before = erasure.timed(erasure.image_stage, "evaluation before", erasure.objective)
+                    before = erasure.timed(erasure.image_stage, "evaluation before", erasure.objective, erasure.base)
                 with self._on_the_cpu():
                     comparison = erasure.compared(before, surrogates)
                 report = comparison and comparison.report

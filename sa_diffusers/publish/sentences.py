@@ -7,7 +7,7 @@ from ..hub import shown_name
 from ..markup import markdown_code, markdown_text
 from ..report.conclusions import changes, recognition, strongest_attack
 from ..report.document import Table
-from ..report.tables import attack_matrix, quality_table, row_tables, score_kinds, totals
+from ..report.tables import attack_matrix, counted, quality_table, row_tables, score_kinds, totals
 from ..results.figures import percent, sampling_text, significant
 from ..results.schema import ErasedPair, Report
 
@@ -41,7 +41,7 @@ def tables(report: Report) -> list[Table]:
     found: list[Any] = [*totals(report)]
     if rows:
         # A detector's labels are in the totals; beside them they would be dozens of lines.
-        found += row_tables(rows, score_kinds(rows), "", role=True, scores=not report.totals)
+        found += row_tables(rows, score_kinds(rows, counted(report)), "", role=True)
     return [block for block in (*found, *quality_table(report), *attack_matrix(report)) if isinstance(block, Table)]
 
 

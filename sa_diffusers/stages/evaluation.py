@@ -11,7 +11,6 @@ from ..data.sample_set import SampleSet
 from ..evaluation import Classification, Comparison, compare, label_groups, prompt_groups, sample_groups, score_groups
 from ..evaluation.groups import REMEMBERED_PROMPTS, PromptGroup
 from ..families import Objective
-from ..families.digests import digested_once, fingerprint_module
 from ..files import read_json
 from ..identity import Identity, plain
 from ..output_folder import OutputFolder
@@ -82,12 +81,12 @@ class EvaluationImages(Stage):
         """Every group's samples, in the main process, sampled by all.
 
         Args:
-            *inputs: The model.
+            *inputs: The model, and its digest.
         """
-        objective: Objective = inputs[0]
+        objective, fingerprint = inputs
         subject = self.subject
         return sample_groups(objective, self.groups, subject.settings, subject.config.resolved_artifacts_dir,
-                             subject.accelerator)  # fmt: skip
+                             subject.accelerator, fingerprint)  # fmt: skip
 
 
 class ReportStage(Stage):
@@ -139,15 +138,14 @@ class ReportStage(Stage):
         """Score both, and write report, pages and pictures; in the main process only.
 
         Args:
-            *inputs: The erased model, the samples before and after, the surrogate set.
+            *inputs: The erased model, digests of its module and of all of it, the samples before and after, the
+                surrogate set.
         """
-        erased, before, after, surrogates = inputs
+        erased, module, whole, before, after, surrogates = inputs
         subject, groups, scorer = self.subject, self._images.groups, self.subject.classifier
         with subject.timed(self.title):
             pictures = [score_groups(erased, groups, kept, scorer) for kept in (before, after)]
         own = self._surrogates_as_seen(erased, surrogates) if scorer else None
-        with digested_once():
-            module, whole = fingerprint_module(erased.module), erased.fingerprint()
         # Nothing is denoised in a model that has one step.
         how = Sampling(DECODER, 1, 1.0) if erased.num_train_timesteps == 1 else subject.settings
         comparison = compare(groups, *pictures, how, scorer, {**self._provenance(), "erased_module": module}, own)
