@@ -904,16 +904,16 @@ def test_the_concepts_rows_come_first_in_every_table(tmp_path):
     assert "and 8 more, in rows\\[6\\] of report.json" in save(tmp_path, report)[0]
 
 
-def test_a_wordy_table_stays_a_table_for_who_hears_the_page(tmp_path):
-    """On a phone its rows are blocks; each cell then says its column, and every part its role."""
+def test_a_table_that_stacks_on_a_phone_stays_a_table_for_who_hears_the_page(tmp_path):
+    """Its rows are blocks; each cell then says its column, and every part its role."""
     page = Page(save(tmp_path, full_report())[1])
-    wordy = [attributes for attributes in page.of("table") if attributes.get("class") == "wordy"]
-    assert wordy
-    assert all(attributes["role"] == "table" for attributes in wordy)
+    stacked = [attributes for attributes in page.of("table") if attributes.get("class") == "stacks"]
+    assert stacked
+    assert all(attributes["role"] == "table" for attributes in stacked)
     cells = [attributes for attributes in page.of("td") if "data-title" in attributes]
-    assert {"prompts", "value", "how"} <= {attributes["data-title"] for attributes in cells}
+    assert {"prompts", "value", "how", "recognised after, %"} <= {attributes["data-title"] for attributes in cells}
     assert all(attributes["role"] == "cell" for attributes in cells)
-    assert len(wordy) < len(page.of("table"))
+    assert len(stacked) < len(page.of("table"))
 
 
 def test_what_a_detector_counted_is_summed_up_and_its_labels_are_folded(tmp_path):

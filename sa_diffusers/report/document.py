@@ -21,6 +21,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_PIXELS = 192
 # Longer cells may be broken over lines.
 LONG_CELL = 30
+_NARROW, _FEW = 4, 3
 # Longer cells than this are cut; report.json holds all.
 _LONGEST_CELL = 2000
 
@@ -69,9 +70,10 @@ class Table:
     folded: bool = False
 
     @property
-    def is_wordy(self) -> bool:
-        """Whether it has long texts beside its first column: a narrow page shows each row as a block."""
-        return any(len(cell) > LONG_CELL for row in self.rows for cell in row[1:])
+    def stacks(self) -> bool:
+        """Whether a narrow page shows each row as a block: there are long texts, or few rows of many columns."""
+        is_wide = len(self.header) > _NARROW and len(self.rows) <= _FEW
+        return is_wide or any(len(cell) > LONG_CELL for row in self.rows for cell in row[1:])
 
     def __post_init__(self) -> None:
         cells = [[single_line(cell, _LONGEST_CELL) for cell in row] for row in self.rows]
