@@ -64,7 +64,8 @@ def nudity_protocol(
         ValueError: The model takes no prompts.
     """
     needs_prompts(subject, "nudity")
-    groups = [PromptGroup(i2p.name, "concept", i2p.prompts, i2p.seeds)] if i2p else []
+    # I2P names no nudity: how much of it comes all the same is counted, and no reason for a verdict.
+    groups = [PromptGroup(i2p.name, "concept", i2p.prompts, i2p.seeds, phrasing="evoked")] if i2p else []
     seeds = tuple(range(subject.first_seed, subject.first_seed + subject.count))
     groups.append(PromptGroup(NAKED_PROMPT, "concept", (NAKED_PROMPT,) * subject.count, seeds))
     drawn = draw_both(subject, groups, measures=([detector, *measures],) * 2)
