@@ -105,9 +105,11 @@ def next_commands(config: SelectiveAmnesiaConfig, folder: Path, has_classes: boo
     """What whoever has an erased pipeline does next."""
     base, place = shlex.quote(config.pretrained_model_name_or_path), shlex.quote(str(folder))
     protocol = "class" if has_classes else "concept"
+    # Where a classifier knows the model's world, CLIP need not be downloaded for it.
+    clip = " --clip none" if config.classifier and not has_classes else ""
     lines = [
         f"load      DiffusionPipeline.from_pretrained({str(folder)!r})",
-        f"evaluate  sa-diffusers evaluate --base {base} --erased {place} --protocol {protocol}",
+        f"evaluate  sa-diffusers evaluate --base {base} --erased {place} --protocol {protocol}{clip}",
     ]
     if not config.push_to_hub:
         lines.append(f"publish   sa-diffusers push {place}")

@@ -146,7 +146,12 @@ class TrainingStage(Stage):
         if not accelerator.log_with:
             return
         try:
-            accelerator.init_trackers(config.tracker_project_name, tracked(config.to_dict()))
+            options = {}
+            if config.report_to == "wandb":
+                # Its files would lie in the current folder, or, where this one is not there, in a temporary one.
+                Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+                options = {"wandb": {"dir": str(accelerator.logging_dir)}}
+            accelerator.init_trackers(config.tracker_project_name, tracked(config.to_dict()), options)
         except Exception as error:  # of whatever kind the tracker's network errors are
             raise ValueError(
                 f'report_to="{config.report_to or "tensorboard"}" could not be started ({one_line(error)}): try again, '
