@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from .configuration import SelectiveAmnesiaConfig
 from .data.concepts import ErasurePair, check_pairs
-from .data.given import Samples, are_prompts, given_prompts
+from .data.given import Samples, are_prompts, given_prompts, taken
 from .data.replay import drop_naming_prompts
 from .data.sample_set import SampleSet
 from .data.sensitive import must_blur
@@ -40,7 +41,7 @@ from .stages import (
     prepare,
 )
 from .stages.subject import check_artifacts_dir
-from .training.callbacks import Callback
+from .training.callbacks import Callback, step_functions
 
 __all__ = ["DEPENDENCIES", "IRRELEVANT", "Erasure"]
 
@@ -80,7 +81,14 @@ class Erasure:
         fisher: FisherInformation | str | Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if not isinstance(config, SelectiveAmnesiaConfig):
+            raise ValueError(
+                f"config: what is of type {type(config).__name__} is no configuration: give a SelectiveAmnesiaConfig"
+            )
+        # A copy: what is written into the given one afterwards changes nothing.
         self.config = config = config.over_base_defaults()
+        surrogates, replay = taken("surrogates", surrogates), taken("replay", replay)
+        step_functions(callbacks)
         self._builder = build_objective or objective_for
         if config.surrogate:
             # Before the model is loaded: a mistake here should cost no time.
@@ -95,8 +103,9 @@ class Erasure:
         self.output = OutputFolder(self.output_dir, config.overwrite_output_dir)
         check_artifacts_dir(config)
         self.accelerator: Accelerator = create_accelerator(config, self.output_dir)
+        self._settings_at_first = self._settings()
         if self.accelerator.is_main_process:
-            self.output.check(self._settings())
+            self.output.check(self._settings_at_first)
         blur = must_blur(config.blur, [*config.concept, *config.surrogate])
         known = None if build_objective else SUPPORTED_PIPELINES
         self.subject: Subject = prepare(config, self.accelerator, blur, self._builder, pipeline, known, remembered)
@@ -112,6 +121,10 @@ class Erasure:
         self.report_stage = ReportStage(self.subject, self.output, self.image_stage, self.training_stage)
         self.card_stage = CardStage(self.output, self.report_stage)
         self.push_stage = PushStage(config, self.output, self.card_stage)
+        self.subject.handed_in = _told_of(surrogates, replay, fisher)
+        self._is_given = pipeline is not None
+        if len(set(gather_object([self.identity.digest]))) > 1:
+            raise ValueError("the processes of this run were given different settings, samples or Fisher information")
         if self.accelerator.is_main_process:
             self.output.check_identity(self.identity)
         if config.resume_from_checkpoint not in (None, "latest", "no"):
@@ -190,6 +203,8 @@ class Erasure:
 
     def plan(self) -> str:
         """What will be generated, computed and trained, and what is reused."""
+        if self.objective is None:
+            self.check_base()
         config, objective = self.config, self.objective
         lines = [
             f'forget    "{pair.concept}"'
@@ -283,9 +298,29 @@ class Erasure:
         return finished
 
     def check_base(self) -> None:
-        """Refuse to go on where the base model is gone."""
+        """Refuse to go on where the base model is gone, or settings and weights are others than at first."""
         if self.subject.objective is None:
             raise ValueError("this erasure has run, and its base model is gone from memory: make a new one")
+        if self._settings() != self._settings_at_first:
+            raise ValueError("the settings were changed after they were read: make a new one with the new settings")
+        # What was loaded here nobody else has.
+        if self._is_given and self.objective.fingerprint() != self.base:
+            raise ValueError(
+                "the pipeline was changed after it was handed in (trained, moved to another precision): load it anew, "
+                "and make a new one"
+            )
+
+
+def _told_of(surrogates: Any, replay: Any, fisher: Any) -> dict[str, str]:
+    """What was handed in, in words, for the report."""
+    told = {}
+    for name, given in (("surrogates", surrogates), ("replay", replay)):
+        if given is not None:
+            kind = "prompts to sample with" if are_prompts(given) else "samples"
+            told[name] = f"{len(given)} {kind}"
+    if fisher is not None:
+        told["Fisher information"] = repr(fisher) if isinstance(fisher, FisherInformation) else Path(fisher).name
+    return told
 
 
 def _remembered(config: SelectiveAmnesiaConfig, replay: Samples | None) -> list[str] | None:

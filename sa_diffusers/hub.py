@@ -2,6 +2,7 @@
 it fails."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ HUB_TIMEOUT_SECONDS = 10
 _PUBLISHED_TEXT = (".json", ".md", ".html")
 _ROOTS = {"content", "data", "home", "kaggle", "media", "mnt", "opt", "root", "scratch", "srv", "tmp", "Users", "var",
           "workspace"}  # fmt: skip
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/+~])/([\w.@+~-]+)(?:/[\w.@+~-]+)+")
+_ABSOLUTE_PATH = re.compile(r"(?:(?<=file://)/|(?<![\w./+~])/(?!/))([\w.@+~-]+)(?:/+[\w.@+~-]+)+")
 
 
 def repository_name(folder: str | Path, repo_id: str | None = None) -> str:
@@ -129,18 +130,32 @@ def _stage(folder: Path, staging: Path, card: str | None) -> None:
         inside = path.relative_to(folder)
         target = staging / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if _is_report(inside) else None
+        text = _shown_text(path) if _is_report(inside) else None
         if inside.as_posix() == BASE_DEFAULTS_NAME:
             # What lies beside the base model on this machine does not go up.
             own = {name: value for name, value in _named_values(path).items() if not str(value).startswith("../")}
             write_json(target, own)
-        elif text is not None and (shortened := without_local_paths(text)) != text:
-            target.write_text(resealed(text, shortened), encoding="utf-8")
+        elif text is not None and (shortened := without_local_paths(text)) != (written := _read_text(path)):
+            target.write_text(resealed(written, shortened), encoding="utf-8")
         else:
             target.symlink_to(path.resolve())
     if card is not None and is_own_card(folder):
         (staging / CARD_NAME).unlink(missing_ok=True)
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _shown_text(path: Path) -> str:
+    """A text of this package, values of its JSON that are paths cut already."""
+    text = _read_text(path)
+    if path.suffix != ".json":
+        return text
+    values = json.loads(text)
+    shorter = without_local_values(values)
+    return text if shorter == values else json.dumps(shorter, indent=2, ensure_ascii=False) + "\n"
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -205,6 +220,20 @@ def _is_report(inside: Path) -> bool:
     """Whether a file of an output folder is a text of this package: none of a component's, none of the user's."""
     own_place = len(inside.parts) == 1 or inside.parts[0].startswith("evaluation")
     return own_place and inside.suffix in _PUBLISHED_TEXT and inside.name not in (CARD_NAME, "model_index.json")
+
+
+def without_local_values(values: Any) -> Any:
+    """Values of a JSON file in which those that are a path of a machine are cut to its last part, whatever is in it."""
+    if isinstance(values, dict):
+        return {name: without_local_values(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [without_local_values(value) for value in values]
+    if not isinstance(values, str):
+        return values
+    path = values.removeprefix("file://")
+    first = path.lstrip("/").partition("/")[0]
+    is_path = path.startswith("/") and "\n" not in path and (first in _ROOTS or os.path.lexists(f"/{first}"))
+    return Path(path).name if is_path and path.strip("/") else values
 
 
 def without_local_paths(text: str) -> str:

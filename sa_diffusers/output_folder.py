@@ -163,6 +163,14 @@ class OutputFolder:
         return [name for name, digest in digests.items()
                 if not (self.path / name).is_file() or digest_of(self.path / name) != digest]  # fmt: skip
 
+    def stopped(self, identity: Identity) -> Identity | None:
+        """The identity of finished weights that are of this run, but for the step where a callback stopped it."""
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        if values is None or "stopped_after_step" not in values["facts"]:
+            return None
+        facts = {name: value for name, value in values["facts"].items() if name != "stopped_after_step"}
+        return Identity(identity.kind, values["facts"]) if facts == plain(identity.facts) else None
+
     def names_finished(self, identity: Identity) -> bool:
         """As `is_finished`, without a look at the weights."""
         values = read_record(self._finished_file, FORMAT_VERSION)

@@ -1,7 +1,7 @@
 """Selective Amnesia in Python: train, evaluate, save, publish."""
 
 import contextlib
-import shutil
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from .configuration import HISTORY_NAME, SelectiveAmnesiaConfig
 from .data.given import Samples
 from .erasure import Erasure
 from .families import Objective, checked_pipeline, modules_of, pipeline_name
-from .files import new_folder, read_json, replacing_folder
+from .files import read_json
 from .fisher import FisherInformation
-from .hub import published_files
 from .moved import forward
 from .publish import push_pipeline
+from .publish.folder import save_copy
 from .results import Report
 from .training.callbacks import Callback
 from .training.training import Training
@@ -73,21 +73,28 @@ class SelectiveAmnesiaTrainer:
 
     def __init__(
         self,
-        model: DiffusionPipeline | str,
+        model: DiffusionPipeline | str | Path,
         config: SelectiveAmnesiaConfig,
         surrogates: Samples | None = None,
         replay: Samples | None = None,
         fisher: FisherInformation | str | Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if not isinstance(config, SelectiveAmnesiaConfig):
+            raise ValueError(
+                f"config: what is of type {type(config).__name__} is no configuration: give a SelectiveAmnesiaConfig"
+            )
         given = None if isinstance(model, (str, Path)) else checked_pipeline(model)
         name = str(model) if given is None else pipeline_name(given)
-        if "pretrained_model_name_or_path" in config.written and config.pretrained_model_name_or_path != name:
+        by_default = SelectiveAmnesiaConfig.__dataclass_fields__["pretrained_model_name_or_path"].default
+        if config.pretrained_model_name_or_path not in (name, by_default):
             raise ValueError(
                 f'the model is "{name}" and pretrained_model_name_or_path="{config.pretrained_model_name_or_path}": '
                 "leave the setting out"
             )
-        config = type(config)(**{**config.written, "pretrained_model_name_or_path": name})
+        if given is not None and (config.revision or config.variant):
+            raise ValueError("revision and variant have no meaning for a pipeline in memory: leave them out")
+        config = config.replace(pretrained_model_name_or_path=name)
         if given is not None:
             for part in modules_of(given):
                 part.eval()
@@ -131,6 +138,8 @@ class SelectiveAmnesiaTrainer:
         erasure = self._erasure
         if self._anchor is not None:
             raise ValueError("this trainer has trained already, and its model is no longer the base: make a new one")
+        erasure.check_base()
+        erasure.training_stage.plan_the_whole()
         with erasure.holding():
             anchor = {name: value.detach().cpu().clone() for name, value in erasure.subject.parameters.items()}
             if erasure.finished():
@@ -138,6 +147,7 @@ class SelectiveAmnesiaTrainer:
                 erasure.objective.module.load_state_dict(erased.module.state_dict())
                 self._anchor = anchor
                 self._history = list(read_json(self.output_dir / HISTORY_NAME))
+                self._call_it_erased()
                 return self._history
             erasure.training_stage.start_trackers()
             surrogates = erasure.timed(erasure.surrogate_stage)
@@ -145,6 +155,7 @@ class SelectiveAmnesiaTrainer:
             # Whatever happens from here on, the model is no longer the base.
             self._anchor = anchor
             self._history = erasure.training_stage.run(surrogates, *products).history
+        self._call_it_erased()
         return self._history
 
     def evaluate(self) -> Report | None:
@@ -160,6 +171,8 @@ class SelectiveAmnesiaTrainer:
         erasure = self._erasure
         with erasure.holding(begin=self._anchor is None):
             self._check_trained()
+            if erasure.is_main:
+                erasure.report_stage.keep_settings()
             report = erasure.report_stage.kept() if erasure.is_main else None
             if not erasure.subject.agreed(report is not None):
                 with self._base_model():
@@ -176,23 +189,19 @@ class SelectiveAmnesiaTrainer:
         """Write the erased pipeline, with its settings, report and card as far as there are any, into another folder.
 
         Args:
-            folder: Default: `output_dir`, where `train` has written it already.
+            folder: Empty, not there, or an earlier copy of this kind, which is replaced. Default: `output_dir`, where
+                `train` has written it already.
 
         Raises:
-            ValueError: Nothing is trained yet.
+            ValueError: Nothing is trained yet, or the folder holds something else.
             OSError: The folder cannot be written; what was there before is unchanged.
         """
         self._check_trained()
         if folder is None or Path(folder).resolve() == self.output_dir.resolve():
             return
-        if not self._erasure.is_main:
-            return
-        folder = Path(folder)
-        with (replacing_folder if folder.is_dir() else new_folder)(folder) as staging:
-            for file in published_files(self.output_dir):
-                place = staging / file.relative_to(self.output_dir)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, place)
+        if self._erasure.is_main:
+            save_copy(self.output_dir, folder)
+        self._erasure.accelerator.wait_for_everyone()
 
     def push_to_hub(self, repo_id: str | None = None, private: bool | None = None) -> str | None:
         """Write the model card, and upload pipeline, card, report and pictures.
@@ -215,7 +224,13 @@ class SelectiveAmnesiaTrainer:
         private = self.config.hub_private_repo if private is None else private
         return push_pipeline(self.output_dir, repo_id or self.config.hub_model_id, private)
 
+    def _call_it_erased(self) -> None:
+        # What is made of it next is made of this, not of the base model.
+        self.pipeline.register_to_config(_name_or_path=str(self.output_dir.absolute()))
+
     def _check_trained(self) -> None:
+        if self._anchor is None:
+            self._erasure.training_stage.take_up_what_was_stopped()
         if not self._erasure.finished(quietly=True):
             raise ValueError(f"{self.output_dir} holds no pipeline of this erasure: call train first")
 
@@ -223,12 +238,14 @@ class SelectiveAmnesiaTrainer:
     def _base_model(self) -> Iterator[None]:
         """The model in memory is the base model meanwhile, also after it was trained."""
         if self._anchor is None:
+            self._erasure.check_base()
             yield
             return
         parameters = self._erasure.subject.parameters
         trained = {name: value.detach().cpu().clone() for name, value in parameters.items()}
         _put_in(parameters, self._anchor)
         try:
+            self._erasure.check_base()
             yield
         finally:
             _put_in(parameters, trained)
@@ -251,4 +268,8 @@ def _put_in(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, t
         parameter.copy_(values[name])
 
 
+# What `help` and completion show: not the arguments of `__new__`, which also takes the earlier form.
+SelectiveAmnesiaTrainer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    list(inspect.signature(SelectiveAmnesiaTrainer.__init__).parameters.values())[1:]
+)
 __getattr__ = forward(__name__, "training.training", "training.settings", "training.trainable", "environment")

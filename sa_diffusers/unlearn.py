@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 
-from .configuration import SelectiveAmnesiaConfig
+from .configuration import SelectiveAmnesiaConfig, check_names
 from .erasure import Erasure
 from .families import checked_pipeline, load_pipeline, modules_of, objective_for, pipeline_name
 from .parameter_selection import evaluating
@@ -56,8 +56,8 @@ def erase(
         The pipeline, in evaluation mode, and its report.
 
     Raises:
-        ValueError: A setting is not allowed, or the pipeline is of an unknown kind, in half precision, or has adapters.
         TypeError: There is no such setting.
+        ValueError: A setting is not allowed, or the pipeline is of an unknown kind, in half precision, or has adapters.
     """
     if "pretrained_model_name_or_path" in settings:
         raise ValueError("pretrained_model_name_or_path is the first argument of erase: leave it out")
@@ -69,10 +69,17 @@ def erase(
         if not settings.get("output_dir"):
             place = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             settings["output_dir"] = str(Path(place) / "erased")
+        try:
+            check_names(settings, "erase")
+        except ValueError as error:
+            raise TypeError(str(error)) from None
         config = SelectiveAmnesiaConfig(**settings).over_base_defaults()
         stack.enter_context(_as_it_was(given))
         part = _trained_part(given)
-        comparison = Erasure(config, pipeline=_with_a_copy(given, part)).run()
+        erasure = Erasure(config, pipeline=_with_a_copy(given, part))
+        comparison = erasure.run()
+        if comparison is not None:
+            erasure.card_stage.run()
         erased = load_pipeline(config.output_dir)
     report = comparison.report if comparison else None
     if not inplace:

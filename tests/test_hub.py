@@ -25,7 +25,14 @@ from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
 from sa_diffusers.families import Family, register, registry
 from sa_diffusers.files import read_json, write_json
-from sa_diffusers.hub import CARD_MARKER, drop_local_names, published_files, repository_name, without_local_paths
+from sa_diffusers.hub import (
+    CARD_MARKER,
+    drop_local_names,
+    published_files,
+    repository_name,
+    without_local_paths,
+    without_local_values,
+)
 from sa_diffusers.publish import build_model_card, write_model_card
 
 from .conftest import BASE_NAME, REPOSITORY
@@ -479,8 +486,18 @@ def test_absolute_paths_are_cut_to_their_last_part_and_nothing_else_is(tmp_path)
         ("https://huggingface.co/data/set and data/a/b and either/or", None),
         ("data:image/jpeg;base64,/9j/4AAQ/SkZJ", None),
         ("</td></tr> /imagine a cat", None),
+        ("from file:///home/alice/x/y", "from file://y"),
+        ("a:/home/alice/x", "a:x"),
+        ("/home//alice/x", "x"),
+        ("https://data/home/x", None),
     ):
         assert without_local_paths(text) == (text if expected is None else expected)
+    for value, expected in (
+        ("/home/alice smith/models (old)/base", "base"), ("file:///home/alice/base", "base"), ("/imagine a cat", None),
+        ("a cat on /home", None), ("CompVis/stable-diffusion-v1-4", None), (3, None), ("/", None),
+    ):  # fmt: skip
+        kept = value if expected is None else expected
+        assert without_local_values({"a": [value, {"b": value}]}) == {"a": [kept, {"b": kept}]}
 
 
 def test_components_forget_where_they_were_loaded_from(tmp_path):

@@ -126,10 +126,11 @@ def test_a_callback_ends_the_training_and_the_report_is_of_what_it_left(tiny_fol
     assert [entry["step"] for entry in trainer.train()] == seen == [1, 2]
     report = trainer.evaluate()
     assert report is not None and (place / "out" / "report.json").is_file()
-    # The whole training is another: it is not taken for finished.
-    whole = SelectiveAmnesiaTrainer(str(tiny_folder), config(max_train_steps=9, overwrite_output_dir=True))
-    with pytest.raises(ValueError, match="call train first"):
-        whole.evaluate()
+    # It can be measured again; the whole training is another, and goes on.
+    whole = SelectiveAmnesiaTrainer(str(tiny_folder), settings)
+    assert whole.evaluate().rows == report.rows
+    assert [entry["step"] for entry in whole.train()][-1] == 9
+    assert whole.evaluate().stopped_after_step is None
 
 
 def test_the_bases_own_settings_hold_unless_they_are_written(place):
@@ -148,8 +149,8 @@ def test_the_bases_own_settings_hold_unless_they_are_written(place):
 
 def test_the_bases_own_settings_survive_in_the_erased_folder(tiny_folder, place):
     base = shutil.copytree(tiny_folder, place / "models" / "base")
-    (place / "prompts.txt").write_text("a coat\na bag\n")
-    own = {"num_inference_steps": 3, "replay_prompts": "../../prompts.txt"}
+    (place / "models" / "prompts.txt").write_text("a coat\na bag\n")
+    own = {"num_inference_steps": 3, "replay_prompts": "../prompts.txt"}
     (base / BASE_DEFAULTS_NAME).write_text(json.dumps(own))
     settings = {name: value for name, value in SMALL.items() if name not in own}
     first = SelectiveAmnesiaConfig(concept="cat", surrogate="dog", output_dir="out", report_to="none", **settings)
@@ -157,7 +158,7 @@ def test_the_bases_own_settings_survive_in_the_erased_folder(tiny_folder, place)
     second = SelectiveAmnesiaConfig(concept="cow", surrogate="dog", output_dir="again", report_to="none", **settings)
     trainer = SelectiveAmnesiaTrainer("out", second)
     assert trainer.config.num_inference_steps == 3
-    assert trainer.config.replay_prompts == str(place / "prompts.txt")
+    assert trainer.config.replay_prompts == str(place / "models" / "prompts.txt")
 
 
 def test_mistakes_are_told_in_a_sentence_before_anything_is_sampled(tiny_folder, place):
@@ -255,11 +256,18 @@ def test_images_handed_in_are_encoded(tiny_folder, place):
         ([], "surrogates is empty"),
         ("a dog", 'surrogates="a dog" is a text: give a list of prompts'),
         (3, "of type int is none of the forms allowed"),
-        ([3], "surrogates: int are not of one kind"),
+        ([3], "surrogates: int will not do: give a SampleSet"),
         (["a dog", 3], "surrogates: int and str are not of one kind"),
         (torch.zeros(3, 8, 8), "holds no images"),
         (torch.full((1, 3, 16, 16), 200.0), "images as a tensor are in .0, 1., and these are in .200, 200.: divide"),
-        (torch.full((1, 3, 16, 16), float("nan")), "images as a tensor are in"),
+        (torch.full((1, 3, 16, 16), float("nan")), "images that are not finite"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "these are of torch.uint8: divide by 255"),
+        ([{"image": picture(3)}], 'surrogates: dict will not do: give an "image" .PIL. and a "text" in each'),
+        (["a small cat"], 'surrogates: "a small cat" names the concept, which would turn into itself'),
+        ([{"image": picture(3), "text": "a cow"}], 'the text "a cow" of an image names no concept'),
+        (SampleSet(torch.zeros(1, 4, 4, 7), ["cat"], [None], [0]), "do not fit the model"),
+        (SampleSet(torch.zeros(1, 4, 8, 8), [3], [None], [0]), "conditions and sources of a SampleSet are texts"),
+        (SampleSet(torch.zeros(1, 4, 8, 8), ["cat"], [None], [0], {"from": {3}}), "are plain data"),
         (torch.zeros(1, 3, 5, 5), "images of 5x5 pixels, but the model works on 16x16"),
         (SampleSet(torch.zeros(1, 7, 8, 8), ["cat"], [None], [0]), "do not fit the model"),
         (SampleSet(torch.full((1, 4, 8, 8), float("inf")), ["cat"], [None], [0]), "samples are not finite"),
@@ -277,6 +285,168 @@ def test_of_several_concepts_bare_images_belong_to_none(tiny_folder, place):
         SelectiveAmnesiaTrainer(str(tiny_folder), config(**several), surrogates=[picture(1)] * 2)
     with pytest.raises(ValueError, match="say in the setting surrogate what they are"):
         SelectiveAmnesiaTrainer(str(tiny_folder), config(surrogate=[]), surrogates=[picture(1)])
+
+
+# What must not be mistaken for something else
+
+
+def test_a_pipeline_that_was_changed_meanwhile_is_refused(tiny_folder, place):
+    """A second trainer on one pipeline began at the first one's weights, and its samples stayed in the cache."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    first = SelectiveAmnesiaTrainer(pipeline, config())
+    second = SelectiveAmnesiaTrainer(pipeline, config(output_dir="second", concept="cow"))
+    first.train()
+    kept = sorted((place / "cache").iterdir())
+    with pytest.raises(ValueError, match="the pipeline was changed after it was handed in"):
+        second.train()
+    assert sorted((place / "cache").iterdir()) == kept
+    with torch.no_grad():
+        next(pipeline.vae.parameters()).mul_(1.5)
+    trained = weights(pipeline.unet)
+    with pytest.raises(ValueError, match="the pipeline was changed after it was handed in"):
+        first.evaluate()
+    assert same(weights(pipeline.unet), trained)
+
+
+def test_what_is_made_of_an_erased_pipeline_is_not_said_to_be_made_of_the_base(tiny_folder, place):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    SelectiveAmnesiaTrainer(pipeline, config()).train()
+    again = SelectiveAmnesiaTrainer(pipeline, config(output_dir="second", concept="cow"))
+    again.train()
+    assert again.evaluate().base_model == str(place / "out")
+    assert "folder `out`" in (place / "second" / "README.md").read_text()
+
+
+def test_settings_that_change_after_they_were_read_are_refused(tiny_folder, place):
+    given = config()
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), given)
+    given.learning_rate = 1.0
+    assert trainer.config.learning_rate == 1e-3
+    trainer.config.learning_rate = 1.0
+    with pytest.raises(ValueError, match="the settings were changed after they were read"):
+        trainer.train()
+    pictures = SampleSet(torch.randn(2, 4, 8, 8), ["cat"] * 2, [None] * 2, [0, 1])
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="b"), surrogates=pictures)
+    before = pictures.samples.clone()
+    pictures.samples.zero_()
+    assert torch.equal(trainer._erasure.surrogates().samples, before)
+
+
+def test_report_and_card_tell_what_was_handed_in_and_where_the_training_ended(tiny_folder, place):
+    settings = config(max_train_steps=9)
+    trainer = SelectiveAmnesiaTrainer(
+        str(tiny_folder),
+        settings,
+        surrogates=["a wolf", "a fox"],
+        callbacks=[lambda state: setattr(state, "stop", True)],
+    )
+    # The last step is on record, although it is no tenth.
+    assert [entry["step"] for entry in trainer.train()] == [1]
+    report = trainer.evaluate()
+    assert report.handed_in == {"surrogates": "2 prompts to sample with"}
+    assert report.stopped_after_step == 1
+    card = (place / "out" / "README.md").read_text()
+    told = "from Python were surrogates (2 prompts to sample with), and a callback ended the training after step 1"
+    for text in (card, (place / "out" / "report.md").read_text()):
+        assert told in text
+        assert "train_sa.py --config" not in text
+    assert "what the base model draws for that prompt" not in card
+    # Another process takes it up as it is.
+    later = SelectiveAmnesiaTrainer(str(tiny_folder), settings, **given)
+    assert later.evaluate().rows == report.rows
+    later.save_model("elsewhere")
+    assert same(saved("elsewhere"), saved("out"))
+
+
+def test_fisher_information_counts_by_its_values(tiny_folder, place):
+    information = FisherEstimator(str(tiny_folder), timesteps=2).estimate(["a dog"])
+    SelectiveAmnesiaTrainer(str(tiny_folder), config(), fisher=information).train()
+    name = next(iter(information.values))
+    information.values[name] = information.values[name] + 1
+    with pytest.raises(ValueError, match="holds another erasure: fisher="):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(), fisher=information)
+    for wrong in (float("nan"), -1.0):
+        information.values[name] = torch.full_like(information.values[name], wrong)
+        with pytest.raises(ValueError, match="negative or not finite"):
+            SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="b"), fisher=information)
+    with pytest.raises(ValueError, match="fisher: what is of type dict will not do"):
+        SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="b"), fisher={})
+
+
+def test_a_training_without_a_step_is_no_erasure(tiny_folder, place, monkeypatch):
+    objective = type(objective_for(build_tiny_pipeline()))
+    original = objective.negative_elbo
+    monkeypatch.setattr(objective, "negative_elbo", lambda *rest, **more: original(*rest, **more) * float("nan"))
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config(ewc_weight=0))
+    with pytest.raises(FloatingPointError, match="not finite in any of 3 steps, and nothing was trained"):
+        trainer.train()
+    assert not (place / "out" / "unet").exists()
+
+
+def test_a_copy_replaces_an_earlier_copy_and_nothing_else(tiny_folder, place):
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), config())
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model("copy")
+    other = SelectiveAmnesiaTrainer(str(tiny_folder), config(output_dir="second", concept="cow"))
+    other.train()
+    # Without a report of its own, none of the other's is left.
+    other.save_model("copy")
+    assert same(saved("copy"), saved("second"))
+    assert json.loads((place / "copy" / "selective_amnesia.json").read_text())["concept"] == ["cow"]
+    assert not any((place / "copy" / name).exists() for name in ("report.json", "report.html", "README.md"))
+    base = shutil.copytree(tiny_folder, place / "base")
+    (place / "mine").mkdir()
+    (place / "mine" / "thesis.txt").write_text("all of it")
+    (place / "file").write_text("")
+    refused = {
+        "out": "is the output folder of another erasure",
+        str(base): "already holds something else",
+        "mine": "already holds something else",
+        "file": "is a file",
+        "": 'the folder is named ""',
+        "second/unet": "is inside of second or around it",
+        str(place): "is inside of",
+        "/": "is inside of",
+    }
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for folder, said in refused.items():
+        with pytest.raises(ValueError, match=said):
+            other.save_model(folder)
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_a_models_folder_does_not_have_other_files_read(tiny_folder, place):
+    base = shutil.copytree(tiny_folder, place / "models" / "base")
+    (place / "secret.txt").write_text("a secret\n")
+    for source in (str(place / "secret.txt"), "../../secret.txt", "/etc/passwd"):
+        (base / BASE_DEFAULTS_NAME).write_text(json.dumps({"replay_prompts": source}))
+        with pytest.raises(ValueError, match="is a file elsewhere on this machine"):
+            SelectiveAmnesiaTrainer(str(base), config())
+    for name, value in {"blur": "no", "naive": True, "drop_naming_prompts": True, "validation_prompts": ["x"]}.items():
+        (base / BASE_DEFAULTS_NAME).write_text(json.dumps({name: value}))
+        with pytest.raises(ValueError, match=f"{name} is for the user to say"):
+            SelectiveAmnesiaTrainer(str(base), config())
+
+
+def test_other_settings_of_an_erasure_leave_the_bases_own_open():
+    given = SelectiveAmnesiaConfig(concept="sneaker", surrogate="dress", learning_rate=1e-5)
+    changed = given.replace(seed=3)
+    assert (changed.seed, changed.written.keys()) == (3, {"concept", "surrogate", "learning_rate", "seed"})
+
+
+def test_help_shows_what_is_to_be_given():
+    import inspect
+
+    assert list(inspect.signature(SelectiveAmnesiaTrainer).parameters) == [
+        "model", "config", "surrogates", "replay", "fisher", "callbacks"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"concept": "cat"}, "settings.yaml", None])
+def test_what_is_no_configuration_is_refused(tiny_folder, wrong):
+    with pytest.raises(ValueError, match="is no configuration: give a SelectiveAmnesiaConfig"):
+        SelectiveAmnesiaTrainer(str(tiny_folder), wrong)
 
 
 # The estimator

@@ -1,5 +1,6 @@
 """Training the base model of a class experiment: a conditional VAE or a class-conditional diffusion model."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def train_class_model(args: ClassModelConfig) -> None:
                 f"{newest} has {newest.name.rpartition('-')[2]} steps behind it: --max_train_steps "
                 f"{args.max_train_steps} must be more"
             )
-        choice = choose_checkpoint(args.output_dir, "latest", identity, vars(args))
+        choice = choose_checkpoint(args.output_dir, "latest", identity, dataclasses.asdict(args))
         if choice.folder is None:
             raise ValueError(
                 f"{newest} belongs to another model, or to other settings than these, or is not whole: leave "
@@ -138,7 +139,9 @@ def train_class_model(args: ClassModelConfig) -> None:
                         objective.save(staging)
                         # What an erasure takes up by itself.
                         write_json(staging / BASE_DEFAULTS_NAME, class_defaults(args.model))
-                        write_json(staging / "training.json", {**vars(args), "output_dir": str(args.output_dir)})
+                        write_json(
+                            staging / "training.json", {**dataclasses.asdict(args), "output_dir": str(args.output_dir)}
+                        )
                 save_grid(objective, data.names, args, step + 1)
             if ema and not last:
                 ema.restore(parameters)
@@ -147,7 +150,7 @@ def train_class_model(args: ClassModelConfig) -> None:
 
 
 def plain_settings(args: ClassModelConfig) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
 
 
 def training_identity(args: ClassModelConfig, data: LabelledImages, accelerator: Accelerator) -> Identity:

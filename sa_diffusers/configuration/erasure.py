@@ -92,7 +92,14 @@ class SelectiveAmnesiaConfig(
             ValueError: As of `base_defaults`, or the two contradict each other.
         """
         defaults = base_defaults({"pretrained_model_name_or_path": self.pretrained_model_name_or_path})
-        return type(self)(**(defaults | self.written)) if defaults else self
+        return type(self)(**(defaults | self.written))
+
+    def replace(self, **changes: Any) -> "SelectiveAmnesiaConfig":
+        """The same settings but for some; what was not written stays open to the base model's recommendations.
+
+        (`dataclasses.replace` writes every setting.)
+        """
+        return type(self)(**{**self.written, **changes})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the given settings") -> "SelectiveAmnesiaConfig":
@@ -182,7 +189,20 @@ def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{file}: {name} is for the user to say, not for a model's folder: remove it")
     for name in _places(defaults):
         defaults[name] = str((folder / defaults[name]).resolve())
+    source = defaults.get("replay_prompts")
+    if source is not None and _is_foreign(source, folder):
+        raise ValueError(
+            f"{file}: replay_prompts={shown(source, 200)} is a file elsewhere on this machine, whose lines would stand "
+            "in the report: keep the prompts beside the model, or give --replay_prompts yourself"
+        )
     return defaults
+
+
+def _is_foreign(source: str, folder: Path) -> bool:
+    """Whether a model's folder recommends to read a text from a place that is not its own."""
+    place = Path(source.split(":")[0]).expanduser()
+    outside = not place.resolve().is_relative_to(folder.resolve().parent)
+    return outside and (place.is_absolute() or ".." in place.parts or place.exists())
 
 
 def inherited_defaults(base: str, folder: Path | None = None) -> dict[str, Any]:
@@ -202,6 +222,14 @@ def inherited_defaults(base: str, folder: Path | None = None) -> dict[str, Any]:
         else:
             target = (Path(base) / defaults[name]).resolve()
             defaults[name] = f"../{os.path.relpath(target, folder.resolve().parent)}"
+    source = defaults.get("replay_prompts")
+    if (
+        source is not None
+        and source.startswith("../")
+        and (folder is None or _is_foreign(str(folder / source), folder))
+    ):
+        # A text that lies elsewhere does not come along: see `base_defaults`.
+        defaults.pop("replay_prompts", None)
     return defaults
 
 

@@ -109,7 +109,7 @@ class SampleSettings(Settings):
         path=True,
     )
     drop_naming_prompts: bool = flag(
-        False, "leave out replay prompts that name the concept, and count them, in place of refusing them"
+        False, "leave out replay prompts that name the concept, and count them, in place of refusing them", own=True
     )
     replay_surrogates: bool = flag(
         True, "replay the surrogate's samples under the surrogate's own prompt too (the paper does not)"
@@ -201,6 +201,7 @@ class TrainingSettings(Settings):
         False,
         "lower the ELBO of the concept's own samples (eq. 3 of the paper, its negative example) in place of raising "
         "that of the surrogate's",
+        own=True,
     )
     snr_gamma: float | None = flag(None, "min-SNR weighting of the losses; 5.0 is usual", above=0)
     noise_offset: float = flag(0.0, "offset of the noise, constant over an image's pixels", at_least=0, at_most=1_000)
@@ -247,7 +248,7 @@ class TrainingSettings(Settings):
 class ReportSettings(Settings):
     """Validation, evaluation and tracking."""
 
-    validation_prompts: list[str] = flag([], "prompts sampled during training")
+    validation_prompts: list[str] = flag([], "prompts sampled during training", own=True)
     validation_steps: int = flag(100, "steps between validation images", at_least=1, at_most=100_000_000)
     num_validation_images: int = flag(4, "validation images for each prompt", at_least=1, at_most=10_000)
     classifier: str | None = flag(
@@ -276,7 +277,7 @@ class ReportSettings(Settings):
     )
     eval_seed: int = flag(1_000_000, "first seed of the evaluation's images", at_least=0, at_most=2**63)
     blur: Blur = flag(
-        "auto", "blur every picture that is written: auto does where what is erased is nudity or of its kind"
+        "auto", "blur every picture that is written: auto does where what is erased is nudity or of its kind", own=True
     )
     require_forgotten: bool = flag(
         False, "end with exit code 3 unless the verdict is that every concept is forgotten", own=True

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,29 @@ _FORMS = (
 )
 
 
+def taken(what: str, given: Any) -> Any:
+    """What is handed in, as it is now: a copy of samples, and a list of whatever else comes one by one.
+
+    Raises:
+        ValueError: It is in none of the forms of `Samples`.
+    """
+    if given is None or isinstance(given, torch.Tensor):
+        return given if given is None else given.detach().clone()
+    if isinstance(given, str):
+        raise ValueError(f'{what}="{shown(given)}" is a text: give a list of prompts')
+    if not isinstance(given, SampleSet):
+        return _items(what, given)
+    texts = [*given.conditions, *(source for source in given.sources if source is not None)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{what}: conditions and sources of a SampleSet are texts, and some of these are not")
+    try:
+        fingerprint([given.origin, list(given.seeds)])
+    except TypeError as error:
+        raise ValueError(f"{what}: origin and seeds of a SampleSet are plain data ({error})") from None
+    samples = given.samples.detach().to("cpu", torch.float32, copy=True)
+    return replace(given, samples=samples, conditions=list(given.conditions), sources=list(given.sources))
+
+
 def given_prompts(what: str, given: Any) -> list[str] | None:
     """The prompts of what is handed in, as far as they are in it; None for bare images.
 
@@ -30,8 +54,6 @@ def given_prompts(what: str, given: Any) -> list[str] | None:
     Raises:
         ValueError: It is in none of these forms, or empty.
     """
-    if isinstance(given, str):
-        raise ValueError(f'{what}="{shown(given)}" is a text: give a list of prompts')
     if isinstance(given, SampleSet):
         prompts = list(given.conditions)
     elif isinstance(given, torch.Tensor):
@@ -43,8 +65,11 @@ def given_prompts(what: str, given: Any) -> list[str] | None:
     else:
         items = _items(what, given)
         kinds = {_kind(item) for item in items}
-        if len(kinds) > 1 or None in kinds:
+        if len(kinds) > 1:
             raise ValueError(f"{what}: {_told(items)} are not of one kind: give {_FORMS}")
+        if None in kinds:
+            wanted = 'an "image" (PIL) and a "text" in each' if all(isinstance(item, Mapping) for item in items) else ""
+            raise ValueError(f"{what}: {_told(items)} will not do: give {wanted or _FORMS}")
         prompts = None
         if kinds == {"prompt"}:
             prompts = items
@@ -79,9 +104,8 @@ def given_samples(
         result = given
     else:
         result = _encoded(what, given, objective, conditions, resolution or objective.resolution)
-    # Latents of another resolution are the model's too.
-    expected = objective.encode_images(_blank(objective), 0).shape[1:]
-    if result.samples.ndim != len(expected) + 1 or result.samples.shape[1:2] != expected[:1]:
+    expected = objective.encode_images(_blank(objective, resolution), 0).shape[1:]
+    if result.samples.shape[1:] != expected:
         raise ValueError(
             f"{what}: samples of shape {list(result.samples.shape[1:])} do not fit the model, whose own are "
             f"{list(expected)}: give what it sampled, or images"
@@ -99,9 +123,8 @@ def content_identity(kind: str, samples: SampleSet) -> Identity:
 
 def _encoded(what: str, given: Any, objective: Objective, conditions: Sequence[str], size: int) -> SampleSet:
     if isinstance(given, torch.Tensor):
-        if given.ndim == 4 and objective.encode_images(_blank(objective), 0).shape[1:] == given.shape[1:] != (
-            objective.channels, size, size,
-        ):  # fmt: skip
+        own = objective.encode_images(_blank(objective, size), 0).shape[1:]
+        if given.is_floating_point() and given.shape[1:] == own != (objective.channels, size, size):
             samples, digest = given.detach().float().cpu(), "latents"
             return SampleSet(samples, list(conditions), [None] * len(samples), [0] * len(samples), {"given": digest})
         images = _as_images(what, given, size)
@@ -118,10 +141,14 @@ def _encoded(what: str, given: Any, objective: Objective, conditions: Sequence[s
 
 def _as_images(what: str, given: torch.Tensor, size: int) -> torch.Tensor:
     """A tensor in [0, 1] as `[n, channels, size, size]` in [-1, 1]."""
+    if not given.is_floating_point():
+        raise ValueError(f"{what}: images as a tensor are in [0, 1], and these are of {given.dtype}: divide by 255")
     given = given.detach().float().cpu()
     if given.ndim != 4 or given.shape[1] not in (1, 3):
         raise ValueError(f"{what}: a tensor of shape {list(given.shape)} holds no images: give [n, 3, height, width]")
-    if not torch.isfinite(given).all() or given.min() < 0 or given.max() > 1:
+    if not torch.isfinite(given).all():
+        raise ValueError(f"{what}: images that are not finite: look at how they were made")
+    if given.min() < 0 or given.max() > 1:
         raise ValueError(
             f"{what}: images as a tensor are in [0, 1], and these are in [{given.min():g}, {given.max():g}]: divide "
             "them by 255, or add 1 and halve them; what the model itself sampled goes in as a SampleSet"
@@ -134,8 +161,9 @@ def _as_images(what: str, given: torch.Tensor, size: int) -> torch.Tensor:
     return (given if given.shape[1] == 3 else given.expand(-1, 3, -1, -1)) * 2 - 1
 
 
-def _blank(objective: Objective) -> torch.Tensor:
-    return torch.zeros(1, 3, objective.resolution, objective.resolution, device=objective.device)
+def _blank(objective: Objective, size: int | None = None) -> torch.Tensor:
+    size = size or objective.resolution
+    return torch.zeros(1, 3, size, size, device=objective.device)
 
 
 def _items(what: str, given: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..configuration import base_defaults
 from ..data.classes import class_name
-from ..data.given import Samples, are_prompts, given_prompts, given_samples
+from ..data.given import Samples, are_prompts, given_prompts, given_samples, taken
 from ..data.sample_set import SampleSet
 from ..environment import launched, precision_in_use
 from ..families import SamplingSettings, modules_of, objective_of, pipeline_name
@@ -48,8 +48,8 @@ class FisherEstimator:
             `Objective`.
         selection: What is to be trained: a name or regular expression as of `train_method`, or name and parameter.
             Nothing else takes memory.
-        timesteps: Number of timesteps of each sample, or None for all (exact). Fewer are sampled one from each of as
-            many strata of the path, and their sum is scaled by `num_train_timesteps / timesteps`, so that the EWC
+        timesteps: Number of timesteps of each sample, or None (or 0) for all (exact). Fewer are sampled one from each
+            of as many strata of the path, and their sum is scaled by `num_train_timesteps / timesteps`, so that the EWC
             weight keeps its meaning. The square of a scaled sum has the noise of fewer terms in it and comes out
             larger.
         batch_size: Timesteps in one backward pass. It changes rounding and speed only.
@@ -76,10 +76,11 @@ class FisherEstimator:
         self._others = modules_of(pipeline) if pipeline else []
         self._scheduler = getattr(pipeline, "scheduler", None)
         total = objective.num_train_timesteps
+        timesteps = timesteps or None
         if timesteps is not None and not 1 <= timesteps <= total:
-            raise ValueError(f"fisher_timesteps={timesteps} must be between 1 and {total}, or 0 for all of them")
+            raise ValueError(f"timesteps={timesteps} must be between 1 and {total}, or 0 for all of them")
         if batch_size < 1:
-            raise ValueError(f"fisher_batch_size={batch_size} must be at least 1")
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.objective = objective
         self._train_method = selection if isinstance(selection, str) else None
         self.parameters = objective.select(selection) if isinstance(selection, str) else dict(selection)
@@ -120,7 +121,7 @@ class FisherEstimator:
         module, device = self.objective.module, self.objective.device
         values = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
         with evaluating(module, *self._others):
-            samples = self._sample_set(samples, settings)
+            samples = self._sample_set(taken("samples", samples), settings)
             recorded = dict(identity or {})
             if "trained_module" not in recorded:
                 with digested_once():

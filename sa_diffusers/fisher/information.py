@@ -1,5 +1,6 @@
 """The saved artefact: diagonal Fisher information, and what it was computed from."""
 
+import hashlib
 import json
 import shlex
 import tempfile
@@ -39,6 +40,15 @@ _BINDING = {
 }
 
 
+def digest_of_values(values: Mapping[str, torch.Tensor]) -> str:
+    """A digest of named tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(values.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(memoryview(value.detach().float().cpu().contiguous().flatten().numpy()))
+    return digest.hexdigest()
+
+
 class FisherInformation:
     """Diagonal Fisher information `F_i` of named parameters (paper, section 2.2).
 
@@ -51,6 +61,10 @@ class FisherInformation:
     def __init__(self, values: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
         self.values = dict(values)
         self.config = dict(config)
+
+    def __repr__(self) -> str:
+        base, selection = self.config.get("base_model"), self.config.get("train_method")
+        return f"FisherInformation({len(self.values)} parameters of {base}, {selection})"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `fisher.safetensors` and `fisher_config.json`, which holds the digest of the other."""
@@ -190,6 +204,9 @@ The numbers say how much each weight matters to what the model draws, and hold n
                 "this Fisher information belongs to another run; it differs in " + "; ".join(differences) + ". Leave "
                 "the flag fisher out to have it computed again"
             )
+        for name, value in self.values.items():
+            if not torch.isfinite(value).all() or (value < 0).any():
+                raise ValueError(f"this Fisher information is negative or not finite in {name}: compute it again")
         missing = [name for name in names if name not in self.values]
         if missing:
             raise ValueError(

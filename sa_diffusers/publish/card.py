@@ -24,7 +24,7 @@ from ..markup import command_words, markdown_code, markdown_text, requoted
 from ..output_folder import OutputFolder
 from ..report.conclusions import verdict_notes
 from ..report.document import Table, render
-from ..report.provenance import path_settings
+from ..report.provenance import not_repeatable, path_settings
 from ..results.figures import significant
 from ..results.verdict import decide
 from .facts import Facts, read_facts
@@ -161,8 +161,9 @@ class _Card:
             return None
         if self.naive:
             return Table("", ["concept"], [[pair.concept] for pair in pairs])
-        lines = [[pair.concept, surrogate_name(pair), _SURROGATE_KINDS.get(pair.kind, "not recorded")]
-                 for pair in pairs]  # fmt: skip
+        given = self.facts.report.handed_in.get("surrogates")
+        lines = [[pair.concept, surrogate_name(pair), f"handed in: {given}" if given else
+                  _SURROGATE_KINDS.get(pair.kind, "not recorded")] for pair in pairs]  # fmt: skip
         return Table("", ["asked for", "drawn in its place", "where that comes from"], lines, frozenset({0, 1, 2}))
 
     @property
@@ -265,7 +266,7 @@ class _Card:
     @property
     def commands(self) -> str:
         commands = []
-        if self.facts.settings:
+        if self.facts.settings and not self.not_repeatable:
             script = self.own_script or f"examples/{self.facts.family.script}"
             commands.append(f"accelerate launch {script} --config {CONFIG_NAME} --no-push_to_hub --output_dir again")
         for title, report in self.facts.reports.items():
@@ -274,6 +275,11 @@ class _Card:
                 script = command.removeprefix("python ").removeprefix("examples/")
                 commands.append(command if command.startswith("sa-diffusers ") else f"python examples/{script}")
         return "\n".join(commands)
+
+    @property
+    def not_repeatable(self) -> str:
+        """Why no command makes it again; empty if one does."""
+        return not_repeatable(self.facts.report)
 
     @property
     def package(self) -> str:

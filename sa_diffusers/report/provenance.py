@@ -106,6 +106,8 @@ def _fact(value: Any) -> str:
 def _how(report: Report) -> list[Block]:
     if report.command:
         return [Paragraph("The command that made this report:"), Command(requoted(report.command))]
+    if not_repeatable(report):
+        return [Paragraph(not_repeatable(report))]
     if report.configuration:
         text = (
             f"All settings of the run are in {CONFIG_NAME}, beside this report; the erasure and its evaluation run "
@@ -114,6 +116,17 @@ def _how(report: Report) -> list[Block]:
         command = f"accelerate launch examples/train_sa.py --config {CONFIG_NAME} --output_dir reproduced"
         return [Paragraph(text), Command(command)]
     return [Paragraph(f"The command is not recorded in {REPORT_NAME}; what it depends on is below.")]
+
+
+def not_repeatable(report: Report) -> str:
+    """Why no command makes an erasure again, as a sentence; empty if one does."""
+    told = []
+    if report.handed_in:
+        given = ", ".join(f"{name} ({what})" for name, what in report.handed_in.items())
+        told.append(f"handed in from Python were {given}")
+    if report.stopped_after_step:
+        told.append(f"a callback ended the training after step {report.stopped_after_step}")
+    return f"The settings alone do not make this erasure again: {', and '.join(told)}." if told else ""
 
 
 def _attacks(report: Report) -> list[Block]:

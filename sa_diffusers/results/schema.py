@@ -224,7 +224,8 @@ class ConceptVerdict:
 
 @dataclass(frozen=True)
 class KeptVerdict:
-    """What became of what should have stayed: `"kept"`, or `"damaged"` at the corrected one-sided `p`."""
+    """What became of what should have stayed: `"kept"`, `"damaged"` at the corrected one-sided `p`, or `"not
+    measurable"` where so few images cannot tell."""
 
     name: str
     outcome: str
@@ -275,6 +276,8 @@ class Report(Results):
     mixed_precision: str | None = absent()
     device: str | None = absent()
     identity: str | None = absent()
+    handed_in: dict[str, str] = absent(factory=dict)
+    stopped_after_step: int | None = absent()
     configuration: dict[str, Any] = absent(factory=dict)
     blur: bool | None = absent()
     command: str | list[str] | None = absent()

@@ -1,5 +1,6 @@
 """What the measured rows say of an erasure: forgotten or not, and what was damaged. Decided here and nowhere else."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,9 +121,16 @@ def _likeness(row: Row) -> str:
 
 def _kept(rows: Sequence[Row]) -> list[KeptVerdict]:
     raw = [sign_test(row.paired.lost, row.paired.gained) for row in rows if row.paired]
+    too_few = [row.images < images_to_test(len(rows)) for row in rows]
     return [
-        KeptVerdict(row.name, DAMAGED if p <= SIGNIFICANCE else KEPT, p) for row, p in zip(rows, holm(raw), strict=True)
+        KeptVerdict(row.name, DAMAGED if p <= SIGNIFICANCE else NOT_MEASURABLE if few else KEPT, p)
+        for row, p, few in zip(rows, holm(raw), too_few, strict=True)
     ]
+
+
+def images_to_test(rows: int) -> int:
+    """How many images a row must have for the loss of all of them to count as damage, with so many rows tested."""
+    return math.ceil(math.log2(max(rows, 1) / SIGNIFICANCE))
 
 
 def _percent(share: Share) -> str:
@@ -137,9 +145,15 @@ def _line(outcome: str, concepts: list[ConceptVerdict], kept: list[KeptVerdict],
         because += f"; and so are {len(worst) - 1} more of {len(concepts)} concepts"
     damaged = [row.name for row in kept if row.outcome == DAMAGED]
     rest = "nothing else was tested"
-    if damaged:
+    untested = [row for row in kept if row.outcome == NOT_MEASURABLE]
+    if damaged and len(damaged) == len(kept) > 1:
+        rest = f"damaged: all {len(kept)} others"
+    elif damaged:
         more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
         rest = f"damaged: {', '.join(f'“{name}”' for name in damaged[:_NAMED])}{more}, of {len(kept)} others"
+    elif untested:
+        needed = images_to_test(len(kept))
+        rest = f"whether others are damaged cannot be told from so few images: {needed} a row are needed"
     elif kept:
         rest = f"none of {len(kept)} others is damaged"
     return f"{outcome.upper()}: {because}; {rest}."

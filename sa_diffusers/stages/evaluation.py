@@ -190,6 +190,8 @@ class ReportStage(Stage):
             ],
             "configuration": subject.config.to_dict(),
             "identity": self.identity().digest,
+            "handed_in": subject.handed_in,
+            "stopped_after_step": self._training.stopped_after_step,
             "blur": subject.blur,
             "mixed_precision": str(subject.accelerator.mixed_precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

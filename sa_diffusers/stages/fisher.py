@@ -11,7 +11,7 @@ from ..data.sample_set import SampleSet
 from ..environment import precision_in_use
 from ..files import DamagedArtefact, load_kept
 from ..fisher import FisherEstimator, FisherInformation, fisher_identity
-from ..fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION
+from ..fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION, digest_of_values
 from ..identity import Identity, fingerprint
 from ..processes import finishing, wait_until
 from ..seeds import first_seed
@@ -48,9 +48,18 @@ class FisherStage(Stage):
         self.given: FisherInformation | None = None
         self._source = given if given is not None else subject.config.fisher
         if self._source is not None and self.is_needed:
-            self.given = self._source if isinstance(self._source, FisherInformation) else \
-                FisherInformation.from_pretrained(self._source, cache_dir=subject.config.cache_dir)  # fmt: skip
+            self.given = self._loaded(self._source)
             self.given.check(self.facts, subject.parameters)
+
+    def _loaded(self, source: FisherInformation | str | Path) -> FisherInformation:
+        if isinstance(source, FisherInformation):
+            return source
+        if not isinstance(source, (str, Path)):
+            raise ValueError(
+                f"fisher: what is of type {type(source).__name__} will not do: give a FisherInformation, its folder or "
+                "its name on the Hub"
+            )
+        return FisherInformation.from_pretrained(source, cache_dir=self.subject.config.cache_dir)
 
     @property
     def is_needed(self) -> bool:
@@ -113,7 +122,11 @@ class FisherStage(Stage):
         """What a training depends on of it; None where it needs none."""
         if not self.is_needed:
             return None
-        return fingerprint(self.given.config) if self.given is not None else self.identity().digest
+        if self.given is None:
+            return self.identity().digest
+        # What is in memory may be other than what its record says.
+        held = isinstance(self._source, FisherInformation)
+        return fingerprint([self.given.config, digest_of_values(self.given.values)] if held else self.given.config)
 
     @property
     def folder(self) -> Path:

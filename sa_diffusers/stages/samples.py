@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.classes import class_name
 from ..data.generation import surrogate_requests
 from ..data.given import Samples, are_prompts, content_identity, given_prompts, given_samples
 from ..data.sample_set import MANIFEST_NAME, SampleSet
 from ..families import SamplingSettings
 from ..identity import Identity
+from ..messages import shown
+from ..names import names_concept
 from ..seeds import first_seed
 from .base import Stage
 from .subject import MODEL, SAMPLING, Subject, describe, reused
@@ -35,6 +38,8 @@ class SurrogateStage(Stage):
         if given is None:
             return
         prompts = given_prompts("surrogates", given)
+        if not isinstance(given, SampleSet):
+            self._check_texts(prompts or [], are_prompts(given))
         if are_prompts(given):
             self._prompts = prompts
             return
@@ -46,6 +51,26 @@ class SurrogateStage(Stage):
         conditions = prompts or self._requests(len(given))[0]
         resolution = subject.config.resolution
         self.given = given_samples("surrogates", given, subject.objective, conditions, resolution)
+
+    def _check_texts(self, texts: Sequence[str], are_sampled: bool) -> None:
+        """Prompts to sample with name no concept; texts of images are prompts of one."""
+        labels = self.subject.labels
+        concepts = [pair.concept for pair in self.subject.pairs]
+
+        def names(text: str) -> bool:
+            if labels is not None:
+                return class_name(text, labels) in concepts
+            return any(names_concept(text, concept) for concept in concepts)
+
+        wrong = next((text for text in texts if names(text) == are_sampled), None)
+        if wrong is None:
+            return
+        if are_sampled:
+            raise ValueError(f'surrogates: "{shown(wrong)}" names the concept, which would turn into itself')
+        raise ValueError(
+            f'surrogates: the text "{shown(wrong)}" of an image names no concept: it is the prompt to train the image '
+            f'under, such as "{shown(concepts[0])}"'
+        )
 
     @property
     def count(self) -> int:

@@ -53,6 +53,7 @@ class Subject:
         parameters: Name and parameter: what is trained.
         generator: Samples from the base model.
         blur: Whether pictures are blurred.
+        handed_in: What a caller gave in place of what would be made, in words.
         seconds: Title of a stage and how long it took.
     """
 
@@ -71,6 +72,7 @@ class Subject:
     parameters: dict[str, torch.nn.Parameter]
     generator: SampleGenerator
     blur: bool
+    handed_in: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

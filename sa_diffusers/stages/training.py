@@ -67,11 +67,24 @@ class TrainingStage(Stage):
             "replay": replay.identity().digest if replay.prompts and config.replay_weight > 0 else None,
             "fisher": fisher.digest(),
         }
-        self._identity = training_identity(config, subject.accelerator, digests)
+        self._identity = self._planned = training_identity(config, subject.accelerator, digests)
 
     def identity(self) -> Identity:
         """What the trained weights depend on; another where a callback has stopped the training."""
         return self._identity
+
+    @property
+    def stopped_after_step(self) -> int | None:
+        """The step after which a callback ended the training, if one did."""
+        return self._identity.facts.get("stopped_after_step")
+
+    def take_up_what_was_stopped(self) -> None:
+        """Go by the weights in the folder where a callback ended the training that made them."""
+        self._identity = self.output.stopped(self._identity) or self._identity
+
+    def plan_the_whole(self) -> None:
+        """Go by the whole training again."""
+        self._identity = self._planned
 
     @classmethod
     def settings(cls, config: SelectiveAmnesiaConfig, accelerator: Accelerator) -> dict[str, Any]:

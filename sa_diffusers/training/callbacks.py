@@ -47,6 +47,8 @@ def step_functions(callbacks: Sequence[Callback]) -> list[Callable[[StepState], 
     Raises:
         ValueError: One cannot be called.
     """
+    if callable(callbacks) or callbacks is None or not isinstance(callbacks, Sequence):
+        raise ValueError("callbacks: give a list of them")
     functions = [getattr(callback, "after_step", callback) for callback in callbacks]
     for callback, function in zip(callbacks, functions, strict=True):
         if not callable(function):

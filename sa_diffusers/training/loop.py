@@ -140,6 +140,10 @@ class Loop:
                     self.validation.run(done)
             if ends and done < config.max_train_steps:
                 self.stopped = done
+                if done % config.logging_steps:
+                    # The last step is on record, whichever it is.
+                    losses = torch.tensor([state.surrogate_loss, state.replay_loss])
+                    self.progress.log(done, losses, self.ewc.penalty() if self.ewc else None, state.learning_rate, bar)
                 break
         bar.close()
         if self.average:

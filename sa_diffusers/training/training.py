@@ -202,6 +202,11 @@ class Training:
             self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
         )  # fmt: skip
         loop.run(checkpoint, self.checkpoint_bytes())
+        if self.progress.skipped >= (loop.stopped or self.config.max_train_steps):
+            raise FloatingPointError(
+                f"the gradient was not finite in any of {self.progress.skipped} steps, and nothing was trained: lower "
+                "the learning rate or the EWC weight, or train without mixed precision"
+            )
         if loop.stopped and self.identity is not None:
             # Other weights than those of the whole training: a run with the same settings must not take them for it.
             facts = {**self.identity.facts, "stopped_after_step": loop.stopped}
