@@ -112,7 +112,7 @@ def test_fisher_of_another_run_is_refused(objective, samples):
 
 def test_bad_input(objective, samples, tmp_path):
     parameters = select_parameters(objective.module, "xattn")
-    with pytest.raises(ValueError, match="fisher_timesteps=21 must be between 1 and 20"):
+    with pytest.raises(ValueError, match="^timesteps=21 must be between 1 and 20"):
         FisherEstimator(objective, parameters, 21)
     with pytest.raises(ValueError, match="at least one sample"):
         FisherEstimator(objective, parameters, 2).estimate(samples.subset([]))

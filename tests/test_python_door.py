@@ -333,13 +333,9 @@ def test_settings_that_change_after_they_were_read_are_refused(tiny_folder, plac
 
 
 def test_report_and_card_tell_what_was_handed_in_and_where_the_training_ended(tiny_folder, place):
-    settings = config(max_train_steps=9)
-    trainer = SelectiveAmnesiaTrainer(
-        str(tiny_folder),
-        settings,
-        surrogates=["a wolf", "a fox"],
-        callbacks=[lambda state: setattr(state, "stop", True)],
-    )
+    settings, given = config(max_train_steps=9), {"surrogates": ["a wolf", "a fox"]}
+    stop = [lambda state: setattr(state, "stop", True)]
+    trainer = SelectiveAmnesiaTrainer(str(tiny_folder), settings, **given, callbacks=stop)
     # The last step is on record, although it is no tenth.
     assert [entry["step"] for entry in trainer.train()] == [1]
     report = trainer.evaluate()

@@ -1,5 +1,6 @@
 """The settings of one erasure, all of them: what the command line, a YAML file and the saved JSON hold."""
 
+import copy
 import dataclasses
 import os
 import re
@@ -92,7 +93,11 @@ class SelectiveAmnesiaConfig(
             ValueError: As of `base_defaults`, or the two contradict each other.
         """
         defaults = base_defaults({"pretrained_model_name_or_path": self.pretrained_model_name_or_path})
-        return type(self)(**(defaults | self.written))
+        settings = defaults | self.written
+        if all(getattr(self, name) == value for name, value in settings.items()):
+            # Not built again: its doubts have been told.
+            return copy.deepcopy(self)
+        return type(self)(**settings)
 
     def replace(self, **changes: Any) -> "SelectiveAmnesiaConfig":
         """The same settings but for some; what was not written stays open to the base model's recommendations.
