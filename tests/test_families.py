@@ -47,6 +47,12 @@ def test_a_family_in_one_file_is_erased_evaluated_and_attacked(new_family, tmp_p
     assert changed
     assert all(name.split("attn2.")[-1] in ("to_k.weight", "to_v.weight") for name in changed)
 
+    # diffusers alone cannot load it, and the card does not say so.
+    card = (tmp_path / "erased" / "README.md").read_text()
+    assert "# First import the module that registers PixelTextPipeline." in card
+    assert 'pipeline = load_pipeline("erased")' in card
+    assert "DiffusionPipeline.from_pretrained" not in card
+
     common = ["--base", "base", "--erased", "erased", "--clip", clip_folder, "--images", "2"]
     result = run_here(
         evaluation, [*common, "--protocol", "concept", "--neighbours", "dog", "--unrelated", "cat"], tmp_path

@@ -1,7 +1,11 @@
 """What people call from Python: the trainer on a pipeline or a name, stages' products handed in, the estimator."""
 
+import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ from sa_diffusers import (
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, HISTORY_NAME
 from sa_diffusers.files import read_json
 
-from .conftest import build_tiny_pipeline
+from .conftest import REPOSITORY, build_tiny_pipeline
 from .test_unlearn import SMALL, same, weights
 
 
@@ -432,8 +436,6 @@ def test_other_settings_of_an_erasure_leave_the_bases_own_open():
 
 
 def test_help_shows_what_is_to_be_given():
-    import inspect
-
     assert list(inspect.signature(SelectiveAmnesiaTrainer).parameters) == [
         "model", "config", "surrogates", "replay", "fisher", "callbacks"
     ]  # fmt: skip
@@ -443,6 +445,28 @@ def test_help_shows_what_is_to_be_given():
 def test_what_is_no_configuration_is_refused(tiny_folder, wrong):
     with pytest.raises(ValueError, match="is no configuration: give a SelectiveAmnesiaConfig"):
         SelectiveAmnesiaTrainer(str(tiny_folder), wrong)
+
+
+def test_processes_that_were_given_different_samples_are_refused(tiny_folder, place):
+    """They trained on a mixture, and then one waited for ever for what the other would not write."""
+    script = place / "run.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from sa_diffusers import SampleSet, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer\n"
+        "from tests.test_python_door import config\n"
+        "samples = torch.full((2, 4, 8, 8), float(os.environ['RANK']))\n"
+        "given = SampleSet(samples, ['cat'] * 2, [None] * 2, [0, 1])\n"
+        "try:\n"
+        f"    SelectiveAmnesiaTrainer({str(tiny_folder)!r}, config(), surrogates=given)\n"
+        "except ValueError as error:\n"
+        "    sys.exit(f'refused: {error}')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "refused: the processes of this run were given different settings, samples" in result.stderr
+    assert not (place / "cache").exists()
 
 
 # The estimator

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -107,6 +108,19 @@ def test_a_row_is_damaged_where_more_is_lost_than_chance_allows_for_so_many_rows
     assert verdict(concept(60, 0, 60), kept("dog", 5, 0), *others).damaged == []
     assert "none of 9 others is damaged" in verdict(concept(60, 0, 60), kept("dog", 5, 0), *others).line
     assert verdict(concept(60, 0, 60), kept("dog", 1, 12)).damaged == []
+
+
+@pytest.mark.parametrize(("images", "told"), [
+    (3, "whether others are damaged cannot be told from so few images: 8 a row are needed"),
+    (7, "whether others are damaged cannot be told from so few images: 8 a row are needed"),
+    (8, "damaged: all 9 others"),
+])  # fmt: skip
+def test_what_so_few_images_cannot_show_is_not_called_kept(images, told):
+    """Nine rows of which every image was lost were "not damaged"."""
+    lost = [replace(kept(f"thing {number}", images, 0), images=images) for number in range(9)]
+    found = verdict(concept(60, 0, 60), *lost)
+    assert told in found.line
+    assert {row.outcome for row in found.kept} == {"damaged" if images > 7 else "not measurable"}
 
 
 def test_statistics_agree_with_other_formulas():

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
@@ -205,6 +206,10 @@ class _Card:
         name = json.dumps(facts.name, ensure_ascii=False)
         lines = ["from diffusers import DiffusionPipeline", "",
                  f"pipeline = DiffusionPipeline.from_pretrained({name}{options})"]  # fmt: skip
+        if not facts.brings_code and not hasattr(diffusers, facts.pipeline_class):
+            # A class that diffusers does not have, without its code beside the weights.
+            lines = [f"# First import the module that registers {facts.pipeline_class}.",
+                     "from sa_diffusers import load_pipeline", "", f"pipeline = load_pipeline({name})"]  # fmt: skip
         condition: str | int = next((row.prompts[0] for row in facts.rows if row.role in ("remembered", "surrogate")
                                      and row.prompts), "a photo")  # fmt: skip
         if not facts.takes_text:
