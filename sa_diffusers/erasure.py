@@ -165,22 +165,6 @@ class Erasure:
         """What the trained weights depend on."""
         return self.training_stage.identity()
 
-    def surrogate_identity(self) -> Identity:
-        """What the surrogate set depends on."""
-        return self.surrogate_stage.identity()
-
-    def replay_identity(self) -> Identity:
-        """What the replay set depends on."""
-        return self.replay_stage.identity()
-
-    def evaluation_identity(self) -> Identity:
-        """What the report depends on."""
-        return self.report_stage.identity()
-
-    def fisher_folder(self) -> Path:
-        """Where the Fisher information is kept."""
-        return self.fisher_stage.folder
-
     def surrogates(self) -> SampleSet:
         """The surrogate set: q(x | c_f) of eq. 4; for eq. 3 the concept's own samples."""
         self.check_base()

@@ -43,11 +43,11 @@ def digests(settings: dict) -> dict[str, str]:
     """The name of every artefact."""
     erasure = Erasure(SelectiveAmnesiaConfig(**settings))
     return {
-        "surrogates": erasure.surrogate_identity().digest,
-        "replay": erasure.replay_identity().digest,
-        "fisher": erasure.fisher_folder().name,
+        "surrogates": erasure.surrogate_stage.identity().digest,
+        "replay": erasure.replay_stage.identity().digest,
+        "fisher": erasure.fisher_stage.folder.name,
         "training": erasure.identity.digest,
-        "report": erasure.evaluation_identity().digest,
+        "report": erasure.report_stage.identity().digest,
     }
 
 
