@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ from sa_diffusers import (
     erase,
     objective_for,
 )
+from sa_diffusers.commands.evaluate import main as evaluation
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, HISTORY_NAME
 from sa_diffusers.files import read_json
 
-from .conftest import REPOSITORY, build_tiny_pipeline
+from .conftest import REPOSITORY, build_tiny_pipeline, run_here
 from .test_unlearn import SMALL, same, weights
 
 
@@ -312,13 +314,23 @@ def test_a_pipeline_that_was_changed_meanwhile_is_refused(tiny_folder, place):
     assert same(weights(pipeline.unet), trained)
 
 
-def test_what_is_made_of_an_erased_pipeline_is_not_said_to_be_made_of_the_base(tiny_folder, place):
+def test_what_is_made_of_an_erased_pipeline_is_not_said_to_be_made_of_the_base(tiny_folder, place, clip_folder):
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     SelectiveAmnesiaTrainer(pipeline, config()).train()
     again = SelectiveAmnesiaTrainer(pipeline, config(output_dir="second", concept="cow"))
     again.train()
     assert again.evaluate().base_model == str(place / "out")
     assert "folder `out`" in (place / "second" / "README.md").read_text()
+    # Against the first base the later erasure would answer for the earlier one too.
+    compared = ["--erased", "second", "--protocol", "concept", "--clip", clip_folder, "--images", "2", "--unrelated", "dog",
+                "--neighbours", "hen"]  # fmt: skip
+    for base, warned in ((tiny_folder, True), ("out", False)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            result = run_here(evaluation, ["--base", str(base), *compared], place)
+        assert result.returncode == 0, result.stderr
+        said = [str(each.message) for each in told]
+        assert any("second was made from other weights than those of" in text for text in said) == warned
 
 
 def test_settings_that_change_after_they_were_read_are_refused(tiny_folder, place):

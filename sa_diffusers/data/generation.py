@@ -218,7 +218,14 @@ class SampleGenerator:
         missing = [start for start in mine if _read_part(_part(parts, start)) is None]
         done = min((len(mine) - len(missing)) * settings.batch_size * processes, len(prompts))
         with (
-            tqdm(total=len(prompts), initial=done, desc=f"sampling {name}", unit="image", disable=rank > 0) as bar,
+            tqdm(
+                total=len(prompts),
+                initial=done,
+                desc=f"sampling {name}",
+                unit="image",
+                leave=name != "evaluation",
+                disable=rank > 0,
+            ) as bar,
             finishing(),
         ):
             for start in missing:

@@ -26,7 +26,7 @@ from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
 from ..results import Report
-from .erased import takes_classes
+from .erased import takes_classes, warn_of_another_base
 from .memory import batch_size_for
 from .registry import MEASURES, PROTOCOLS
 from .request import Evaluation, Request, erasure_of
@@ -118,6 +118,8 @@ def subject_of(request: Request, load: Loader, accelerator: Accelerator) -> Subj
 def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
     """What the report says of the models and the erasure."""
     args, config = request.args, request.config
+    if subject.accelerator.is_main_process:
+        warn_of_another_base(args.base, subject.digests(subject.base).module, args.erased, args.erased_revision)
     return {
         "protocol": args.protocol,
         "base_model": args.base,

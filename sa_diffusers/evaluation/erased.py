@@ -1,6 +1,7 @@
 """What an erased pipeline's folder or repository says of its erasure."""
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,24 @@ def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str
     if precision:
         settings["mixed_precision"] = precision
     return settings
+
+
+def warn_of_another_base(base: str, base_module: str, erased: str, revision: str | None = None) -> None:
+    """Warn where an erased pipeline was made from other weights than those that it is compared with.
+
+    Args:
+        base: What it is compared with.
+        base_module: Digest of that one's denoiser.
+        erased: Folder or Hub name of the erased pipeline.
+        revision: Of the erased pipeline on the Hub.
+    """
+    recorded = Report.from_dict(_recorded(erased, REPORT_NAME, revision), str(Path(erased) / REPORT_NAME)).base_module
+    if recorded is not None and recorded != base_module:
+        warnings.warn(
+            f"{erased} was made from other weights than those of {base} (by their digests): what differs between the "
+            "two is not the work of its erasure alone",
+            stacklevel=2,
+        )
 
 
 def takes_classes(name_or_path: str, revision: str | None = None) -> bool | None:
