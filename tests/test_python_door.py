@@ -322,7 +322,8 @@ def test_what_is_made_of_an_erased_pipeline_is_not_said_to_be_made_of_the_base(t
     assert again.evaluate().base_model == str(place / "out")
     assert "folder `out`" in (place / "second" / "README.md").read_text()
     # Against the first base the later erasure would answer for the earlier one too.
-    compared = ["--erased", "second", "--protocol", "concept", "--clip", clip_folder, "--images", "2", "--unrelated", "dog",
+    compared = ["--erased", "second", "--protocol", "concept", "--clip", clip_folder, "--images", "2",
+                "--unrelated", "dog",
                 "--neighbours", "hen"]  # fmt: skip
     for base, warned in ((tiny_folder, True), ("out", False)):
         with warnings.catch_warnings(record=True) as told:
