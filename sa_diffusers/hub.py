@@ -153,7 +153,10 @@ def _shown_text(path: Path) -> str:
     text = _read_text(path)
     if path.suffix != ".json":
         return text
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text
     shorter = without_local_values(values)
     return text if shorter == values else json.dumps(shorter, indent=2, ensure_ascii=False) + "\n"
 
