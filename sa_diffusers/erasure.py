@@ -264,11 +264,12 @@ class Erasure:
         return self.accelerator.is_main_process
 
     @contextlib.contextmanager
-    def holding(self, begin: bool = True) -> Iterator[None]:
+    def holding(self, begin: bool = True, trains: bool = True) -> Iterator[None]:
         """Nobody else writes into the output folder meanwhile."""
         with self.output.lock if self.is_main else contextlib.nullcontext():
             if begin and self.is_main:
-                self.output.begin(self.identity, self._settings(), self.training_stage.starts_over)
+                # Who only looks at what is there removes no checkpoints of it.
+                self.output.begin(self.identity, self._settings(), trains and self.training_stage.starts_over)
             self.accelerator.wait_for_everyone()
             yield
 

@@ -169,7 +169,7 @@ class SelectiveAmnesiaTrainer:
             ValueError: Nothing is trained yet.
         """
         erasure = self._erasure
-        with erasure.holding(begin=self._anchor is None):
+        with erasure.holding(begin=self._anchor is None, trains=False):
             self._check_trained()
             if erasure.is_main:
                 erasure.report_stage.keep_settings()

@@ -88,12 +88,16 @@ def test_train_evaluate_save_make_what_the_command_makes(tiny_folder, place, for
 
 
 def test_a_finished_folder_is_taken_up_by_a_new_trainer(tiny_folder, place, capsys):
-    first = SelectiveAmnesiaTrainer(str(tiny_folder), config())
+    first = SelectiveAmnesiaTrainer(str(tiny_folder), config(checkpointing_steps=2))
     history = first.train()
     report = first.evaluate()
     again = SelectiveAmnesiaTrainer(DiffusionPipeline.from_pretrained(tiny_folder), config())
     # Before it has trained too.
     assert again.evaluate().rows == report.rows
+    checkpoints = sorted((place / "out").glob("checkpoint-*"))
+    anew = SelectiveAmnesiaTrainer(str(tiny_folder), config(resume_from_checkpoint="no"))
+    assert anew.evaluate().rows == report.rows
+    assert checkpoints == sorted((place / "out").glob("checkpoint-*")) != []
     assert again.train() == history
     assert "holds this very erasure: nothing is trained" in capsys.readouterr().err
     assert same(weights(again.pipeline.unet), weights(first.pipeline.unet))
