@@ -267,6 +267,14 @@ class Reference:
     files: dict[str, str] = field(default_factory=dict)
 
 
+# What a run that goes on tells otherwise than one that was not stopped, by file.
+_COSTS = {
+    "out/report.json": ("seconds", "cost"),
+    # Validation images between a checkpoint and a kill are in no count.
+    "out/.selective_amnesia/finished.json": ("made", "digest"),
+}
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every file of output and cache that two runs of one command have to agree on, and its digest."""
     from sa_diffusers.files import digest_of
@@ -279,18 +287,19 @@ def contents(folder: Path) -> dict[str, str]:
             continue
         if name == "out/.selective_amnesia/lock":
             continue
-        if name == "out/report.json":
+        if name in _COSTS:
             try:
-                report = json.loads(path.read_text())
-                report.pop("seconds", None)
-                found[name] = json.dumps(report, sort_keys=True)
-            except ValueError:
+                values = json.loads(path.read_text())
+                kept = {key: values[key] for key in values if key not in _COSTS[name]}
+                found[name] = json.dumps(kept, sort_keys=True)
+            except (ValueError, TypeError):
                 found[name] = "no JSON"
         elif name in ("out/report.md", "out/report.html", "out/.selective_amnesia/reported.json"):
             # They tell seconds.
             found[name] = "there" if path.stat().st_size else "empty"
         elif name == "out/README.md":
-            found[name] = re.sub(r"The run took \d+ seconds", "", path.read_text(errors="replace"))
+            text = path.read_text(errors="replace")
+            found[name] = re.sub(r"## What it cost.*?(?=\n## )", "", text, flags=re.DOTALL)
         else:
             found[name] = digest_of(path)
     return found

@@ -84,6 +84,9 @@ class DiTObjective(DiffusionObjective):
         posterior = vae.encode(images.to(vae.dtype)).latent_dist
         return (posterior.sample(torch.Generator().manual_seed(seed)) * vae.config.scaling_factor).float()
 
+    def rows_of_step(self, settings: SamplingSettings) -> int:
+        return 2
+
     def sample_batch(
         self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
     ) -> torch.Tensor:

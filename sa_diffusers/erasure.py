@@ -24,6 +24,7 @@ from .fisher import FisherInformation
 from .hub import repository_name
 from .identity import Identity
 from .output_folder import OutputFolder
+from .passes import Passes, together
 from .processes import say
 from .stages import (
     DEPENDENCIES,
@@ -197,7 +198,28 @@ class Erasure:
         ]
         lines.append(f"model     {config.pretrained_model_name_or_path}, {objective.kind}, "
                      f"{objective.prediction_type}, on {self.accelerator.device}")  # fmt: skip
-        return "\n".join([*lines, *(line for stage in self.stages for line in stage.plan())])
+        return "\n".join([*lines, *(line for stage in self.stages for line in stage.plan()), self._cost_plan()])
+
+    def costs(self) -> dict[str, Passes]:
+        """About what a run will take of the network, by what it is for; what is kept costs nothing."""
+        if self.output.names_finished(self.identity) and not self.training_stage.starts_over:
+            if self.output.holds_report(self.report_stage.identity(), lambda _: None):
+                return {}
+            return {"samples": self.surrogate_stage.cost(), "evaluation": self.image_stage.cost()}
+        samples = self.surrogate_stage.cost()
+        if self.config.replay_weight > 0:
+            samples.add(self.replay_stage.cost())
+        return {"samples": samples, "Fisher": self.fisher_stage.cost(), "training": self.training_stage.cost(),
+                "evaluation": self.image_stage.cost()}  # fmt: skip
+
+    def _cost_plan(self) -> str:
+        costs = {name: passes for name, passes in self.costs().items() if passes.forward}
+        whole = together(costs.values()) or Passes()
+        if not whole.forward:
+            return "cost      no pass through the network: all is there"
+        parts = ", ".join(f"{name} {passes.forward:,}" for name, passes in costs.items())
+        return (f"cost      about {whole.forward:,} forward and {whole.backward:,} backward passes of the network, an "
+                f"image each (forward: {parts})")  # fmt: skip
 
     def run(self) -> Comparison | None:
         """Run every stage: samples, Fisher information, training, saving, evaluation. What an earlier call of the same
@@ -242,9 +264,10 @@ class Erasure:
         erased = self.erased().to(self.accelerator.device)
         with digested_once():
             digests = fingerprint_module(erased.module), erased.fingerprint()
-        after = self.timed(self.image_stage, "evaluation after", erased, digests[1])
+        after = self.timed(self.image_stage, "evaluation after", erased, digests[1], model=erased)
         # All have read the images before the main process deletes them.
         self.accelerator.wait_for_everyone()
+        self.subject.add_up()
         # The main process scores what all have sampled, and no other waits for it.
         return self.report_stage.run(erased, *digests, before, after, surrogates) if self.is_main else None
 
@@ -253,10 +276,20 @@ class Erasure:
         config, pipeline = self.config, load_pipeline(str(self.output_dir))
         return self._builder(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
 
-    def timed(self, stage: Stage, title: str | None = None, *inputs: Any) -> Any:
-        """A stage's product."""
-        with self.subject.timed(title or stage.title):
-            return stage.run(*inputs)
+    def timed(self, stage: Stage, title: str | None = None, *inputs: Any, model: Objective | None = None) -> Any:
+        """A stage's product.
+
+        Args:
+            stage: The stage.
+            title: What timings call it. Default: its own title.
+            *inputs: Products of earlier stages.
+            model: Whose network it calls. Default: the base model.
+        """
+        title = title or stage.title
+        with self.subject.timed(title, model):
+            product = stage.run(*inputs)
+        self.subject.made[title] = stage.made
+        return product
 
     @property
     def is_main(self) -> bool:

@@ -16,6 +16,7 @@ from .files import (
     write_record,
 )
 from .identity import Identity, plain
+from .passes import Passes
 from .processes import Lock
 from .training.checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
 
@@ -176,6 +177,13 @@ class OutputFolder:
         values = read_record(self._finished_file, FORMAT_VERSION)
         return values is not None and values["facts"] == plain(identity.facts)
 
+    def made(self, identity: Identity) -> dict[str, Passes | None]:
+        """Stage -> what its part of the finished weights took of the network, as far as that is on record."""
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        if values is None or values["facts"] != plain(identity.facts):
+            return {}
+        return {title: Passes.read(passes) for title, passes in values.get("made", {}).items()}
+
     def save_report(self, save: Callable[[Path], None], identity: Identity) -> None:
         """Write a report, all of it in one step, with what it depends on and its digests.
 
@@ -245,10 +253,17 @@ class OutputFolder:
         return (self.state if apart else self.path) / VALIDATION_NAME
 
 
-def write_finished(staging: Path, identity: Identity) -> None:
-    """Record in a folder that is about to become an output folder what its weights depend on, and all digests."""
+def write_finished(staging: Path, identity: Identity, made: Mapping[str, Passes | None] | None = None) -> None:
+    """Record in a folder that is about to become an output folder what its weights depend on, and all digests.
+
+    Args:
+        staging: The folder.
+        identity: What the weights depend on.
+        made: Stage -> what its part of them took of the network.
+    """
     files = {name: digest for name, digest in digests_of(staging).items()
              if Path(name).parts[0] != VALIDATION_NAME and not Path(name).parts[-1].startswith(".")}  # fmt: skip
     (staging / STATE_FOLDER).mkdir()
-    values = {"facts": dict(identity.facts), "files": files}
+    told = {title: passes and passes.to_dict() for title, passes in (made or {}).items()}
+    values = {"facts": dict(identity.facts), "files": files, "made": told}
     write_record(staging / STATE_FOLDER / _FINISHED_NAME, FORMAT_VERSION, values)

@@ -20,6 +20,7 @@ ORDER = [
     "files",
     "identity",
     "seeds",
+    "passes",
     "processes",
     "messages",
     "texts",

@@ -77,6 +77,13 @@ def test_the_same_steps_in_any_number_of_processes(runs, count, tiny_folder):
 
 
 @pytest.mark.parametrize("count", [2, 3])
+def test_all_processes_are_in_the_cost(runs, count):
+    alone, together = (json.loads((runs[each][0] / "out" / "report.json").read_text())["cost"] for each in (1, count))
+    assert alone["training"]["backward"] == 3 * (6 + 6)
+    assert alone == together
+
+
+@pytest.mark.parametrize("count", [2, 3])
 def test_the_same_samples_and_the_same_fisher_information(runs, count):
     def kept(folder):
         return {path.name: path for path in (folder / "cache").iterdir() if not path.name.startswith(".")}

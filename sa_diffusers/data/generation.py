@@ -1,6 +1,8 @@
 """Sampling the surrogate, replay and Fisher samples from the frozen model."""
 
+import contextlib
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from ..environment import precision_in_use
 from ..families.base import Objective, SamplingSettings
 from ..files import DamagedArtefact, digest_of, load_kept, write_bytes
 from ..identity import Identity, fingerprint
+from ..passes import Passes, counted, together
 from ..processes import check_stop, finishing, shrinking, wait_until
 from ..seeds import first_seed
 from .concepts import UNIFORM_NOISE, ErasurePair, image_files
@@ -182,8 +185,9 @@ class SampleGenerator:
             if not folder.is_dir():
                 with finishing():
                     batches = [_read_part(_part(parts, start)) for start in starts]
+                    passes = together(_part_passes(_part(parts, start)) for start in starts)
                     if not any(batch is None for batch in batches):
-                        self._keep(folder, batches, conditions, sources, seeds, settings, preview)
+                        self._keep(folder, batches, conditions, sources, seeds, settings, preview, passes)
             if folder.is_dir():
                 shutil.rmtree(parts, ignore_errors=True)
         else:
@@ -193,9 +197,10 @@ class SampleGenerator:
 
     def _keep(self, folder: Path, parts: Sequence[torch.Tensor | None], conditions: Sequence[str],
               sources: Sequence[str], seeds: Sequence[int], settings: SamplingSettings,
-              preview: bool) -> None:  # fmt: skip
+              preview: bool, passes: Passes | None) -> None:  # fmt: skip
         samples = torch.cat([part for part in parts if part is not None])
-        result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings))
+        result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings),
+                           passes=passes)  # fmt: skip
         pictures = []
         if preview:
             pictures = self._decoded(samples[:PREVIEW_IMAGES])
@@ -233,9 +238,10 @@ class SampleGenerator:
                 if folder.is_dir():
                     return
                 batch = slice(start, start + settings.batch_size)
-                samples = self._batch(list(prompts[batch]), list(seeds[batch]), settings)
+                with counted(self.objective.module) as passes:
+                    samples = self._batch(list(prompts[batch]), list(seeds[batch]), settings)
                 try:
-                    _write_part(_part(parts, start), samples)
+                    _write_part(_part(parts, start), samples, passes)
                 except OSError:
                     # Another run has made the set, and removed all parts.
                     if not folder.is_dir():
@@ -287,7 +293,7 @@ class SampleGenerator:
                 latents.append(self.objective.encode_images(image.to(self.objective.device), seed).cpu())
         origin = {**self._origin(settings), "pixels": digest.hexdigest()}
         sources = [UNIFORM_NOISE if pair.surrogate.kind == "noise" else None for pair in pairs]
-        return SampleSet(torch.cat(latents), list(conditions), sources, list(seeds), origin, 0)
+        return SampleSet(torch.cat(latents), list(conditions), sources, list(seeds), origin, 0, Passes())
 
 
 def _by_kind(pairs: Sequence[ErasurePair]) -> tuple[list[int], list[list[int]]]:
@@ -301,9 +307,9 @@ def _part(parts: Path, start: int) -> Path:
     return parts / f"{start:09d}.safetensors"
 
 
-def _write_part(path: Path, samples: torch.Tensor) -> None:
+def _write_part(path: Path, samples: torch.Tensor, passes: Passes | None = None) -> None:
     samples = samples.contiguous()
-    content = {"digest": _part_digest(path, samples)}
+    content = {"digest": _part_digest(path, samples), "passes": json.dumps(passes and passes.to_dict())}
     write_bytes(path, save({"samples": samples}, metadata=content), flush=False)
 
 
@@ -318,6 +324,13 @@ def _read_part(path: Path) -> torch.Tensor | None:
     except (OSError, SafetensorError, KeyError, ValueError):
         pass
     path.unlink(missing_ok=True)
+    return None
+
+
+def _part_passes(path: Path) -> Passes | None:
+    """What a part took of the network; None where it does not say."""
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError), safe_open(path, "pt") as file:
+        return Passes.read(json.loads((file.metadata() or {})["passes"]))
     return None
 
 

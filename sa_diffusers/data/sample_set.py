@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import DamagedArtefact, new_folder, read_sealed, replacing_folder, write_sealed
 from ..identity import Identity, fingerprint
+from ..passes import Passes, together
 from .concepts import UNIFORM_NOISE
 
 SAMPLES_NAME = "samples.safetensors"
@@ -31,6 +32,7 @@ class SampleSet:
         seeds: For each sample the seed that drew it.
         origin: The base model's fingerprint and the sampling settings.
         black_images: How many of the previewed pictures are black (None: there is no preview).
+        passes: What sampling them took of the network; None where that is not on record. No part of the fingerprint.
     """
 
     samples: torch.Tensor
@@ -39,6 +41,7 @@ class SampleSet:
     seeds: list[int]
     origin: dict[str, Any] = field(default_factory=dict)
     black_images: int | None = None
+    passes: Passes | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.samples), len(self.conditions), len(self.sources), len(self.seeds)}
@@ -75,6 +78,7 @@ class SampleSet:
             sources=self.sources + other.sources,
             seeds=self.seeds + other.seeds,
             origin={"parts": [self.origin, other.origin]},
+            passes=together([self.passes, other.passes]),
         )
 
     def save(self, folder: str | Path, pictures: list[Image.Image] | None = None) -> None:
@@ -91,6 +95,7 @@ class SampleSet:
                 "conditions": self.conditions,
                 "sources": self.sources,
                 "seeds": self.seeds,
+                "passes": self.passes and self.passes.to_dict(),
             }
             write_sealed(staging, MANIFEST_NAME, FORMAT_VERSION, values)
 
@@ -112,6 +117,7 @@ class SampleSet:
                 seeds=manifest["seeds"],
                 origin=manifest["origin"],
                 black_images=manifest["black_images"],
+                passes=Passes.read(manifest.get("passes")),
             )
         except (KeyError, ValueError, TypeError, FileNotFoundError, SafetensorError) as error:
             raise DamagedArtefact(f"{folder} is not a set of samples ({error})") from error

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..data.generation import SampleGenerator, count_black
 from ..families import Objective, SamplingSettings
+from ..passes import Passes
 from ..processes import check_stop
 from .classification import Classification, ImageClassifier
 from .groups import PromptGroup
@@ -91,6 +92,7 @@ def sample_groups(
     artifacts_dir: str | Path,
     accelerator: Accelerator,
     fingerprint: str | None = None,
+    made: list[Passes | None] | None = None,
 ) -> list[list[torch.Tensor]]:
     """Sample every group's images from one model: the part in which processes wait for each other.
 
@@ -103,6 +105,7 @@ def sample_groups(
         artifacts_dir: Where samples are kept.
         accelerator: The processes that share the sampling.
         fingerprint: Of the model (default: computed).
+        made: What each set took of the network when it was sampled is appended to it.
 
     Returns:
         For each group its samples, set by set, in the main process: another run may delete what is on disk.
@@ -111,16 +114,18 @@ def sample_groups(
     kept = []
     for group in groups:
         parts = []
-        for part in _parts(group):
+        for part in parts_of(group):
             prompts, seeds = group.prompts[part], group.seeds[part]
             # No clear pictures on disk: they may be of what nobody wants to see.
-            samples = generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False).samples
-            parts.append(samples if accelerator.is_main_process else samples[:0])
+            drawn = generator.drawn("evaluation", prompts, prompts, seeds, settings, preview=False)
+            parts.append(drawn.samples if accelerator.is_main_process else drawn.samples[:0])
+            if made is not None:
+                made.append(drawn.passes)
         kept.append(parts)
     return kept
 
 
-def _parts(group: PromptGroup) -> list[slice]:
+def parts_of(group: PromptGroup) -> list[slice]:
     """A set of samples each, whatever the batch size is: that may be another when a killed run goes on."""
     return [slice(start, start + _CHUNK) for start in range(0, len(group.prompts), _CHUNK)]
 
@@ -146,7 +151,7 @@ def score_groups(
     drawn = []
     for group, sets in zip(groups, kept, strict=True):
         scored = []
-        for part, samples in zip(_parts(group), sets, strict=True):
+        for part, samples in zip(parts_of(group), sets, strict=True):
             check_stop()
             decoded = in_batches(samples, len(samples), lambda batch: objective.decode(batch.to(objective.device)))
             pictures = [picture for batch in decoded for picture in batch]

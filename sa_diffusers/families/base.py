@@ -145,6 +145,19 @@ class Family(ABC):
     def device(self) -> torch.device:
         return self.module.device
 
+    def rows_of_step(self, settings: SamplingSettings) -> int:
+        """Rows that one image takes in a step of sampling: two with guidance."""
+        return 2 if settings.guidance_scale > 1 else 1
+
+    def passes_of_sample(self, settings: SamplingSettings, scheduler: Any = None) -> int:
+        """About how many rows pass through the network for one image; for a plan.
+
+        Args:
+            settings: Sampler, steps, guidance.
+            scheduler: The pipeline's own, where it has one.
+        """
+        return settings.num_inference_steps * self.rows_of_step(settings)
+
     @abstractmethod
     def to(self, device: torch.device | str) -> "Family":
         """Move what encoding, sampling and training need."""
@@ -226,7 +239,11 @@ class Family(ABC):
         self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
     ) -> torch.Tensor:
         """One sample for each prompt, from the generator (on the CPU) of the same index; the module is in evaluation
-        mode and gradients are off."""
+        mode and gradients are off.
+
+        Calls of the module count as what sampling costs; one that calls parts of it alone says so by
+        `sa_diffusers.passes.count_rows`.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a sample_batch, or a sample")
 
     @abstractmethod

@@ -71,6 +71,9 @@ class ClassConditionalObjective(DiffusionObjective):
     ) -> torch.Tensor:
         return module(noisy, timesteps, None, **conditions, return_dict=False)[0]
 
+    def rows_of_step(self, settings: SamplingSettings) -> int:
+        return 1 if settings.guidance_scale == 1 else 2
+
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         return match_channels(images, self.channels).float()
 

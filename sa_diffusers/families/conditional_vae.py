@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..models.conditional_vae import ConditionalVAE
 from ..models.conditional_vae_pipeline import ConditionalVAEPipeline
+from ..passes import count_rows
 from .base import Conditions, Denoiser, Objective, SamplingSettings, digest_of, match_channels
 from .paths import OneStepPath
 from .registry import register
@@ -50,6 +51,9 @@ class ConditionalVAEObjective(Objective):
                 raise ValueError(f"{name}={value} has no meaning for a conditional VAE: leave it out")
         return cls(pipeline)
 
+    def passes_of_sample(self, settings: SamplingSettings, scheduler: Any = None) -> int:
+        return 1
+
     @property
     def resolution(self) -> int:
         return self.module.config.sample_size
@@ -72,6 +76,8 @@ class ConditionalVAEObjective(Objective):
         self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
     ) -> torch.Tensor:
         """Decoder means in [0, 1]; sampler, steps and guidance have no meaning here."""
+        # The decoder alone is called, not the module: such a row counts as one that went through the encoder too.
+        count_rows(self.module, len(prompts))
         return self.pipeline(prompts, generator=generators, output_type="latent").images
 
     def decode(self, samples: torch.Tensor) -> list[Image.Image]:

@@ -100,6 +100,14 @@ class DiffusionObjective(Objective):
                 f"({shown_error(error)}): give more"
             ) from error
 
+    def passes_of_sample(self, settings: SamplingSettings, scheduler: SchedulerMixin = None) -> int:
+        if scheduler is None:
+            return super().passes_of_sample(settings)
+        # Some samplers call the network more than once in a step.
+        sampler = self.make_sampler(settings.sampler, scheduler)
+        sampler.set_timesteps(settings.num_inference_steps)
+        return len(sampler.timesteps) * self.rows_of_step(settings)
+
     def own_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The model's scheduler with the prediction type in use, as a saved pipeline must carry it."""
         settings = self._own_settings(scheduler)

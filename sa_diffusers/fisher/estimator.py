@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..families.digests import digested_once, fingerprint_module
 from ..files import write_bytes
 from ..moved import renamed
 from ..parameter_selection import evaluating, only_trainable
+from ..passes import Passes, counted, over_processes
 from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
 from ..seeds import first_seed, generator_of
 from .information import FisherInformation
@@ -128,7 +130,7 @@ class FisherEstimator:
                     own = fisher_identity(self.objective, fingerprint_module(module), self._train_method)
                 recorded = {**({"base_model": self._name} if self._name else {}), **own, **recorded}
             with only_trainable(module, self.parameters):
-                self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
+                passes = self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
         for name in values:
             values[name] = self.accelerator.reduce(values[name], reduction="sum") / len(samples)
         config = {
@@ -140,7 +142,8 @@ class FisherEstimator:
             "samples": samples.fingerprint,
             "sample_origin": samples.origin,
         }
-        return FisherInformation({name: value.cpu() for name, value in values.items()}, config)
+        passes = over_processes(passes, self.accelerator)
+        return FisherInformation({name: value.cpu() for name, value in values.items()}, config, passes)
 
     def _sample_set(self, given: Samples, settings: SamplingSettings | None) -> SampleSet:
         if isinstance(given, SampleSet):
@@ -169,16 +172,18 @@ class FisherEstimator:
 
     def _add_squares(
         self, values: dict[str, torch.Tensor], samples: SampleSet, device: torch.device, partial_dir: Path | None
-    ) -> None:
-        """Add the squared gradients of this process's samples."""
+    ) -> Passes | None:
+        """Add the squared gradients of this process's samples, and say what they took, in earlier runs too."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = list(range(rank, len(samples), processes))
         partial = _PartialSum(partial_dir, rank, processes, self.batch_size)
         first = partial.read(values, len(mine))
+        passes = Passes() if first == 0 else partial.passes
         pace = Pace()
         with (
             tqdm(mine, initial=first, total=len(mine), desc="Fisher information", unit="sample",
                  disable=rank > 0) as bar,
+            counted(self.objective.module, passes),
             finishing(),
         ):  # fmt: skip
             for done, index in enumerate(mine[first:], start=first + 1):
@@ -189,10 +194,11 @@ class FisherEstimator:
                 began = time.monotonic()
                 stopping = stop_requested() is not None
                 if done < len(mine) and (stopping or pace.due()):
-                    partial.write(values, done)
+                    partial.write(values, done, passes)
                     pace.done(began)
                 if stopping:
                     check_stop()
+        return passes
 
     def _gradient_that_fits(self, samples: SampleSet, index: int, device: torch.device) -> list[torch.Tensor]:
         def gradient(batch_size: int) -> list[torch.Tensor]:
@@ -244,16 +250,22 @@ def _recommended(name: str | None) -> SamplingSettings:
 
 
 class _PartialSum:
-    """A process's sum over its samples so far, on disk."""
+    """A process's sum over its samples so far, on disk.
+
+    Attributes:
+        passes: What the sum that was read took of the network; None where it does not say.
+    """
 
     def __init__(self, folder: Path | None, rank: int, processes: int, batch_size: int) -> None:
         self.path = folder and folder / f"{rank}-of-{processes}-batch-{batch_size}.safetensors"
+        self.passes: Passes | None = None
 
-    def write(self, values: dict[str, torch.Tensor], done: int) -> None:
+    def write(self, values: dict[str, torch.Tensor], done: int, passes: Passes | None = None) -> None:
         if self.path is None:
             return
         tensors = {name: value.cpu().contiguous() for name, value in values.items()}
-        content = save(tensors, metadata={"done": str(done), "digest": self._digest(tensors, done)})
+        told = {"done": str(done), "digest": self._digest(tensors, done)}
+        content = save(tensors, metadata={**told, "passes": json.dumps(passes and passes.to_dict())})
         write_bytes(self.path, content, flush=False)
 
     def read(self, values: dict[str, torch.Tensor], count: int) -> int:
@@ -269,6 +281,7 @@ class _PartialSum:
             if whole and tensors.keys() == values.keys() and 0 < done <= count:
                 for name, value in values.items():
                     value.copy_(tensors[name])
+                self.passes = Passes.read(json.loads(content.get("passes", "null")))
                 return done
         return 0
 

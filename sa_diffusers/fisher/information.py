@@ -23,6 +23,7 @@ from ..hub import (
     shown_name,
 )
 from ..markup import markdown_code, markdown_fence, markdown_text
+from ..passes import Passes
 
 FISHER_NAME = "fisher.safetensors"
 FORMAT_VERSION = 2
@@ -56,11 +57,16 @@ class FisherInformation:
         values: Name and `F_i`, float32, non-negative, in the parameter's shape.
         config: What it was computed from: base model and revision, fingerprints of the trained module and of the whole
             model, selection, prediction type, reduction, timesteps, samples, seeds, precision.
+        passes: What computing it took of the network, samples made for it alone included; None where that is not on
+            record. Nothing depends on it, so it is no part of `config`.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, values: Mapping[str, torch.Tensor], config: Mapping[str, Any], passes: Passes | None = None
+    ) -> None:
         self.values = dict(values)
         self.config = dict(config)
+        self.passes = passes
 
     def __repr__(self) -> str:
         base, selection = self.config.get("base_model"), self.config.get("train_method")
@@ -70,7 +76,8 @@ class FisherInformation:
         """Write `fisher.safetensors` and `fisher_config.json`, which holds the digest of the other."""
         with (replacing_folder if Path(folder).is_dir() else new_folder)(folder) as staging:
             save_file({name: value.cpu().contiguous() for name, value in self.values.items()}, staging / FISHER_NAME)
-            write_sealed(staging, FISHER_CONFIG_NAME, FORMAT_VERSION, self.config)
+            spent = {"passes": self.passes.to_dict()} if self.passes else {}
+            write_sealed(staging, FISHER_CONFIG_NAME, FORMAT_VERSION, {**self.config, **spent})
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Upload it to the Hub, with a card that says what it was computed from; see `sa_diffusers.hub.push_folder`.
@@ -181,7 +188,8 @@ The numbers say how much each weight matters to what the model draws, and hold n
             if not torch.isfinite(value).all() or (value < 0).any():
                 raise DamagedArtefact(f"{folder / FISHER_NAME}: {name} is negative or not finite: compute it again")
         config.pop("format_version", None)
-        return cls(values, config)
+        passes = Passes.read(config.pop("passes", None))
+        return cls(values, config, passes)
 
     def check(self, expected: Mapping[str, Any], names: Mapping[str, Any] | list[str]) -> None:
         """Refuse information that does not fit a run.

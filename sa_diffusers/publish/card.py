@@ -24,6 +24,7 @@ from ..hub import (
 from ..markup import command_words, markdown_code, markdown_text, requoted
 from ..output_folder import OutputFolder
 from ..report.conclusions import verdict_notes
+from ..report.cost import cost_sentence, cost_table
 from ..report.document import Table, render
 from ..report.provenance import not_repeatable, path_settings
 from ..results.figures import significant
@@ -239,10 +240,12 @@ class _Card:
                          for name in _LOSSES if name in first and name in last)  # fmt: skip
 
     @property
-    def time(self) -> str:
-        seconds = self.facts.report.seconds
-        device = _md(self.facts.report.device or "a device")
-        return f"The run took {sum(seconds.values()):.0f} seconds on {device}." if seconds else ""
+    def cost(self) -> Table | None:
+        return next((block for block in cost_table(self.facts.report) if isinstance(block, Table)), None)
+
+    @property
+    def spent(self) -> str:
+        return cost_sentence(self.facts.report)
 
     @property
     def fisher(self) -> Table | str:

@@ -92,8 +92,6 @@ def reproduction(report: Report, trained: bool) -> list[Block]:
     blocks.append(Table("Provenance", ["field", "value"],
                         [[name.replace("_", " "), _fact(value)] for name, value in facts.items()
                          if value not in (None, {}, [])], frozenset({0, 1})))  # fmt: skip
-    times = [[name, f"{value:,.1f}"] for name, value in report.seconds.items()]
-    blocks.append(Table("Wall-clock time of each stage, in seconds", ["stage", "seconds"], times))
     return [block for block in blocks if not isinstance(block, Table) or block.rows]
 
 

@@ -33,6 +33,7 @@ from .conclusions import (
     strongest_attack,
     verdict_notes,
 )
+from .cost import cost_table
 from .document import Block, Chart, Charts, Document, Items, Paragraph, Pictures, Section, Strip, Table
 from .provenance import configuration_tables, reproduction
 from .tables import (
@@ -113,6 +114,7 @@ def view(
         Section("Image quality", "quality", quality_table(report)),
         Section("Robustness: does the concept come back?", "robustness", robustness_table(report)),
         Section("Training", "training", _training(history)),
+        Section("What it cost", "cost", cost_table(report)),
         Section("Configuration", "configuration", configuration_tables(configuration)),
         Section("How to reproduce each figure", "reproduce", reproduction(report, bool(history))),
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json
+from ..passes import Passes
 from .parts import (
     AFTER,
     BEFORE,
@@ -57,6 +58,7 @@ __all__ = [
     "Row",
     "Sampling",
     "Share",
+    "StageCost",
     "Summary",
     "Times",
     "TopPicture",
@@ -254,6 +256,21 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """What a stage took of the network, over all processes; see `Passes`.
+
+    Attributes:
+        forward: Rows of forward passes in this run; a training's go on from its checkpoint.
+        backward: Rows of backward passes.
+        made: What its product took when it was made, in this run or in earlier ones, if that is on record.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    made: Passes | None = absent()
+
+
+@dataclass(frozen=True)
 class Report(Results):
     """Everything that `report.json` holds. Only rows and sampling are always there; `others` is any further fact."""
 
@@ -295,6 +312,7 @@ class Report(Results):
     robustness: list[Attack] = absent(factory=list)
     totals: list[CelebrityTotal | NudityTotal] = absent(factory=list)
     seconds: dict[str, float] = absent(factory=dict)
+    cost: dict[str, StageCost] = absent(factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

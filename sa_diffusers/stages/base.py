@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from ..identity import Identity
+from ..passes import Passes
 
 
 class Stage(ABC):
@@ -13,10 +14,13 @@ class Stage(ABC):
     Attributes:
         title: What timings call it.
         depends_on: Settings that its product depends on.
+        made: Once it has run, what its product took of the network when it was made, in this run or in earlier ones;
+            None where that is not on record.
     """
 
     title: ClassVar[str]
     depends_on: ClassVar[frozenset[str]] = frozenset()
+    made: Passes | None = None
 
     @abstractmethod
     def identity(self) -> Identity:
@@ -25,6 +29,10 @@ class Stage(ABC):
     def plan(self) -> list[str]:
         """What will be made, what that takes, and what is reused: lines of the plan."""
         return []
+
+    def cost(self) -> Passes:
+        """About what a run will take of the network; nothing where the product is kept or given."""
+        return Passes()
 
     @abstractmethod
     def run(self, *inputs: Any) -> Any:

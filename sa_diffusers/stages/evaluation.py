@@ -7,13 +7,15 @@ import torch
 from ..cache import delete_evaluations
 from ..configuration import CONFIG_NAME, REPORT_NAME
 from ..data.phrasings import fill_template
-from ..data.sample_set import SampleSet
+from ..data.sample_set import MANIFEST_NAME, SampleSet
 from ..evaluation import Classification, Comparison, compare, label_groups, prompt_groups, sample_groups, score_groups
 from ..evaluation.groups import REMEMBERED_PROMPTS, PromptGroup
+from ..evaluation.scoring import parts_of
 from ..families import Objective
 from ..files import read_json
 from ..identity import Identity, plain
 from ..output_folder import OutputFolder
+from ..passes import Passes, together
 from ..processes import finishing, say
 from ..results.schema import DECODER, Report, Sampling
 from ..seeds import STREAMS, first_seed
@@ -77,6 +79,16 @@ class EvaluationImages(Stage):
         scored = f"scored by {scorer.name}" if scorer else "nothing knows the concept: pixel change"
         return [f"evaluate  {self.subject.config.num_eval_images} images a row, before and after, {scored}"]
 
+    def cost(self) -> Passes:
+        """Of the images before, as far as they are not kept, and of those after."""
+        subject, images = self.subject, 0
+        for group in self.groups:
+            for part in parts_of(group):
+                prompts = group.prompts[part]
+                place = subject.generator.folder("evaluation", prompts, prompts, group.seeds[part], subject.settings)
+                images += len(prompts) * (1 if (place / MANIFEST_NAME).is_file() else 2)
+        return subject.sampling(images, subject.settings)
+
     def run(self, *inputs: Any) -> list[list[torch.Tensor]]:
         """Every group's samples, in the main process, sampled by all.
 
@@ -85,8 +97,11 @@ class EvaluationImages(Stage):
         """
         objective, fingerprint = inputs
         subject = self.subject
-        return sample_groups(objective, self.groups, subject.settings, subject.config.resolved_artifacts_dir,
-                             subject.accelerator, fingerprint)  # fmt: skip
+        made: list[Passes | None] = []
+        samples = sample_groups(objective, self.groups, subject.settings, subject.config.resolved_artifacts_dir,
+                                subject.accelerator, fingerprint, made)  # fmt: skip
+        self.made = together(made)
+        return samples
 
 
 class ReportStage(Stage):
@@ -174,6 +189,16 @@ class ReportStage(Stage):
                 seen[label]["mean"] = scorer(objective.decode(samples.mean(0, keepdim=True)))
         return seen
 
+    def _cost(self) -> dict[str, Any]:
+        """By stage what this run took of the network, and what went into the products that it used."""
+        spent = self.subject.passes
+        # What has no product is made whenever it is run.
+        made = {**self.output.made(self._training.identity()), **spent, **self.subject.made}
+        return {
+            title: {**spent.get(title, Passes()).to_dict(), **({"made": passes.to_dict()} if passes else {})}
+            for title, passes in made.items()
+        }
+
     def _provenance(self) -> dict[str, Any]:
         from ..version import __version__
 
@@ -196,4 +221,5 @@ class ReportStage(Stage):
             "mixed_precision": str(subject.accelerator.mixed_precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": subject.seconds,
+            "cost": self._cost(),
         }

@@ -13,6 +13,7 @@ from ..files import DamagedArtefact, load_kept
 from ..fisher import FisherEstimator, FisherInformation, fisher_identity
 from ..fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION, digest_of_values
 from ..identity import Identity, fingerprint
+from ..passes import Passes, together
 from ..processes import finishing, wait_until
 from ..seeds import first_seed
 from .base import Stage
@@ -89,7 +90,10 @@ class FisherStage(Stage):
         if from_replay:
             kept = replay if replay is not None else self.replay.run()
             assert kept is not None
-            parts.append(kept.subset(list(range(from_replay))))
+            part = kept.subset(list(range(from_replay)))
+            # A replay set that is at hand has its cost under its own stage.
+            part.passes = kept.passes if replay is None else Passes()
+            parts.append(part)
         if further:
             parts.append(self._prompted.made("fisher-samples", further, self._first + len(concepts)))
         whole = parts[0]
@@ -143,12 +147,31 @@ class FisherStage(Stage):
         note = reused(self.folder, FISHER_CONFIG_NAME)
         return [f"fisher    {self.subject.config.num_fisher_samples} samples x {steps} timesteps{note}"]
 
+    def cost(self) -> Passes:
+        config = self.subject.config
+        if not self.is_needed or self.given is not None or (self.folder / FISHER_CONFIG_NAME).is_file():
+            return Passes()
+        concepts, from_replay, further = self._parts()
+        rows = config.num_fisher_samples * (self._timesteps() or self.subject.objective.num_train_timesteps)
+        passes = Passes(rows, rows)
+        passes.add(self._prompted.cost("concept", concepts, self._first))
+        passes.add(self._prompted.cost("fisher-samples", further, self._first + len(concepts)))
+        if from_replay and not config.replay_weight:
+            # Else they are sampled for the replay loss first.
+            passes.add(self.replay.cost())
+        return passes
+
     def run(self, *inputs: Any) -> FisherInformation | None:
         """The Fisher information; None where none is needed.
 
         Args:
             *inputs: The replay set, if it is at hand.
         """
+        information = self._information(*inputs)
+        self.made = information.passes if information is not None else Passes()
+        return information
+
+    def _information(self, *inputs: Any) -> FisherInformation | None:
         if not self.is_needed or self.given is not None:
             return self.given
         subject, wanted = self.subject, self.identity()
@@ -181,7 +204,9 @@ class FisherStage(Stage):
         recorded = {"base_model": config.pretrained_model_name_or_path, "revision": subject.revision, **self.facts,
                     "identity": identity.digest}  # fmt: skip
         partial = _partial(folder)
-        information = estimator.estimate(self.samples(*inputs), recorded, partial)
+        samples = self.samples(*inputs)
+        information = estimator.estimate(samples, recorded, partial)
+        information.passes = together([information.passes, samples.passes])
         if subject.is_main:
             with finishing():
                 information.save_pretrained(folder)

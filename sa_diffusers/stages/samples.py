@@ -8,11 +8,12 @@ from typing import Any
 from ..data.classes import class_name
 from ..data.generation import surrogate_requests
 from ..data.given import Samples, are_prompts, content_identity, given_prompts, given_samples
-from ..data.sample_set import MANIFEST_NAME, SampleSet
+from ..data.sample_set import MANIFEST_NAME, SampleSet, is_prompt
 from ..families import SamplingSettings
 from ..identity import Identity
 from ..messages import shown
 from ..names import names_concept
+from ..passes import Passes
 from ..seeds import first_seed
 from .base import Stage
 from .subject import MODEL, SAMPLING, Subject, describe, reused
@@ -106,20 +107,48 @@ class SurrogateStage(Stage):
     def plan(self) -> list[str]:
         if self.given is not None:
             return [f"sample    {self.count} surrogate images are given"]
-        subject = self.subject
-        kinds = [pair.surrogate.kind for pair in subject.pairs]
-        drawn = [i for i in range(self.count) if self._prompts or kinds[i % len(kinds)] == "prompt"]
-        note = ""
-        if drawn:
-            conditions, sources = self._requests(self.count)
-            folder = subject.generator.folder(
-                self._name, [conditions[i] for i in drawn], [sources[i] for i in drawn],
-                [self._first + i for i in drawn], subject.surrogate_settings,
-            )  # fmt: skip
-            note = reused(folder, MANIFEST_NAME)
-        return [f"sample    {self.count} surrogate images, {describe(subject.surrogate_settings)}{note}"]
+        folder = self._folder(self._drawn())
+        note = reused(folder, MANIFEST_NAME) if folder else ""
+        return [f"sample    {self.count} surrogate images, {describe(self.subject.surrogate_settings)}{note}"]
+
+    def _drawn(self) -> list[int]:
+        """Places of the samples that a prompt draws."""
+        kinds = [pair.surrogate.kind for pair in self.subject.pairs]
+        are_all = self._prompts or self.subject.config.naive
+        return [i for i in range(self.count) if are_all or kinds[i % len(kinds)] == "prompt"]
+
+    def _folder(self, drawn: Sequence[int]) -> Path | None:
+        """Where those samples are kept; None if there are none."""
+        if not drawn:
+            return None
+        conditions, sources = self._requests(self.count)
+        return self.subject.generator.folder(
+            self._name, [conditions[i] for i in drawn], [sources[i] for i in drawn],
+            [self._first + i for i in drawn], self.subject.surrogate_settings,
+        )  # fmt: skip
+
+    @property
+    def taught(self) -> float:
+        """The share of the samples whose target the frozen model can say."""
+        if self.subject.config.naive or not self.count:
+            return 0.0
+        if self.given is not None:
+            return sum(map(is_prompt, self.given.sources)) / self.count
+        return len(self._drawn()) / self.count
+
+    def cost(self) -> Passes:
+        drawn = [] if self.given is not None else self._drawn()
+        folder = self._folder(drawn)
+        if folder is None or (folder / MANIFEST_NAME).is_file():
+            return Passes()
+        return self.subject.sampling(len(drawn), self.subject.surrogate_settings)
 
     def run(self, *inputs: Any) -> SampleSet:
+        samples = self._samples()
+        self.made = samples.passes
+        return samples
+
+    def _samples(self) -> SampleSet:
         subject, config, settings = self.subject, self.subject.config, self.subject.surrogate_settings
         if self.given is not None:
             return self.given
@@ -154,6 +183,12 @@ class PromptedSamples:
 
     def folder(self, name: str, prompts: Sequence[str], first: int) -> Path:
         return self.identity(name, prompts, first).folder(self.subject.config.resolved_artifacts_dir)
+
+    def cost(self, name: str, prompts: Sequence[str], first: int) -> Passes:
+        """About what the samples that are not kept yet take of the network."""
+        if not prompts or (self.folder(name, prompts, first) / MANIFEST_NAME).is_file():
+            return Passes()
+        return self.subject.sampling(len(prompts), self.settings)
 
 
 class ReplayStage(Stage):
@@ -201,7 +236,13 @@ class ReplayStage(Stage):
         return [f"          {len(prompts)} replay images of {len(set(prompts))} prompts ({source}), "
                 f"{describe(self._prompted.settings)}{reused(folder, MANIFEST_NAME)}"]  # fmt: skip
 
+    def cost(self) -> Passes:
+        return Passes() if self.given is not None else self._prompted.cost("replay", self.prompts, self._first)
+
     def run(self, *inputs: Any) -> SampleSet | None:
         if self.given is not None or not self.prompts:
+            self.made = self.given.passes if self.given is not None else Passes()
             return self.given
-        return self._prompted.made("replay", self.prompts, self._first)
+        samples = self._prompted.made("replay", self.prompts, self._first)
+        self.made = samples.passes
+        return samples

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from ..configuration import SelectiveAmnesiaConfig
@@ -26,6 +27,7 @@ from ..evaluation.neighbours import near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
 from ..families.digests import digested_once, fingerprint_module
 from ..families.names import resolved_revision
+from ..passes import Passes, counted
 from ..training.settings import sampling_settings
 
 # What every sample depends on, and every figure: the model, and how it is sampled.
@@ -55,6 +57,8 @@ class Subject:
         blur: Whether pictures are blurred.
         handed_in: What a caller gave in place of what would be made, in words.
         seconds: Title of a stage and how long it took.
+        passes: Title of a stage and what it took of the network in this process.
+        made: Title of a stage and what its product took of the network when it was made, in all processes.
     """
 
     config: SelectiveAmnesiaConfig
@@ -74,6 +78,8 @@ class Subject:
     blur: bool
     handed_in: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, Passes] = field(default_factory=dict)
+    made: dict[str, Passes | None] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
@@ -93,10 +99,32 @@ class Subject:
         return sampling_settings(self.config, self.config.replay_guidance_scale)
 
     @contextlib.contextmanager
-    def timed(self, title: str) -> Iterator[None]:
+    def timed(self, title: str, model: Objective | None = None) -> Iterator[None]:
+        """Record seconds and passes through the network; what ran before under the same title counts too.
+
+        Args:
+            title: Of a stage.
+            model: Whose network is counted. Default: the base model, if it is in memory.
+        """
+        model = model or self.objective
         started = time.perf_counter()
-        yield
-        self.seconds[title] = round(time.perf_counter() - started, 2)
+        with counted(model.module if model is not None else None) as passes:
+            yield
+        self.seconds[title] = round(self.seconds.get(title, 0.0) + time.perf_counter() - started, 2)
+        self.passes.setdefault(title, Passes()).add(passes)
+
+    def add_up(self) -> None:
+        """Let the main process hold what all have counted, and the others nothing; all must call it."""
+        every = gather_object([self.passes])
+        self.passes = {}
+        for part in every if self.is_main else ():
+            for title, passes in part.items():
+                self.passes.setdefault(title, Passes()).add(passes)
+
+    def sampling(self, images: int, settings: SamplingSettings) -> Passes:
+        """About what sampling so many images takes of the network."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        return Passes(images * self.objective.passes_of_sample(settings, scheduler))
 
     def agreed(self, answer: bool) -> bool:
         """The main process's answer, in all of them: what it writes meanwhile must not part them."""

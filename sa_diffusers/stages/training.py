@@ -13,10 +13,11 @@ from ..environment import precision_in_use, tracked
 from ..hub import one_line
 from ..identity import Identity
 from ..output_folder import OutputFolder
+from ..passes import Passes
 from ..processes import finishing
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
-from ..training.settings import TRAINING_SETTINGS, settings_facts, training_identity
+from ..training.settings import TRAINING_SETTINGS, global_batch, sampling_settings, settings_facts, training_identity
 from ..training.training import Training
 from .base import Stage
 from .fisher import FisherStage
@@ -127,6 +128,20 @@ class TrainingStage(Stage):
             return [*lines, "          these weights are there already: only what is missing is made"]
         return [*lines, *self._checkpoint_plan()]
 
+    def cost(self) -> Passes:
+        config, choice = self.subject.config, self.choice()
+        steps = range(choice.step, config.max_train_steps)
+        batch = global_batch(config, self.subject.accelerator.num_processes)
+        replayed = batch if config.replay_weight and self._replay.prompts else 0
+        rows = len(steps) * (batch + replayed)
+        taught = len(steps) * (batch * self._surrogates.taught + replayed) if config.target == "frozen" else 0
+        passes = Passes(rows + round(taught), rows)
+        if config.validation_prompts and steps:
+            times = {step + 1 for step in steps if (step + 1) % config.validation_steps == 0} | {config.max_train_steps}
+            images = len(times) * len(config.validation_prompts) * config.num_validation_images
+            passes.add(self.subject.sampling(images, sampling_settings(config)))
+        return passes
+
     def _checkpoint_plan(self) -> list[str]:
         """What checkpoints cost, and where the training goes on."""
         config = self.subject.config
@@ -188,6 +203,11 @@ class TrainingStage(Stage):
             with finishing():
                 with subject.timed(self.title):
                     training.train(self.choice())
+                # What came before the checkpoint counts too.
+                subject.passes[self.title] = training.progress.passes
+                subject.made |= training.made
+                titles = (self._surrogates.title, self._replay.title, FisherStage.title, self.title)
+                training.made = {title: subject.made[title] for title in titles if title in subject.made}
                 with subject.timed("saving"):
                     training.save(self.output.path)
                 # All of it has moved in before any process loads it.

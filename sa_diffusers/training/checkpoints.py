@@ -14,6 +14,7 @@ from torch import nn
 
 from ..files import new_folder, read_json, read_sealed, set_aside, sweep, write_sealed
 from ..identity import Identity
+from ..passes import Passes
 
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_NAME = "state.json"
@@ -36,6 +37,7 @@ class TrainingState:
         scaler: `state_dict` of the gradient scaler, if there is one.
         history: What was logged.
         skipped: Steps left out because their gradient was not finite.
+        passes: What the steps took of the network, over all processes; None where that is not on record.
     """
 
     step: int
@@ -46,6 +48,7 @@ class TrainingState:
     scaler: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     skipped: int = 0
+    passes: Passes | None = None
 
     @classmethod
     def of(cls, step: int, parameters: Mapping[str, nn.Parameter], optimizer: Any, schedule: Any,
@@ -121,6 +124,7 @@ def write_checkpoint(
             "settings": dict(settings),
             "history": state.history,
             "skipped": state.skipped,
+            "passes": state.passes and state.passes.to_dict(),
             "optimizer": {"state": scalars, "param_groups": groups},
             "schedule": state.schedule,
             "average": None if shadow is None else average,
@@ -161,6 +165,7 @@ def read_checkpoint(folder: str | Path) -> TrainingState:
     return TrainingState(
         values["step"], parameters, {"state": state, "param_groups": values["optimizer"]["param_groups"]},
         values["schedule"], average, values["scaler"], values["history"], values["skipped"],
+        Passes.read(values.get("passes")),
     )  # fmt: skip
 
 

@@ -233,13 +233,14 @@ class Loop:
     def _save_checkpoint(self, step: int) -> Path | None:
         if self.output_dir is None:
             return None
+        passes = self.progress.all_passes()
         target = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         if not self.accelerator.is_main_process:
             wait_until((target / STATE_NAME).is_file)
             return target
         state = TrainingState.of(
             step, self.trainable.parameters, *self._kept(), history=self.progress.history,
-            skipped=self.progress.skipped,
+            skipped=self.progress.skipped, passes=passes,
         )  # fmt: skip
         limit = self.config.checkpoints_total_limit
         return write_checkpoint(self.output_dir, state, self.identity, self.config.to_dict(), limit)
@@ -251,6 +252,7 @@ class Loop:
         state = read_checkpoint(folder)
         state.restore(self.trainable.parameters, *self._kept())
         self.progress.history, self.progress.skipped = state.history, state.skipped
+        self.progress.go_on_from(state.passes)
         if state.step and self.output_dir and self.accelerator.is_main_process:
             # The run may have ended before it did.
             delete_oldest(self.output_dir, state.step, self.identity, self.config.checkpoints_total_limit)

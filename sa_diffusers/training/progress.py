@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..hub import one_line
+from ..passes import Passes, over_processes
 from ..processes import say, warn_once
 
 # So many steps in a row without a finite gradient end the training. Half precision needs some to find its scale.
@@ -21,13 +22,28 @@ class Progress:
     Attributes:
         history: For every logged step: `step`, `surrogate_loss`, `replay_loss`, `ewc_penalty`, `learning_rate`.
         skipped: Steps left out because their gradient was not finite.
+        passes: What this process's steps took of the network; in the main process also what all took before the
+            checkpoint that they go on from.
+        has_all_passes: Whether that checkpoint, if there is one, said so.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.history: list[dict[str, float]] = []
         self.skipped = 0
+        self.passes = Passes()
+        self.has_all_passes = True
         self._in_a_row = 0
+
+    def all_passes(self) -> Passes | None:
+        """What the steps took in all processes, which must all call it; None where it is not on record."""
+        return over_processes(self.passes if self.has_all_passes else None, self.accelerator)
+
+    def go_on_from(self, passes: Passes | None) -> None:
+        """Count on from what a checkpoint holds, which is not what validation took right after it."""
+        self.has_all_passes = passes is not None
+        if passes is not None and self.accelerator.is_main_process:
+            self.passes.add(passes)
 
     def log(self, step: int, losses: torch.Tensor, penalty: torch.Tensor | None, rate: float, bar: tqdm) -> None:
         """Keep a step's values and tell the trackers; values that are not finite are left out.

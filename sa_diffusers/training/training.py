@@ -27,6 +27,7 @@ from ..hub import CARD_NAME, drop_local_names, is_own_card
 from ..identity import Identity, fingerprint
 from ..output_folder import REPORTED, VALIDATION_NAME, OutputFolder, write_finished
 from ..parameter_selection import only_trainable
+from ..passes import Passes, counted
 from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
 from .batches import BatchPolicy
@@ -110,6 +111,8 @@ class Training:
         self.identity = identity
         self.validation_dir = self.output_dir and self.output_dir / VALIDATION_NAME
         self.progress = Progress(self.accelerator)
+        # What every part of the erasure took of the network when it was made, by the name of its stage.
+        self.made: dict[str, Passes | None] = {}
         self._has_trained = False
 
     @property
@@ -201,7 +204,9 @@ class Training:
             self.objective, self.config, self.accelerator, self.parameters, self._optimizer(), self.batches(),
             self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
         )  # fmt: skip
-        loop.run(checkpoint, self.checkpoint_bytes())
+        with counted(self.objective.module, self.progress.passes):
+            loop.run(checkpoint, self.checkpoint_bytes())
+        self.made = {"training": self.progress.all_passes()}
         if self.progress.skipped >= (loop.stopped or self.config.max_train_steps):
             raise FloatingPointError(
                 f"the gradient was not finite in any of {self.progress.skipped} steps, and nothing was trained: lower "
@@ -249,7 +254,7 @@ class Training:
             if apart and self.validation_dir.is_dir():
                 shutil.copytree(self.validation_dir, staging / VALIDATION_NAME)
             if self.identity is not None:
-                write_finished(staging, self.identity)
+                write_finished(staging, self.identity, self.made)
         if apart:
             shutil.rmtree(self.validation_dir, ignore_errors=True)
 
