@@ -35,7 +35,10 @@ def cost_table(report: Report) -> list[Block]:
         lines[-1] += _figures(spent(report))
     if reuses(report):
         header += ["forward, when made", "backward, when made"]
-        caption += ". What an earlier run had made cost this one nothing; what it took then stands under “when made”"
+        caption += (
+            ". What an earlier run had made cost this one nothing; what it took then stands under “when made”, or "
+            f"{MISSING} where that is not on record"
+        )
         for line in lines[:-1]:
             line += _figures(getattr(report.cost.get(line[0]), "made", None))
         lines[-1] += _figures(made(report))
