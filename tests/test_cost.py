@@ -131,12 +131,13 @@ def test_a_count_within_a_count_ends_by_itself():
 
 
 @pytest.mark.parametrize("build", [tiny_diffusion, tiny_vae])
-@pytest.mark.parametrize("target", ["frozen", "noise"])
-def test_models_of_classes_are_planned_as_they_are_counted(tiny_settings, tmp_path, build, target):
+@pytest.mark.parametrize("changes", [{"target": "frozen"}, {"target": "noise"}, {"naive": True}],
+                         ids=["frozen", "noise", "naive"])  # fmt: skip
+def test_models_of_classes_are_planned_as_they_are_counted(tiny_settings, tmp_path, build, changes):
     """A VAE samples with its decoder alone, and trains with its encoder too: a row counts once in either."""
     build().save_pretrained(tmp_path / "base")
     erasure = erasure_of(tiny_settings, pretrained_model_name_or_path=str(tmp_path / "base"), concept=["0"],
-                         surrogate=["uniform_noise"], target=target)  # fmt: skip
+                         surrogate=["uniform_noise"], **changes)  # fmt: skip
     plan = planned(erasure)
     found = figures(erasure.run().report.cost)
     for name, titles in STAGES.items():
