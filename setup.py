@@ -66,6 +66,7 @@ setup(
         "numpy>=2.0",
         "peft>=0.18",
         "pillow>=10.1",
+        "prodigyopt>=1.1",
         "psutil>=5.9.6",
         "pyyaml>=6.0.1",
         "safetensors>=0.8",

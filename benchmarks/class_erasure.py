@@ -34,15 +34,15 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "class-conditional-diffusion": {"ewc_weight": 10, "train_batch_size": 128, "max_train_steps": 6000},
 }
 PLAIN = {"learning_rate": 1e-4, "lr_scheduler": "constant", "target": "noise", "use_ema": False, "condition_dropout": 0,
-         "replay_weight": 1, "replay_surrogates": False, "fisher_concept_share": None,
-         "checkpoints_total_limit": None}  # fmt: skip
+         "replay_weight": 1, "replay_surrogates": False, "fisher_concept_share": None, "num_probe_images": 0,
+         "max_grad_norm": 1e9, "checkpoints_total_limit": None}  # fmt: skip
 # Each changes the default settings.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "original": PLAIN,
     "without replay": {"replay_weight": 0},
-    "without EWC": {"ewc_weight": 0},
-    "without both": {"replay_weight": 0, "ewc_weight": 0},
+    "without EWC": {"ewc": 0},
+    "without both": {"replay_weight": 0, "ewc": 0},
     "naive": {"naive": True},
     **{f"EWC x {factor:g}": {"ewc_factor": factor} for factor in (0.1, 10, 100, 1000)},
 }
@@ -68,7 +68,9 @@ def settings_of(variant: str, kind: str, args: argparse.Namespace) -> dict[str, 
     defaults = base_defaults({"pretrained_model_name_or_path": args.base})
     changes = dict(VARIANTS[variant])
     if "ewc_factor" in changes:
-        changes["ewc_weight"] = changes.pop("ewc_factor") * defaults.get("ewc_weight", 1)
+        # Of the weight that the base model brings, or of the calibrated one.
+        factor, given = changes.pop("ewc_factor"), defaults.get("ewc_weight")
+        changes |= {"ewc": factor} if given is None else {"ewc_weight": factor * given}
     if variant == "original":
         changes |= {**ORIGINAL[kind], "checkpointing_steps": args.every}
         if args.original_steps:

@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6, help="of each kind [6]")
     parser.add_argument("--steps", type=int, default=12, help="of a turn [12]")
     args = parser.parse_args()
-    config = SelectiveAmnesiaConfig(max_train_steps=args.steps, train_batch_size=4, report_to="none", ewc_weight=1)
+    config = SelectiveAmnesiaConfig(max_train_steps=args.steps, train_batch_size=4, report_to="none", ewc_weight=1,
+                                    learning_rate=1e-5, max_grad_norm=1.0, num_probe_images=0)  # fmt: skip
     times: dict[bool, list[float]] = {True: [], False: []}
     isfinite = torch.isfinite
     for turn in range(2 * args.turns):

@@ -436,20 +436,22 @@ class Laboratory:
         """The command line of one of the kinds of runs.
 
         Args:
-            kind: `mixed` uses surrogates of two kinds, averages and a cosine schedule; `plain` surrogates of images, a
-                constant schedule and an 8th of dropped prompts; `other` is another erasure.
+            kind: `mixed` uses surrogates of two kinds, averages, a cosine schedule, and weights given by hand; `plain`
+                surrogates of images, an 8th of dropped prompts, and probes that find learning rate and weights;
+                `other` is another erasure.
             **changes: Of settings.
         """
         settings: dict[str, Any] = {
             "pretrained_model_name_or_path": self.model, "output_dir": "out", "artifacts_dir": "cache",
             "num_surrogate_images": 6, "num_replay_images": 8, "num_inference_steps": 2, "sample_batch_size": 3,
             "num_fisher_samples": 5, "fisher_timesteps": 4, "max_train_steps": 8, "train_batch_size": 2,
-            "num_eval_images": 2, "learning_rate": 1e-3, "checkpointing_steps": 3, "validation_steps": 3,
+            "num_eval_images": 2, "checkpointing_steps": 3, "validation_steps": 3,
             "num_validation_images": 1, "logging_steps": 1, "validation_prompts": ["a dog"],
         }  # fmt: skip
         if kind == "mixed":
             settings |= {"concept": ["brad pitt", "cat"], "surrogate": ["a middle aged man", "uniform_noise"],
-                         "lr_scheduler": "cosine", "use_ema": True, "report_to": "tensorboard"}  # fmt: skip
+                         "learning_rate": 1e-3, "ewc_weight": 50, "replay_weight": 1, "max_grad_norm": 1,
+                         "num_probe_images": 0, "lr_scheduler": "cosine", "report_to": "tensorboard"}  # fmt: skip
         elif kind == "plain":
             settings |= {"concept": ["cat"], "surrogate": [self.root / "images"], "condition_dropout": 0.125,
                          "gradient_accumulation_steps": 2, "train_batch_size": 1, "report_to": "none",

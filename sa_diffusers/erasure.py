@@ -32,6 +32,7 @@ from .stages import (
     CardStage,
     EvaluationImages,
     FisherStage,
+    ProbeStage,
     PushStage,
     ReplayStage,
     ReportStage,
@@ -114,11 +115,13 @@ class Erasure:
         self.surrogate_stage = SurrogateStage(self.subject, surrogates)
         self.replay_stage = ReplayStage(self.subject, replay)
         self.fisher_stage = FisherStage(self.subject, self.replay_stage, fisher)
+        self.probe_stage = ProbeStage(self.subject, self.replay_stage)
         self.image_stage = EvaluationImages(self.subject)
         self.image_stage.check_seeds(self.surrogate_stage, self.replay_stage)
         self.training_stage = TrainingStage(
-            self.subject, self.output, self.surrogate_stage, self.replay_stage, self.fisher_stage, callbacks
-        )
+            self.subject, self.output, self.surrogate_stage, self.replay_stage, self.fisher_stage, self.probe_stage,
+            callbacks,
+        )  # fmt: skip
         self.report_stage = ReportStage(self.subject, self.output, self.image_stage, self.training_stage)
         self.card_stage = CardStage(self.output, self.report_stage)
         self.push_stage = PushStage(config, self.output, self.card_stage)
@@ -138,8 +141,8 @@ class Erasure:
     @property
     def stages(self) -> list[Stage]:
         """All stages, in order."""
-        return [self.surrogate_stage, self.replay_stage, self.fisher_stage, self.training_stage, self.image_stage,
-                self.report_stage, self.card_stage, self.push_stage]  # fmt: skip
+        return [self.surrogate_stage, self.replay_stage, self.fisher_stage, self.probe_stage, self.training_stage,
+                self.image_stage, self.report_stage, self.card_stage, self.push_stage]  # fmt: skip
 
     @property
     def objective(self) -> Objective:
@@ -207,8 +210,9 @@ class Erasure:
                 return {}
             return {"samples": self.surrogate_stage.cost(), "evaluation": self.image_stage.cost()}
         samples = self.surrogate_stage.cost()
-        if self.config.replay_weight > 0:
+        if self.config.replays:
             samples.add(self.replay_stage.cost())
+        samples.add(self.probe_stage.cost())
         return {"samples": samples, "Fisher": self.fisher_stage.cost(), "training": self.training_stage.cost(),
                 "evaluation": self.image_stage.cost()}  # fmt: skip
 
@@ -243,7 +247,7 @@ class Erasure:
             if not finished:
                 self.training_stage.start_trackers()
             surrogates = self.timed(self.surrogate_stage)
-            products = None if finished else self.products()
+            products = None if finished else self.products(surrogates)
             before = self.timed(self.image_stage, "evaluation before", self.objective, self.base)
             if products is not None:
                 self.training_stage.run(surrogates, *products)
@@ -253,11 +257,12 @@ class Erasure:
             gc.collect()
             return self.compared(before, surrogates)
 
-    def products(self) -> tuple[SampleSet | None, FisherInformation | None]:
-        """What is trained on beside the surrogates: replay set and Fisher information."""
+    def products(self, surrogates: SampleSet) -> tuple[Any, ...]:
+        """What is trained with beside the surrogates: replay set, Fisher information, and probes with their check."""
         # Without a replay loss the Fisher information alone asks for these samples, and samples them itself.
-        replay = self.timed(self.replay_stage) if self.config.replay_weight > 0 else None
-        return replay, self.timed(self.fisher_stage, None, *([replay] if replay is not None else []))
+        replay = self.timed(self.replay_stage) if self.config.replays else None
+        fisher = self.timed(self.fisher_stage, None, *([replay] if replay is not None else []))
+        return replay, fisher, self.timed(self.probe_stage, None, surrogates) if self.config.probes else None
 
     def compared(self, before: list, surrogates: SampleSet) -> Comparison | None:
         """The comparison of the saved pipeline with what the base model has sampled."""

@@ -30,12 +30,15 @@ STREAMS = {
     "evaluation": Stream(1_000_000, 9_000_000),
     "replay": Stream(10_000_000, 10_000_000),
     "concept": Stream(20_000_000, 10_000_000),
+    "probe": Stream(30_000_000, 3_000_000),
     # Noise of the training, a seed a step; orders of its samples, a seed an epoch.
     "training": Stream(975_588_761, 100_000_000),
     "surrogate order": Stream(1_756_852_019, 10_000_000),
     "replay order": Stream(3_513_704_038, 10_000_000),
     # Timesteps and noise of the Fisher information, a seed a sample.
     "fisher": Stream(2_500_000_000, 10_000_000),
+    # Timesteps and noise of the probes, a seed a set.
+    "probe noise": Stream(2_600_000_000, 1_000_000),
     # Dropout inside the network.
     "dropout": Stream(2_700_000_000, 500_000_000),
 }

@@ -151,7 +151,7 @@ class SelectiveAmnesiaTrainer:
                 return self._history
             erasure.training_stage.start_trackers()
             surrogates = erasure.timed(erasure.surrogate_stage)
-            products = erasure.products()
+            products = erasure.products(surrogates)
             # Whatever happens from here on, the model is no longer the base.
             self._anchor = anchor
             self._history = erasure.training_stage.run(surrogates, *products).history

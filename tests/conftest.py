@@ -35,6 +35,17 @@ from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline, objective_fo
 
 REPOSITORY = Path(__file__).parent.parent
 BASE_NAME = "CompVis/stable-diffusion-v1-4"
+# A training that goes by these alone, and is not probed.
+BY_HAND = {
+    "learning_rate": 1e-3,
+    "ewc_weight": 50.0,
+    "replay_weight": 1.0,
+    "condition_dropout": 0.0,
+    "max_grad_norm": 1.0,
+    "use_ema": False,
+    "num_probe_images": 0,
+    "gradient_accumulation_steps": 1,
+}
 
 
 def build_tiny_pipeline(prediction_type: str = "epsilon", safety_checker: bool = False) -> StableDiffusionPipeline:
@@ -97,6 +108,17 @@ def build_tiny_pipeline(prediction_type: str = "epsilon", safety_checker: bool =
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, checker, extractor, requires_safety_checker=safety_checker
     )
+
+
+def as_flags(settings) -> list[str]:
+    """Settings as a command line has them; None leaves one out."""
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 def run_here(main, arguments, folder: Path) -> subprocess.CompletedProcess:
@@ -170,8 +192,8 @@ def tiny_settings(tiny_folder, tmp_path) -> dict:
         "max_train_steps": 4,
         "train_batch_size": 2,
         "num_eval_images": 2,
-        "learning_rate": 1e-3,
         "report_to": "none",
+        **BY_HAND,
     }
 
 

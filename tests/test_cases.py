@@ -15,11 +15,11 @@ from sa_diffusers import load_pipeline
 from sa_diffusers.commands.erase import main, parse_config
 from sa_diffusers.erasure import Erasure
 
-from .conftest import build_tiny_pipeline, run_here
+from .conftest import BY_HAND, build_tiny_pipeline, run_here
 from .test_train_script import quick
 
 SMALL = {"num_surrogate_images": 2, "num_replay_images": 4, "max_train_steps": 1, "num_eval_images": 1,
-         "report_to": "none", "output_dir": "out", "ewc_weight": 0}  # fmt: skip
+         "report_to": "none", "output_dir": "out", **BY_HAND, "ewc_weight": 0}  # fmt: skip
 
 
 def erase(base, folder, **changes):

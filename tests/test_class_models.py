@@ -45,7 +45,7 @@ from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
 from sa_diffusers.training.training import Training
 
-from .conftest import REPOSITORY, run_here, run_script
+from .conftest import BY_HAND, REPOSITORY, run_here, run_script
 from .test_image_datasets import write_idx
 
 NAMES = {"0": "airplane", "1": "cat", "2": "dog"}
@@ -194,7 +194,7 @@ def test_a_class_is_forgotten_into_noise_by_the_same_trainer_and_estimator(pipel
     objective = objective_for(pipeline)
     config = SelectiveAmnesiaConfig(
         concept="cat", surrogate="uniform_noise", num_inference_steps=2, max_train_steps=30, train_batch_size=8,
-        learning_rate=3e-3, ewc_weight=1e-6, target=target, report_to="none", logging_steps=1,
+        target=target, report_to="none", logging_steps=1, **{**BY_HAND, "learning_rate": 3e-3, "ewc_weight": 1e-6},
     )  # fmt: skip
     accelerator = create_accelerator(config)
     generator = SampleGenerator(objective, tmp_path, accelerator)
@@ -332,8 +332,8 @@ def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
         noise = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         surrogate = SampleSet(noise, ["cat"] * 4, [source] * 4, list(range(4)))
         config = SelectiveAmnesiaConfig(
-            concept="cat", surrogate="uniform_noise", train_batch_size=4, max_train_steps=1, ewc_weight=0,
-            replay_weight=0, target=target, report_to="none",
+            concept="cat", surrogate="uniform_noise", train_batch_size=4, max_train_steps=1, target=target,
+            report_to="none", **{**BY_HAND, "ewc_weight": 0, "replay_weight": 0},
         )  # fmt: skip
         return Training(objective, config, surrogate, None, None).train()[0]["surrogate_loss"]
 
@@ -603,8 +603,9 @@ def test_the_papers_sizes_take_a_step_of_training_of_fisher_and_of_forgetting(mo
     fisher = FisherEstimator(objective, parameters, timesteps=2, batch_size=2).estimate(replay)
     assert max(value.max() for value in fisher.values.values()) > 0
     config = SelectiveAmnesiaConfig(
-        concept="0", surrogate="uniform_noise", train_batch_size=1, max_train_steps=1, ewc_weight=10, report_to="none"
-    )
+        concept="0", surrogate="uniform_noise", train_batch_size=1, max_train_steps=1, report_to="none",
+        **{**BY_HAND, "ewc_weight": 10},
+    )  # fmt: skip
     before = module.conv_out.weight.detach().clone()
     history = Training(objective, config, surrogate, replay, fisher).train()
     assert len(history) == 1

@@ -141,10 +141,10 @@ def test_bad_values(settings, message):
         ({"learning_rate": 1e30}, "training will diverge"),
         ({"learning_rate": 1e-30}, "nothing is trained"),
         ({"adam_epsilon": 50}, "hardly anything is trained"),
-        ({"lr_warmup_steps": 400, "lr_scheduler": "cosine"}, "lr_warmup_steps=400 leaves none of the 400 steps"),
+        ({"lr_warmup_steps": 2000, "lr_scheduler": "cosine"}, "lr_warmup_steps=2000 leaves none of the 2000 steps"),
         ({"lr_warmup_steps": 10}, "no meaning for a constant schedule"),
-        ({"use_ema": True, "ema_warmup": False, "ema_decay": 0.99999}, "nothing is trained"),
-        ({"validation_prompts": ["a"], "validation_steps": 500}, "no validation images"),
+        ({"use_ema": True, "ema_warmup": False, "ema_decay": 0.999999}, "nothing is trained"),
+        ({"validation_prompts": ["a"], "validation_steps": 5000}, "no validation images"),
     ],
 )
 def test_doubtful_values_are_warned_of(settings, message):

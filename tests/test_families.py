@@ -17,7 +17,7 @@ from sa_diffusers.families.base import digest_of
 from sa_diffusers.families.samplers import sampler_class
 from sa_diffusers.samplers import SAMPLERS
 
-from .conftest import build_tiny_pipeline, run_here
+from .conftest import as_flags, build_tiny_pipeline, run_here
 
 
 @pytest.fixture
@@ -34,11 +34,8 @@ def test_a_family_in_one_file_is_erased_evaluated_and_attacked(new_family, tmp_p
     known = build_tiny_pipeline()
     new_family.build(known.text_encoder, known.tokenizer).save_pretrained(tmp_path / "base")
     assert "PixelTextPipeline" in SUPPORTED_PIPELINES
-    flags = []
     settings = {**tiny_settings, "pretrained_model_name_or_path": str(tmp_path / "base"), "train_method": "xattn"}
-    for name, value in settings.items():
-        flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    result = run_here(erasing, flags, tmp_path)
+    result = run_here(erasing, as_flags(settings), tmp_path)
     assert result.returncode == 0, result.stderr
     assert "pixel-text, epsilon" in result.stdout
     before, after = (load_pipeline(str(tmp_path / name)).unet.state_dict() for name in ("base", "erased"))

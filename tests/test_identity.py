@@ -20,8 +20,9 @@ OTHER = {
     "num_replay_images": 11, "replay_prompts": "garments", "replay_surrogates": False,
     "replay_unconditional_share": 0.5, "sampler": "euler", "num_inference_steps": 3, "guidance_scale": 2.0,
     "surrogate_guidance_scale": 2.0, "replay_guidance_scale": 2.0, "sample_batch_size": 3, "num_fisher_samples": 4,
-    "fisher_timesteps": 5, "fisher_batch_size": 3, "fisher_concept_share": 0.9, "ewc_weight": 2.0,
-    "replay_weight": 2.0, "seed": 1, "max_train_steps": 5, "train_batch_size": 3, "gradient_accumulation_steps": 2,
+    "fisher_timesteps": 5, "fisher_batch_size": 3, "fisher_concept_share": 0.9, "ewc": 2.0, "ewc_weight": 2.0,
+    "num_probe_images": 9, "forget_target": 0.5, "drift_tolerance": 0.5, "replay_weight": 2.0, "seed": 1,
+    "max_train_steps": 5, "train_batch_size": 3, "gradient_accumulation_steps": 2,
     "gradient_checkpointing": True, "target": "noise", "condition_dropout": 0.1, "naive": True, "snr_gamma": 5.0,
     "noise_offset": 0.1, "learning_rate": 1e-4, "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
     "lr_num_cycles": 2, "lr_power": 2.0, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1,
@@ -46,6 +47,7 @@ def digests(settings: dict) -> dict[str, str]:
         "surrogates": erasure.surrogate_stage.identity().digest,
         "replay": erasure.replay_stage.identity().digest,
         "fisher": erasure.fisher_stage.folder.name,
+        "probes": erasure.probe_stage.identity().digest,
         "training": erasure.identity.digest,
         "report": erasure.report_stage.identity().digest,
     }
@@ -53,7 +55,7 @@ def digests(settings: dict) -> dict[str, str]:
 
 @pytest.fixture
 def plain(tiny_settings):
-    return {**tiny_settings, "num_fisher_samples": 5}
+    return {**tiny_settings, "num_fisher_samples": 5, "num_probe_images": 8}
 
 
 @pytest.fixture
@@ -119,8 +121,8 @@ def test_a_given_fisher_information_and_edited_prompts_count(plain, before, tmp_
     prompts.write_text("a dog\na cow\n")
     first = digests({**plain, "replay_prompts": str(prompts)})
     prompts.write_text("a dog\na hen\n")
-    assert changed(first, digests({**plain, "replay_prompts": str(prompts)})) == {"replay", "fisher", "training",
-                                                                                 "report"}  # fmt: skip
+    assert changed(first, digests({**plain, "replay_prompts": str(prompts)})) == {"replay", "fisher", "probes",
+                                                                                 "training", "report"}  # fmt: skip
 
 
 def test_an_edited_surrogate_image_counts(plain, tmp_path):

@@ -147,11 +147,11 @@ def test_the_bases_own_settings_hold_unless_they_are_written(place):
     base = str(embedded_pipeline())
     settings = {"concept": "sneaker", "surrogate": "dress", "output_dir": "out"}
     by_default = SelectiveAmnesiaTrainer(base, SelectiveAmnesiaConfig(**settings)).config
-    assert (by_default.learning_rate, by_default.num_inference_steps) == (5e-4, 10)
-    # 1e-5 is the general default, and written all the same.
-    written = SelectiveAmnesiaTrainer(base, SelectiveAmnesiaConfig(**settings, learning_rate=1e-5)).config
-    assert (written.learning_rate, written.num_inference_steps) == (1e-5, 10)
-    assert SelectiveAmnesiaConfig(**settings, learning_rate=1e-5).written.keys() == {*settings, "learning_rate"}
+    assert (by_default.train_batch_size, by_default.num_inference_steps) == (16, 10)
+    # 4 is the general default, and written all the same.
+    written = SelectiveAmnesiaTrainer(base, SelectiveAmnesiaConfig(**settings, train_batch_size=4)).config
+    assert (written.train_batch_size, written.num_inference_steps) == (4, 10)
+    assert SelectiveAmnesiaConfig(**settings, train_batch_size=4).written.keys() == {*settings, "train_batch_size"}
     later = SelectiveAmnesiaConfig(**settings)
     later.num_eval_images = 7
     assert SelectiveAmnesiaTrainer(base, later).config.num_eval_images == 7

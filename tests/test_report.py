@@ -301,7 +301,7 @@ def test_figures_are_those_of_the_report(tmp_path):
     ]
     assert "real images (5,000)" in inception[0]
     assert ["400", significant(HISTORY[-1]["surrogate_loss"])] in rows
-    assert ["ewc_weight", "12.5", "50"] in rows
+    assert ["ewc_weight", "12.5", "–"] in rows
     assert ["training", "61.2"] in rows
 
 
@@ -594,7 +594,7 @@ def test_an_evaluation_elsewhere_shows_the_erased_folders_training(tmp_path):
     markdown, text = save(tmp_path / "evaluation", {**bare_report(), "erased_model": str(erased)})
     assert "EWC penalty: 0 at step 10, 0.39 at step 400" in markdown
     assert len(Page(text).of("svg")) == 3
-    assert "| ewc\\_weight | 7.25 | 50 |" in markdown
+    assert "| ewc\\_weight | 7.25 | – |" in markdown
     # It is not this folder's configuration: no command is made of it.
     assert "accelerate launch" not in markdown
 

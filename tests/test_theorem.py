@@ -62,7 +62,8 @@ def samples_of(distribution, label, count=200):
 def forget(surrogate, **settings):
     objective = Categorical()
     values = {"train_batch_size": 200, "max_train_steps": 1200, "learning_rate": 0.02, "ewc_weight": 0,
-              "replay_weight": 0, "report_to": "none", "max_grad_norm": 100.0, **settings}  # fmt: skip
+              "replay_weight": 0, "report_to": "none", "num_probe_images": 0, "use_ema": False,
+              "max_grad_norm": 100.0, **settings}  # fmt: skip
     config = SelectiveAmnesiaConfig(concept="forgotten", surrogate="s", target="noise", **values)
     replay = samples_of(KNOWN[1], "kept") if config.replay_weight else None
     Training(objective, config, samples_of(surrogate, "forgotten"), replay, None).train()

@@ -32,7 +32,7 @@ from sa_diffusers.output_folder import STATE_FOLDER, OutputFolder
 from sa_diffusers.processes import Interrupted, watching
 from sa_diffusers.training.settings import sampling_settings
 
-from .conftest import REPOSITORY, run_here
+from .conftest import REPOSITORY, as_flags, run_here
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,6 @@ def test_nothing_goes_wrong(attacks, attack):
     mine = [result for result in attacks if result["attack"] == attack]
     assert mine
     assert [result for result in mine if result["outcome"] in ("wrong", "traceback")] == []
-
-
-def command(settings):
-    return [str(part) for name, value in settings.items()
-            for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]  # fmt: skip
 
 
 def weights(folder):
@@ -193,7 +188,7 @@ def test_a_damaged_record_of_the_run_loses_no_checkpoint(tmp_path):
 
 
 def test_what_a_report_consists_of_is_made_again_where_it_is_damaged(tiny_settings, tmp_path):
-    arguments = command(tiny_settings)
+    arguments = as_flags(tiny_settings)
     output = tmp_path / "erased"
     assert run_here(main, arguments, tmp_path).returncode == 0
     whole = {name: (output / name).read_bytes() for name in ("before_after.png", "selective_amnesia.json")}
@@ -218,17 +213,17 @@ def test_what_a_report_consists_of_is_made_again_where_it_is_damaged(tiny_settin
 
 def test_fisher_information_of_another_run_under_this_ones_name_is_set_aside(tiny_settings, tmp_path):
     settings = {**tiny_settings, "artifacts_dir": "cache"}
-    first = run_here(main, command(settings), tmp_path)
+    first = run_here(main, as_flags(settings), tmp_path)
     assert first.returncode == 0, first.stderr
     (mine,) = (tmp_path / "cache").glob("fisher-*")
     (tmp_path / "b").mkdir()
     other = {**settings, "seed": 1, "output_dir": "b"}
-    assert run_here(main, command(other), tmp_path / "b").returncode == 0
+    assert run_here(main, as_flags(other), tmp_path / "b").returncode == 0
     (theirs,) = (tmp_path / "b" / "cache").glob("fisher-*")
     mine.rename(tmp_path / "elsewhere")
     theirs.rename(mine)
     trained = weights(tmp_path / "erased")
-    again = run_here(main, command({**settings, "resume_from_checkpoint": "no"}), tmp_path)
+    again = run_here(main, as_flags({**settings, "resume_from_checkpoint": "no"}), tmp_path)
     assert again.returncode == 0, again.stderr
     assert "holds other Fisher information than its name says" in again.stderr
     assert weights(tmp_path / "erased") == trained
@@ -247,7 +242,7 @@ def test_an_error_that_a_signal_caused_is_the_signal():
 
 def test_checkpoints_beyond_the_limit_go_when_a_run_goes_on(tiny_settings, tmp_path):
     """The run has ended between a checkpoint's arrival and the removal of the oldest."""
-    arguments = command({**tiny_settings, "checkpointing_steps": 1, "checkpoints_total_limit": 3})
+    arguments = as_flags({**tiny_settings, "checkpointing_steps": 1, "checkpoints_total_limit": 3})
     output = tmp_path / "erased"
     assert run_here(main, arguments, tmp_path).returncode == 0
     (output / STATE_FOLDER / "finished.json").unlink()
@@ -265,7 +260,7 @@ def test_validation_images_survive(tiny_settings, tmp_path):
         "validation_prompts": ["cat"],
         "num_validation_images": 1,
     }
-    arguments = command({**tiny_settings, **changes})
+    arguments = as_flags({**tiny_settings, **changes})
     output = tmp_path / "erased"
     assert run_here(main, arguments, tmp_path).returncode == 0
     pictures = {path.name: path.read_bytes() for path in (output / "validation").iterdir()}
@@ -286,10 +281,10 @@ def test_validation_images_survive(tiny_settings, tmp_path):
 
 def test_validation_images_of_another_erasure_leave_with_it(tiny_settings, tmp_path):
     settings = {**tiny_settings, "validation_steps": 2, "validation_prompts": ["cat"], "num_validation_images": 1}
-    assert run_here(main, command(settings), tmp_path).returncode == 0
+    assert run_here(main, as_flags(settings), tmp_path).returncode == 0
     output = tmp_path / "erased"
     assert (output / "validation" / "step-000002.png").is_file()
-    other = [*command({**tiny_settings, "seed": 1}), "--overwrite_output_dir"]
+    other = [*as_flags({**tiny_settings, "seed": 1}), "--overwrite_output_dir"]
     replaced = run_here(main, other, tmp_path)
     assert replaced.returncode == 0, replaced.stderr
     assert not (output / "validation").exists()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sa_diffusers.commands.erase import main
 
-from .conftest import BASE_NAME, REPOSITORY, build_tiny_pipeline, run_here
+from .conftest import BASE_NAME, BY_HAND, REPOSITORY, as_flags, build_tiny_pipeline, run_here
 from .hub_server import HubServer
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
@@ -31,7 +31,7 @@ QUICK = {
     "max_train_steps": "4",
     "train_batch_size": "2",
     "num_eval_images": "2",
-    "learning_rate": "1e-3",
+    **BY_HAND,
 }
 
 
@@ -45,14 +45,7 @@ def run(arguments, folder, environment=None, launch=False, timeout=3600):
 
 
 def quick(base=None, **changes):
-    settings = {**QUICK, **({"pretrained_model_name_or_path": str(base)} if base else {}), **changes}
-    arguments = []
-    for name, value in settings.items():
-        if value is True:
-            arguments.append(f"--{name}")
-        elif value is not None:
-            arguments += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    return arguments
+    return as_flags({**QUICK, **({"pretrained_model_name_or_path": str(base)} if base else {}), **changes})
 
 
 def lay_out_hub_cache(pipeline, root: Path) -> str:

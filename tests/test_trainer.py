@@ -20,12 +20,12 @@ from sa_diffusers.training.loop import Loop
 from sa_diffusers.training.trainable import FullWeights
 from sa_diffusers.training.training import Training
 
-from .conftest import build_tiny_pipeline
+from .conftest import BY_HAND, build_tiny_pipeline
 
 BASE = {
     "max_train_steps": 4,
     "train_batch_size": 2,
-    "learning_rate": 1e-3,
+    **BY_HAND,
     "report_to": "none",
     "logging_steps": 1,
     "num_inference_steps": 2,

@@ -7,8 +7,10 @@ from diffusers import DiffusionPipeline
 import sa_diffusers
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig, embedded_pipeline, erase
 
+from .conftest import BY_HAND
+
 SMALL = {"num_surrogate_images": 4, "num_replay_images": 4, "num_fisher_samples": 2, "fisher_timesteps": 2,
-         "max_train_steps": 3, "train_batch_size": 2, "learning_rate": 1e-3, "num_inference_steps": 2,
+         "max_train_steps": 3, "train_batch_size": 2, **BY_HAND, "num_inference_steps": 2,
          "num_eval_images": 2, "clip": "none"}  # fmt: skip
 
 

@@ -42,8 +42,17 @@ class SelectiveAmnesiaConfig(
 
     def check(self) -> None:
         """Refuse, or warn of, settings that contradict each other or train nothing."""
-        if self.replay_weight > 0 and self.num_replay_images == 0:
+        if self.replays and self.num_replay_images == 0:
             raise ValueError("num_replay_images=0 leaves nothing to replay: give some, or set replay_weight to 0")
+        if self.consolidates and self.ewc_weight is None and not self.num_probe_images:
+            raise ValueError(
+                f"ewc={self.ewc:g} is calibrated by probes, and num_probe_images=0 leaves them out: give ewc_weight, "
+                "set ewc to 0, or keep the probes"
+            )
+        if self.scale_lr and self.learning_rate is None:
+            raise ValueError("scale_lr multiplies a learning rate: give learning_rate, or leave scale_lr out")
+        if self.use_8bit_adam and self.learning_rate is None:
+            raise ValueError("use_8bit_adam needs a learning rate: give learning_rate, or leave use_8bit_adam out")
         if self.reference_features is not None and self.classifier is None:
             raise ValueError("reference_features needs a classifier: give the one that the features came from")
         for name in ("concept_templates", "eval_templates"):
@@ -68,9 +77,9 @@ class SelectiveAmnesiaConfig(
             )
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             yield f"lr_warmup_steps={self.lr_warmup_steps} has no meaning for a constant schedule: constant_with_warmup"
-        if self.learning_rate > 1e3:
+        if self.learning_rate and self.learning_rate > 1e3:
             yield f"learning_rate={self.learning_rate:g} is so large that training will diverge; 1e-5 is usual"
-        if self.learning_rate < 1e-12:
+        if self.learning_rate and self.learning_rate < 1e-12:
             yield f"learning_rate={self.learning_rate:g} is so small that nothing is trained; 1e-5 is usual"
         if self.adam_epsilon > 1:
             yield f"adam_epsilon={self.adam_epsilon:g} is so large that hardly anything is trained; 1e-8 is usual"
@@ -84,6 +93,26 @@ class SelectiveAmnesiaConfig(
                 f"validation_steps={self.validation_steps} is more than max_train_steps={self.max_train_steps}: there "
                 "will be no validation images"
             )
+
+    @property
+    def replays(self) -> bool:
+        """Whether there is a replay loss."""
+        return self.replay_weight is None or self.replay_weight > 0
+
+    @property
+    def consolidates(self) -> bool:
+        """Whether there is an EWC term."""
+        return self.ewc > 0 if self.ewc_weight is None else self.ewc_weight > 0
+
+    @property
+    def probes(self) -> bool:
+        """Whether the training measures itself."""
+        return self.num_probe_images > 0
+
+    @property
+    def stops(self) -> bool:
+        """Whether the training ends by what it measures."""
+        return self.probes and not self.naive and None not in (self.forget_target, self.drift_tolerance)
 
     def over_base_defaults(self) -> "SelectiveAmnesiaConfig":
         """These settings over those that the base model's own folder recommends: what was written wins, even where it

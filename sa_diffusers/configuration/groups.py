@@ -151,10 +151,10 @@ class FisherSettings(Settings):
 
     fisher: str | None = flag(None, "saved Fisher information to use: a folder or a name on the Hub", path=True)
     num_fisher_samples: int = flag(
-        100, "samples that the Fisher information is averaged over", at_least=1, at_most=1_000_000
+        50, "samples that the Fisher information is averaged over", at_least=1, at_most=1_000_000
     )
     fisher_timesteps: int | None = flag(
-        50, "timesteps of each sample whose gradients are summed; 0 takes all (exact)", at_least=0, at_most=100_000
+        10, "timesteps of each sample whose gradients are summed; 0 takes all (exact)", at_least=0, at_most=100_000
     )
     fisher_batch_size: int = flag(10, "timesteps of one sample in one backward pass", at_least=1, at_most=65_536)
     fisher_concept_share: float | None = flag(
@@ -162,11 +162,25 @@ class FisherSettings(Settings):
         "share of the Fisher samples that are the concept's own; null (the paper) is uniform over all classes, or, "
         "where prompts are text, takes the replay prompts alone",
     )
-    ewc_weight: float = flag(
-        50.0, "weight of sum F (theta - theta*)^2; half of the paper's lambda", at_least=0, at_most=10**15
+    ewc: float = flag(
+        1.0,
+        "strength of elastic weight consolidation, calibrated for each model: at 1 its penalty counts as much as the "
+        "rise of the remembered prompts' loss that it stands for; 0 leaves it out",
+        at_least=0,
+        at_most=10**9,
     )
-    replay_weight: float = flag(
-        1.0, "weight of the replay loss (gamma); 0 leaves replay out", at_least=0, at_most=10**15
+    ewc_weight: float | None = flag(
+        None,
+        "weight of sum F (theta - theta*)^2 in place of the calibrated one; half of the paper's lambda, and of no "
+        "meaning in another model",
+        at_least=0,
+        at_most=10**15,
+    )
+    replay_weight: float | None = flag(
+        None,
+        "weight of the replay loss (gamma); 0 leaves replay out (default: 1, and more while the rest drifts too far)",
+        at_least=0,
+        at_most=10**15,
     )
 
 
@@ -179,21 +193,44 @@ class TrainingSettings(Settings):
     )
     overwrite_output_dir: bool = flag(False, "replace an earlier erasure in the output folder", own=True)
     seed: int = flag(0, "seed of everything random", at_least=0, at_most=2**64 - 1)
-    max_train_steps: int = flag(400, "optimiser steps", at_least=1, at_most=100_000_000)
+    max_train_steps: int = flag(
+        2_000, "optimiser steps at the most; the training stops when it is done", at_least=1, at_most=100_000_000
+    )
+    forget_target: float | None = flag(
+        0.85,
+        "stop when the probes say that so much of the concept is forgotten, 1 being all; null trains all steps",
+        above=0,
+        at_most=1,
+    )
+    drift_tolerance: float | None = flag(
+        0.1,
+        "stop only while no more than a tenth of the remembered prompts, and no neighbour, has drifted farther than "
+        "this, in units of what a prompt changes; null trains all steps",
+        above=0,
+        at_most=1_000,
+    )
+    num_probe_images: int = flag(
+        20,
+        "held-out images of the concept, and of its surrogate, on which the training measures itself; 0 leaves the "
+        "probes out, and with them all that goes by them",
+        at_least=0,
+        at_most=100_000,
+    )
     train_batch_size: int = flag(
         4, "surrogate images and replay images, each, in a batch of one device", at_least=1, at_most=65_536
     )
-    gradient_accumulation_steps: int = flag(1, "batches summed before an optimiser step", at_least=1, at_most=65_536)
+    gradient_accumulation_steps: int = flag(2, "batches summed before an optimiser step", at_least=1, at_most=65_536)
     gradient_checkpointing: bool = flag(False, "trade time for memory in the backward pass")
     target: Literal["noise", "frozen"] = flag(
         "frozen",
         "regression target: the frozen model's own prediction for the surrogate prompt and for replay, or the noise "
         "(the paper)",
     )
-    condition_dropout: float = flag(
-        0.0,
+    condition_dropout: float | None = flag(
+        None,
         "share of images trained under the empty prompt: replay images, surrogates that no prompt drew (noise, say), "
-        "and with the frozen target those that one did",
+        "and with the frozen target those that one did (default: 0.2 where the model has an empty prompt, on which "
+        "guidance leans)",
         at_least=0,
         below=1,
     )
@@ -205,7 +242,9 @@ class TrainingSettings(Settings):
     )
     snr_gamma: float | None = flag(None, "min-SNR weighting of the losses; 5.0 is usual", above=0)
     noise_offset: float = flag(0.0, "offset of the noise, constant over an image's pixels", at_least=0, at_most=1_000)
-    learning_rate: float = flag(1e-5, "learning rate", above=0)
+    learning_rate: float | None = flag(
+        None, "learning rate of AdamW (default: Prodigy, which finds one for each model)", above=0
+    )
     scale_lr: bool = flag(False, "multiply the learning rate by devices x accumulation x batch size")
     lr_scheduler: Schedule = flag("constant", "schedule of the learning rate")
     lr_warmup_steps: int = flag(0, "steps of warm-up", at_least=0, at_most=100_000_000)
@@ -218,9 +257,13 @@ class TrainingSettings(Settings):
         0.0, "weight decay of AdamW (it pulls against the EWC term)", at_least=0, at_most=1_000
     )
     adam_epsilon: float = flag(1e-8, "epsilon of Adam", above=0, at_most=100)
-    max_grad_norm: float = flag(1.0, "clip the gradient, the EWC term's included, to this norm", above=0)
-    use_ema: bool = flag(False, "average the weights over the steps and keep the average")
-    ema_decay: float = flag(0.99, "decay of the average", at_least=0, below=1)
+    max_grad_norm: float | None = flag(
+        None,
+        "clip the gradient, the EWC term's included, to this norm (default: to three times its running median)",
+        above=0,
+    )
+    use_ema: bool = flag(True, "average the weights over the steps and keep the average")
+    ema_decay: float = flag(0.95, "decay of the average", at_least=0, below=1)
     ema_warmup: bool = flag(
         True,
         "let the decay grow from 0 over the first steps; without, the average starts at the base model's weights and "

@@ -106,7 +106,7 @@ class SampleGenerator:
             parts.append(self.drawn("surrogate", [conditions[i] for i in drawn], [sources[i] for i in drawn],
                                     [first + i for i in drawn], settings))  # fmt: skip
         for index in others:
-            parts.append(self._from_pixels([chosen[i] for i in index], [conditions[i] for i in index],
+            parts.append(self.from_pixels([chosen[i] for i in index], [conditions[i] for i in index],
                                            [first + i for i in index], settings))  # fmt: skip
         whole = parts[0]
         for part in parts[1:]:
@@ -270,8 +270,9 @@ class SampleGenerator:
             raise FloatingPointError(f'samples of "{prompts[0]}" are not finite, and none is kept. {cause}')
         return samples
 
-    def _from_pixels(self, pairs: Sequence[ErasurePair], conditions: Sequence[str], seeds: Sequence[int],
-                     settings: SamplingSettings) -> SampleSet:  # fmt: skip
+    def from_pixels(self, pairs: Sequence[ErasurePair], conditions: Sequence[str], seeds: Sequence[int],
+                    settings: SamplingSettings) -> SampleSet:  # fmt: skip
+        """Surrogates that no prompt samples, one a seed: uniform noise, or images of a folder in turn."""
         size = settings.resolution or self.objective.resolution
         files: dict[str, list[Path]] = {}
         turn: dict[str, int] = {}

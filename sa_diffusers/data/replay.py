@@ -8,7 +8,10 @@ from pathlib import Path
 from ..messages import did_you_mean, shown
 from ..names import names_concept
 from .captions import builtin_vocabularies, generate_captions, load_vocabulary
+from .phrasings import fill_template
 from .prompt_files import FORMS, is_there, read_texts, split_source
+
+_NAMING = ("{}", "a {}", "the {}", "a photo of a {}", "a picture of a {}", "an image of a {}")
 
 
 def replay_prompts(
@@ -18,6 +21,7 @@ def replay_prompts(
     concepts: Sequence[str],
     unconditional_share: float = 0.0,
     drop_naming: bool = False,
+    names: Sequence[str] = (),
 ) -> list[str]:
     """Prompts to remember, for `count` replay images.
 
@@ -32,11 +36,18 @@ def replay_prompts(
             Classifier-free guidance extrapolates away from the empty prompt: if its prediction drifts while the concept
             is missing from replay, guidance pushes the concept's prompt back towards the concept.
         drop_naming: Leave out prompts that name a concept, with a warning that counts them, in place of refusing them.
+        names: What the model is known to make; every other prompt names one of them, those that name a concept left
+            out.
 
     Raises:
         ValueError: There is no such source, it is empty, or a prompt names a concept (the message quotes the first).
     """
     captions = _captions(source, count - round(count * unconditional_share), seed, concepts, drop_naming)
+    names = [name for name in names if not any(names_concept(name, concept) for concept in concepts)]
+    if names:
+        draw = random.Random(seed)
+        for turn, place in enumerate(range(0, len(captions), 2)):
+            captions[place] = fill_template(draw.choice(_NAMING), names[turn % len(names)])
     return _with_empty_prompts(captions, count)
 
 

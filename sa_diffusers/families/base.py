@@ -334,6 +334,21 @@ class Objective(Family):
         """What the module predicts for noised samples; the arguments of `negative_elbo`."""
         return self.denoise(module, self.path.add_noise(samples, noise, timesteps), timesteps, conditions)
 
+    def answer(
+        self,
+        module: Denoiser,
+        samples: torch.Tensor,
+        conditions: Conditions,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """What probes compare: the prediction that sampling asks for. `predict`, unless sampling goes another way."""
+        return self.predict(module, samples, conditions, timesteps, noise)
+
+    def answer_of_noise(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What a model whose samples are uniform noise answers, on average."""
+        return self.uniform_noise_target(samples, timesteps, noise)
+
     def negative_elbo(
         self,
         module: Denoiser,
@@ -360,6 +375,17 @@ class Objective(Family):
         prediction = self.predict(module, samples, conditions, timesteps, noise)
         if target is None:
             target = self.target(samples, timesteps, noise)
+        return self.deviation(prediction, target, timesteps)
+
+    def deviation(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """How much two predictions differ, `[batch]`, float32, in units of the loss: what predicting one of them adds
+        to the loss where the other is right on average. Never negative, 0 where they are equal.
+
+        Args:
+            prediction: `[batch, ...]`, as from `predict`.
+            target: Of the same shape.
+            timesteps: `int64` `[batch]`.
+        """
         error = (prediction.float() - target.float()).square().flatten(1)
         error = error.sum(1) if self.reduction == "sum" else error.mean(1)
         weights = self.path.weights(timesteps)

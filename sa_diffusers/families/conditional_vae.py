@@ -108,5 +108,25 @@ class ConditionalVAEObjective(Objective):
         divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).float()
         return entropy.flatten(1).sum(1) + divergence.sum(1)
 
+    def answer(
+        self,
+        module: Denoiser,
+        samples: torch.Tensor,
+        conditions: Conditions,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """Means of the pixels that codes of the prior decode to; the samples say nothing."""
+        return module(None, noise=noise, **conditions)[0].sigmoid()
+
+    def answer_of_noise(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(samples, 0.5)
+
+    def deviation(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The divergence of one Bernoulli distribution of pixels from another, summed over pixels."""
+        prediction, target = (value.float().clamp(1e-6, 1 - 1e-6) for value in (prediction, target))
+        entropies = [F.binary_cross_entropy(mean, target, reduction="none") for mean in (prediction, target)]
+        return (entropies[0] - entropies[1]).clamp(min=0).flatten(1).sum(1)
+
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)

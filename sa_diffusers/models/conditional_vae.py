@@ -56,9 +56,12 @@ class ConditionalVAE(ModelMixin, ConfigMixin):
         return self.pixels(hidden).view(len(codes), self.config.in_channels, size, size)
 
     def forward(
-        self, images: torch.Tensor, class_labels: torch.Tensor, noise: torch.Tensor
+        self, images: torch.Tensor | None, class_labels: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, mean and log variance; `noise` `[batch, latent_size]`, standard normal, draws the code."""
+        """Logits, mean and log variance; `noise` `[batch, latent_size]`, standard normal, draws the code. Without
+        images the code is the prior's, the noise itself."""
+        if images is None:
+            return self.decode(noise, class_labels), torch.zeros_like(noise), torch.zeros_like(noise)
         mean, log_variance = self.encode(images, class_labels)
         codes = mean + (0.5 * log_variance).exp() * noise
         return self.decode(codes, class_labels), mean, log_variance

@@ -234,10 +234,14 @@ class _Card:
     def losses(self) -> str:
         if not self.facts.history:
             return ""
-        first, last = self.facts.history[0], self.facts.history[-1]
-        return ", ".join(f"{name.replace('_', ' ')} {significant(first[name])} at step {first['step']}, "
-                         f"{significant(last[name])} at step {last['step']}"
-                         for name in _LOSSES if name in first and name in last)  # fmt: skip
+        parts = []
+        for name in _LOSSES:
+            logged = [entry for entry in self.facts.history if name in entry]
+            if logged:
+                first, last = logged[0], logged[-1]
+                parts.append(f"{name.replace('_', ' ')} {significant(first[name])} at step {first['step']}, "
+                             f"{significant(last[name])} at step {last['step']}")  # fmt: skip
+        return ", ".join(parts)
 
     @property
     def cost(self) -> Table | None:

@@ -59,8 +59,16 @@ _TITLES = {
     "surrogate_loss": "surrogate loss",
     "replay_loss": "replay loss",
     "ewc_penalty": "EWC penalty",
-    "learning_rate": "learning rate",
+    "forgotten": "forgotten, of the concept's samples",
+    "forgotten_surrogate": "forgotten, of the surrogate's samples",
+    "drift": "drift of remembered prompts, the mean",
+    "drift_p90": "drift of remembered prompts, the 90th percentile",
+    "drift_empty": "drift of the empty prompt",
+    "drift_surrogate": "drift of the surrogate",
+    "drift_neighbours": "drift of the neighbour that drifted farthest",
+    "balance": "weight of what protects, by how much it was raised",
 }
+_NO_CURVES = frozenset({"step", "learning_rate", "forgotten_unguided", "drift_unguided"})
 
 
 def write_report(report: Report, grid: Grid, folder: str | Path, beside: str | Path | None = None) -> None:
@@ -341,14 +349,16 @@ def _histogram(row: Row, name: str, before: Sequence[float], after: Sequence[flo
 def _training(history: Sequence[dict[str, float]]) -> list[Block]:
     if not history:
         return []
-    names = [name for name in history[0] if name not in ("step", "learning_rate")]
+    # Losses are logged at some steps, probes read at others.
+    names = list(dict.fromkeys(name for entry in history for name in entry if name not in _NO_CURVES))
     charts = []
-    # The last entry always; so many others that a table of them can be read.
-    stride = math.ceil(len(history) / _CURVE_LINES)
-    kept = [entry for number, entry in enumerate(reversed(history)) if number % stride == 0][::-1]
     for name in names:
         title = _TITLES[name] if name in _TITLES else name.replace("_", " ")
-        points = [(entry["step"], entry[name]) for entry in history]
+        entries = [entry for entry in history if name in entry]
+        points = [(entry["step"], entry[name]) for entry in entries]
+        # The last entry always; so many others that a table of them can be read.
+        stride = math.ceil(len(entries) / _CURVE_LINES)
+        kept = [entry for number, entry in enumerate(reversed(entries)) if number % stride == 0][::-1]
         first, last = significant(points[0][1]), significant(points[-1][1])
         caption = f"{title}: {first} at step {points[0][0]}"
         if len(points) > 1:
@@ -364,4 +374,10 @@ def _training(history: Sequence[dict[str, float]]) -> list[Block]:
         "Values of single steps, as they were logged. Losses are means over the step's batch; the EWC penalty includes "
         "its weight."
     )
+    if any("forgotten" in entry for entry in history):
+        text += (
+            " Forgotten and drift are read from predictions on held-out samples, noise and timesteps, of the weights "
+            "that would be saved, guided as they are sampled: forgotten is 1 where the concept's prompts are answered "
+            "as the surrogate asks, 0 where they are answered as before; drift is in units of what a prompt changes."
+        )
     return [Paragraph(text), Charts(charts)]

@@ -3,6 +3,7 @@
 from .base import Stage
 from .evaluation import EvaluationImages, ReportStage
 from .fisher import FisherStage
+from .probes import ProbeStage
 from .publishing import CardStage, PushStage
 from .samples import ReplayStage, SurrogateStage
 from .subject import Subject, prepare
@@ -13,6 +14,7 @@ DEPENDENCIES: dict[str, frozenset[str]] = {
     "surrogates": SurrogateStage.depends_on,
     "replay": ReplayStage.depends_on,
     "fisher": FisherStage.depends_on,
+    "probes": ProbeStage.depends_on,
     "training": TrainingStage.depends_on,
     "report": ReportStage.depends_on,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "CardStage",
     "EvaluationImages",
     "FisherStage",
+    "ProbeStage",
     "PushStage",
     "ReplayStage",
     "ReportStage",

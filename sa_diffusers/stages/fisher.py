@@ -64,7 +64,7 @@ class FisherStage(Stage):
 
     @property
     def is_needed(self) -> bool:
-        return self.subject.config.ewc_weight > 0
+        return self.subject.config.consolidates
 
     def _parts(self) -> tuple[list[str], int, list[str]]:
         """What the samples are: prompts of the concepts, how many of the replay set, and further prompts."""
@@ -139,7 +139,7 @@ class FisherStage(Stage):
 
     def plan(self) -> list[str]:
         if not self.is_needed:
-            return ["fisher    none: ewc_weight is 0"]
+            return ["fisher    none: there is no EWC term"]
         if self.given is not None:
             return ["fisher    given" if isinstance(self._source, FisherInformation) else
                     f"fisher    reused: {self._source}"]  # fmt: skip
@@ -156,7 +156,7 @@ class FisherStage(Stage):
         passes = Passes(rows, rows)
         passes.add(self._prompted.cost("concept", concepts, self._first))
         passes.add(self._prompted.cost("fisher-samples", further, self._first + len(concepts)))
-        if from_replay and not config.replay_weight:
+        if from_replay and not config.replays:
             # Else they are sampled for the replay loss first.
             passes.add(self.replay.cost())
         return passes

@@ -55,6 +55,7 @@ class Subject:
         parameters: Name and parameter: what is trained.
         generator: Samples from the base model.
         blur: Whether pictures are blurred.
+        names: What the classifier knows, to be remembered beside the default prompts; see `replay_prompts`.
         handed_in: What a caller gave in place of what would be made, in words.
         seconds: Title of a stage and how long it took.
         passes: Title of a stage and what it took of the network in this process.
@@ -76,6 +77,7 @@ class Subject:
     parameters: dict[str, torch.nn.Parameter]
     generator: SampleGenerator
     blur: bool
+    names: list[str] = field(default_factory=list)
     handed_in: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, Passes] = field(default_factory=dict)
@@ -133,7 +135,8 @@ class Subject:
 
     def captions(self, count: int) -> list[str]:
         """Prompts to remember, none of them empty."""
-        return _captions(self.config, self.labels, [pair.concept for pair in self.pairs], count)
+        concepts = [pair.concept for pair in self.pairs]
+        return _captions(self.config, self.labels, concepts, count, names=self.names)
 
     def release(self) -> None:
         """Let go of the base model, so that there is room for the erased one."""
@@ -172,7 +175,9 @@ def prepare(
         revision = resolved_revision(*place, config.cache_dir)
     objective = build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
     pairs = _pairs(config, objective)
-    prompts = _remembered(config, objective, pairs, remembered)
+    classifier = _classifier(config, objective, pairs, accelerator.device)
+    names = _named(config, objective, classifier)
+    prompts = _remembered(config, objective, pairs, remembered, names)
     templates = _eval_templates(config, objective, pairs)
     if objective.labels is None:
         check_phrasings(objective, pairs, [*config.concept_templates, *templates])
@@ -187,12 +192,11 @@ def prepare(
     if config.gradient_checkpointing and not getattr(objective.module, "_supports_gradient_checkpointing", False):
         raise ValueError(f"gradient_checkpointing: {type(objective.module).__name__} has none: leave it out")
     parameters = objective.select(config.train_method)
-    classifier = _classifier(config, objective, pairs, accelerator.device)
     with digested_once():
         base, module = objective.fingerprint(), fingerprint_module(objective.module)
     generator = SampleGenerator(objective, config.resolved_artifacts_dir, accelerator, base, blur)
     subject = Subject(config, accelerator, objective, pipeline, revision, objective.labels, pairs, prompts, templates,
-                      classifier, base, module, parameters, generator, blur)  # fmt: skip
+                      classifier, base, module, parameters, generator, blur, names)  # fmt: skip
     for settings in (subject.settings, subject.surrogate_settings, subject.replay_settings):
         objective.check_sampling(settings, getattr(pipeline, "scheduler", None))
     return subject
@@ -246,12 +250,16 @@ def _check_class_settings(config: SelectiveAmnesiaConfig, objective: Objective, 
 
 
 def _remembered(
-    config: SelectiveAmnesiaConfig, objective: Objective, pairs: Sequence[ErasurePair], given: Sequence[str] | None
+    config: SelectiveAmnesiaConfig,
+    objective: Objective,
+    pairs: Sequence[ErasurePair],
+    given: Sequence[str] | None,
+    names: Sequence[str] = (),
 ) -> list[str]:
     concepts = [pair.concept for pair in pairs]
     if given is None:
         share = config.replay_unconditional_share if objective.unconditional else 0.0
-        return _captions(config, objective.labels, concepts, config.num_replay_images, share)
+        return _captions(config, objective.labels, concepts, config.num_replay_images, share, names)
     labels = objective.labels
     if "" in given and not objective.unconditional:
         raise ValueError(
@@ -270,15 +278,27 @@ def _remembered(
 
 def _captions(
     config: SelectiveAmnesiaConfig, labels: Sequence[str] | None, concepts: Sequence[str], count: int,
-    unconditional_share: float = 0.0,
+    unconditional_share: float = 0.0, names: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     if not count:
         return []
     if labels is not None:
         return class_replay_prompts(labels, count, concepts, unconditional_share)
     return replay_prompts(
-        config.replay_prompts, count, config.seed, concepts, unconditional_share, config.drop_naming_prompts
+        config.replay_prompts, count, config.seed, concepts, unconditional_share, config.drop_naming_prompts, names
     )
+
+
+def _named(
+    config: SelectiveAmnesiaConfig, objective: Objective, classifier: ImageClassifier | ZeroShotClassifier | None
+) -> list[str]:
+    """The names that a given classifier has for what the model makes: where nobody said what to remember, a model of
+    another world than that of the built-in prompts is remembered by them."""
+    is_told = objective.labels is not None or "replay_prompts" in config.written
+    if is_told or not isinstance(classifier, ImageClassifier):
+        return []
+    # Some label files give several names for one label.
+    return [label.split(",")[0] for label in classifier.labels]
 
 
 def _eval_templates(config: SelectiveAmnesiaConfig, objective: Objective, pairs: Sequence[ErasurePair]) -> list[str]:

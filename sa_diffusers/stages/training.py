@@ -14,17 +14,33 @@ from ..hub import one_line
 from ..identity import Identity
 from ..output_folder import OutputFolder
 from ..passes import Passes
-from ..processes import finishing
+from ..processes import finishing, say
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
-from ..training.settings import TRAINING_SETTINGS, global_batch, sampling_settings, settings_facts, training_identity
+from ..training.settings import (
+    TRAINING_SETTINGS,
+    global_batch,
+    part_of_a_run,
+    sampling_settings,
+    settings_facts,
+    training_identity,
+)
 from ..training.training import Training
 from .base import Stage
 from .fisher import FisherStage
+from .probes import ProbeStage
 from .samples import ReplayStage, SurrogateStage
 from .subject import Subject
 
 _BYTES_PER_SECOND = 300e6
+
+
+def weights_text(config: SelectiveAmnesiaConfig) -> str:
+    """Learning rate and weights, in words."""
+    rate = "found by Prodigy" if config.learning_rate is None else f"{config.learning_rate:g}"
+    ewc = f"EWC {config.ewc:g}" if config.ewc_weight is None else f"EWC weight {config.ewc_weight:g}"
+    replay = "balanced" if config.replay_weight is None else f"{config.replay_weight:g}"
+    return f"learning rate {rate}, {ewc}, replay weight {replay}"
 
 
 class TrainingStage(Stage):
@@ -36,12 +52,14 @@ class TrainingStage(Stage):
         surrogates: What makes the surrogate set.
         replay: What makes the replay set.
         fisher: What makes the Fisher information.
+        probes: What makes the probes.
         callbacks: Called after every step.
     """
 
     title = "training"
-    depends_on = SurrogateStage.depends_on | FisherStage.depends_on | {
+    depends_on = SurrogateStage.depends_on | FisherStage.depends_on | ProbeStage.depends_on | {
         "fisher", *TRAINING_SETTINGS, "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
+        "classifier",
     }  # fmt: skip
 
     def __init__(
@@ -51,6 +69,7 @@ class TrainingStage(Stage):
         surrogates: SurrogateStage,
         replay: ReplayStage,
         fisher: FisherStage,
+        probes: ProbeStage,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.subject = subject
@@ -59,14 +78,16 @@ class TrainingStage(Stage):
         # A mistake in them should cost no samples.
         step_functions(callbacks)
         self._replay = replay
+        self._probes = probes
         self._surrogates = surrogates
         self._choice: Choice | None = None
         config = subject.config
         digests = {
             "base": subject.base,
             "surrogates": surrogates.identity().digest,
-            "replay": replay.identity().digest if replay.prompts and config.replay_weight > 0 else None,
+            "replay": replay.identity().digest if replay.prompts and config.replays else None,
             "fisher": fisher.digest(),
+            "probes": probes.identity().digest if probes.is_needed else None,
         }
         self._identity = self._planned = training_identity(config, subject.accelerator, digests)
 
@@ -91,7 +112,8 @@ class TrainingStage(Stage):
     def settings(cls, config: SelectiveAmnesiaConfig, accelerator: Accelerator) -> dict[str, Any]:
         """The settings that the trained weights depend on, known before the model is loaded."""
         # The precision is that in use, and the batch that of all processes together.
-        left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr"}
+        left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr",
+                    "classifier"}  # fmt: skip
         own = {name: getattr(config, name) for name in sorted(cls.depends_on - left_out)}
         base = Path(config.pretrained_model_name_or_path)
         if base.is_dir():
@@ -119,23 +141,32 @@ class TrainingStage(Stage):
         trained = sum(parameter.numel() for parameter in subject.parameters.values())
         total = sum(parameter.numel() for parameter in subject.objective.module.parameters())
         batch = config.train_batch_size * config.gradient_accumulation_steps * subject.accelerator.num_processes
+        steps = f"{'at most ' if config.stops else ''}{config.max_train_steps}"
         lines = [
-            f"train     {config.max_train_steps} steps of {batch} + {batch if self._replay.prompts else 0} images, "
-            f"{config.train_method}: {trained:,} of {total:,} parameters, learning rate {config.learning_rate:g}, "
-            f"EWC weight {config.ewc_weight:g}, replay weight {config.replay_weight:g}, target {config.target}"
+            f"train     {steps} steps of {batch} + {batch if self._replay.prompts else 0} images, "
+            f"{config.train_method}: {trained:,} of {total:,} parameters, {weights_text(config)}, "
+            f"target {config.target}",
+            *self._stop_plan(),
         ]
         if self.output.names_finished(self._identity) and not self.starts_over:
             return [*lines, "          these weights are there already: only what is missing is made"]
         return [*lines, *self._checkpoint_plan()]
 
+    def _stop_plan(self) -> list[str]:
+        config = self.subject.config
+        if not config.stops:
+            return []
+        return [f"          until {config.forget_target:g} of the concept is forgotten and the rest has drifted by "
+                f"{config.drift_tolerance:g} at the most"]  # fmt: skip
+
     def cost(self) -> Passes:
         config, choice = self.subject.config, self.choice()
         steps = range(choice.step, config.max_train_steps)
         batch = global_batch(config, self.subject.accelerator.num_processes)
-        replayed = batch if config.replay_weight and self._replay.prompts else 0
+        replayed = batch if config.replays and self._replay.prompts else 0
         rows = len(steps) * (batch + replayed)
         taught = len(steps) * (batch * self._surrogates.taught + replayed) if config.target == "frozen" else 0
-        passes = Passes(rows + round(taught), rows)
+        passes = Passes(rows + round(taught) + self._probes.readings(len(steps)), rows)
         if config.validation_prompts and steps:
             times = {step + 1 for step in steps if (step + 1) % config.validation_steps == 0} | {config.max_train_steps}
             images = len(times) * len(config.validation_prompts) * config.num_validation_images
@@ -149,7 +180,8 @@ class TrainingStage(Stage):
         kept = config.checkpoints_total_limit or "all"
         lines = [
             f"keep      {kept} checkpoints of {size / 1e6:,.0f} MB (about {size / _BYTES_PER_SECOND:.1f} s each), one "
-            f"every {config.checkpointing_steps} steps and every tenth of the training"
+            f"every {config.checkpointing_steps} steps, and every {part_of_a_run(config)} where that costs next to "
+            "nothing"
         ]
         choice = self.choice()
         if choice.folder:
@@ -190,19 +222,20 @@ class TrainingStage(Stage):
         """Train, and write the erased pipeline into the output folder.
 
         Args:
-            *inputs: Surrogate set, replay set, Fisher information.
+            *inputs: Surrogate set, replay set, Fisher information, probes with their check.
         """
-        surrogates, replay, fisher = inputs
+        surrogates, replay, fisher, measured = inputs
         subject, accelerator = self.subject, self.subject.accelerator
         training = Training(
             subject.objective, subject.config, surrogates, self._replayed(surrogates, replay), fisher, accelerator,
-            self.output.path, self._identity, subject.blur, self.callbacks,
+            self.output.path, self._identity, subject.blur, self.callbacks, *(measured or ()),
         )  # fmt: skip
         training.validation_dir = self.output.validation_folder(self._identity, self.starts_over)
         try:
             with finishing():
                 with subject.timed(self.title):
                     training.train(self.choice())
+                self._tell(training)
                 # What came before the checkpoint counts too.
                 subject.passes[self.title] = training.progress.passes
                 subject.made |= training.made
@@ -220,9 +253,15 @@ class TrainingStage(Stage):
         self._identity = training.identity
         return training
 
+    def _tell(self, training: Training) -> None:
+        """Say how the training ended."""
+        verdict = training.controller.verdict if training.controller else None
+        if verdict is not None and self.subject.is_main:
+            say(f"the probes: {verdict.sentence}")
+
     def _replayed(self, surrogates: SampleSet, replay: SampleSet | None) -> SampleSet | None:
         config = self.subject.config
-        if config.replay_weight == 0 or replay is None:
+        if not config.replays or replay is None:
             return None
         if not config.replay_surrogates or config.naive:
             return replay

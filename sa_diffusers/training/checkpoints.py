@@ -20,7 +20,9 @@ CHECKPOINT_PREFIX = "checkpoint-"
 STATE_NAME = "state.json"
 PARAMETERS_NAME = "parameters.safetensors"
 _OPTIMIZER_NAME, _AVERAGE_NAME = "optimizer.safetensors", "average.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# What of an optimiser's groups changes on the way; the last five are Prodigy's.
+_OF_A_GROUP = ("lr", "initial_lr", "d", "d0", "d_max", "d_numerator", "k")
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
@@ -37,6 +39,7 @@ class TrainingState:
         scaler: `state_dict` of the gradient scaler, if there is one.
         history: What was logged.
         skipped: Steps left out because their gradient was not finite.
+        control: `state_dict` of the controller, if there is one.
         passes: What the steps took of the network, over all processes; None where that is not on record.
     """
 
@@ -48,6 +51,7 @@ class TrainingState:
     scaler: dict[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     skipped: int = 0
+    control: dict[str, Any] | None = None
     passes: Passes | None = None
 
     @classmethod
@@ -107,7 +111,7 @@ def write_checkpoint(
         else:
             set_aside(target)
     optimizer, scalars = _flattened(state.optimizer["state"])
-    groups = [{name: group[name] for name in ("lr", "initial_lr") if name in group}
+    groups = [{name: group[name] for name in _OF_A_GROUP if name in group}
               for group in state.optimizer["param_groups"]]  # fmt: skip
     average = dict(state.average or {})
     shadow = average.pop("shadow_params", None)
@@ -129,6 +133,7 @@ def write_checkpoint(
             "schedule": state.schedule,
             "average": None if shadow is None else average,
             "scaler": state.scaler,
+            "control": state.control,
         }
         write_sealed(staging, STATE_NAME, FORMAT_VERSION, values)
     delete_oldest(output_dir, state.step, identity, limit)
@@ -165,7 +170,7 @@ def read_checkpoint(folder: str | Path) -> TrainingState:
     return TrainingState(
         values["step"], parameters, {"state": state, "param_groups": values["optimizer"]["param_groups"]},
         values["schedule"], average, values["scaler"], values["history"], values["skipped"],
-        Passes.read(values.get("passes")),
+        values["control"], Passes.read(values.get("passes")),
     )  # fmt: skip
 
 

@@ -54,20 +54,25 @@ class ElasticWeightConsolidation:
     @torch.no_grad()
     def penalty(self) -> torch.Tensor:
         """The term's value, a float32 scalar; no autograd graph."""
+        return self.weight * self.unweighted()
+
+    @torch.no_grad()
+    def unweighted(self) -> torch.Tensor:
+        """`sum_i F_i (theta_i - theta*_i)^2`, a float32 scalar."""
         total = torch.zeros((), device=next(iter(self.parameters.values())).device)
         for name in self.parameters:
             shift = self.shift(name)
             total += (shift.square_().mul_(self.fisher[name])).sum()
-        return self.weight * total
+        return total
 
     @torch.no_grad()
-    def add_gradient_(self) -> None:
-        """Add `2 * weight * F (theta - theta*)` to every `.grad`: once per optimiser step, after reduction over
-        processes and unscaling, before clipping."""
+    def add_gradient_(self, scale: float = 1.0) -> None:
+        """Add `2 * weight * F (theta - theta*)`, times a scale, to every `.grad`: once per optimiser step, after
+        reduction over processes and unscaling, before clipping."""
         for name, parameter in self.parameters.items():
             pull = self.shift(name)
             pull.mul_(self.fisher[name])
             if parameter.grad is None:
-                parameter.grad = pull.mul_(2 * self.weight)
+                parameter.grad = pull.mul_(2 * self.weight * scale)
             else:
-                parameter.grad.add_(pull, alpha=2 * self.weight)
+                parameter.grad.add_(pull, alpha=2 * self.weight * scale)

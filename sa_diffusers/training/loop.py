@@ -1,6 +1,7 @@
 """The loop over optimiser steps: gradients, the EWC term, checkpoints, callbacks."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from ..configuration import SelectiveAmnesiaConfig
 from ..families.base import Denoiser, Objective
 from ..fisher import FisherInformation
 from ..identity import Identity
-from ..processes import Interrupted, Pace, shrinking, stop_requested, wait_until
+from ..processes import Interrupted, Pace, check_stop, shrinking, stop_requested, wait_until
 from ..seeds import seed_of
 from .batches import BatchPolicy
 from .callbacks import StepState
@@ -30,16 +31,17 @@ from .checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from .controller import Controller
 from .ewc import ElasticWeightConsolidation
 from .progress import Progress
-from .settings import make_average
+from .settings import fixed_replay_weight, make_average, part_of_a_run, rate_of, restart_optimizer, set_pace
 from .trainable import FullWeights
 from .validation import Validation
 
-# A tenth of the training is the longest that a kill may cost, where a checkpoint is cheap or some minutes have passed.
-_PARTS_OF_A_RUN = 10
 _BYTES_PER_SECOND = 300e6
 _MICRO_BATCHES = 4096
+# Steps in which the learning rate and the EWC term's weight are found.
+_EXCURSION = 20
 
 
 @dataclass
@@ -59,7 +61,9 @@ class Loop:
         callbacks: Called after every step.
         output_dir: Where checkpoints go; None writes none.
         identity: What they are bound to.
-        stopped: The step after which a callback ended the training; None if none did.
+        controller: Measures the training, tunes and ends it; None leaves all to the settings.
+        stopped: The step after which a callback or the controller ended the training; None if none did.
+        stopped_by_caller: Whether it was a callback.
     """
 
     objective: Objective
@@ -74,7 +78,9 @@ class Loop:
     callbacks: Sequence[Callable[[StepState], None]] = ()
     output_dir: Path | None = None
     identity: Identity | None = None
+    controller: Controller | None = None
     stopped: int | None = field(default=None, init=False)
+    stopped_by_caller: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         config, module, fisher = self.config, self.objective.module, self.fisher
@@ -91,7 +97,8 @@ class Loop:
         prepared = dict(module.named_parameters())
         self.trainable = FullWeights(module, {name: prepared[name] for name in self.names})
         # A weight of zero leaves the term out, and the Fisher information with it; the anchor serves the teacher too.
-        self.ewc = ElasticWeightConsolidation(self.trainable, fisher.values, config.ewc_weight) if fisher else None
+        weight = config.ewc_weight or 0.0
+        self.ewc = ElasticWeightConsolidation(self.trainable, fisher.values, weight) if fisher else None
         self.teacher: Denoiser | None = self.trainable.teacher if config.target == "frozen" else None
         self.parameters = list(self.trainable.parameters.values())
         self.average = make_average(config, self.parameters)
@@ -109,9 +116,17 @@ class Loop:
             Interrupted: The run is to stop; a checkpoint is written first.
         """
         config = self.config
-        first = self._resume(checkpoint) if checkpoint else 0
+        if self.controller:
+            self.objective.module.eval()
+            self.controller.begin(self.trainable.teacher)
+            self.objective.module.train()
+        if checkpoint:
+            first = self._resume(checkpoint)
+        else:
+            first = 0
+            self._calibrate()
         pace = Pace(seconds=60 * config.checkpointing_minutes, cost=checkpoint_bytes / _BYTES_PER_SECOND)
-        part_of_run = max(1, config.max_train_steps // _PARTS_OF_A_RUN)
+        part_of_run = part_of_a_run(config)
         bar = tqdm(
             range(first, config.max_train_steps),
             initial=first,
@@ -126,7 +141,9 @@ class Loop:
                 callback(state)
             done = step + 1
             is_part = done % part_of_run == 0
-            interrupted, ends, due = self._agree(stop_requested() is not None, state.stop, is_part and pace.due())
+            controlled = self._controlled(done, bar)
+            ends = controlled or state.stop
+            interrupted, ends, due = self._agree(stop_requested() is not None, ends, is_part and pace.due())
             due = due or done % config.checkpointing_steps == 0
             if interrupted or (due and done < config.max_train_steps and not ends):
                 began = time.monotonic()
@@ -140,6 +157,7 @@ class Loop:
                     self.validation.run(done)
             if ends and done < config.max_train_steps:
                 self.stopped = done
+                self.stopped_by_caller = state.stop or not controlled
                 if done % config.logging_steps:
                     # The last step is on record, whichever it is.
                     losses = torch.tensor([state.surrogate_loss, state.replay_loss])
@@ -156,14 +174,15 @@ class Loop:
 
     def _step(self, step: int, bar: tqdm) -> StepState:
         config, accelerator, progress, ewc = self.config, self.accelerator, self.progress, self.ewc
+        if ewc and self.controller:
+            ewc.weight = self.controller.ewc_weight
+        if self.controller and config.learning_rate is None:
+            set_pace(self.optimizer, self.schedule.get_last_lr()[0] * self.controller.state.pace)
         losses = self.backward(step)
-        accelerator.unscale_gradients(self.optimizer)
         logged = (step + 1) % config.logging_steps == 0 or step + 1 == config.max_train_steps
         penalty = ewc.penalty() if ewc and logged else None
-        if ewc:
-            ewc.add_gradient_()
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        rate = self.schedule.get_last_lr()[0]
+        norm = self._prepared_gradient(consolidates=True)
+        rate = rate_of(self.optimizer)
         # The norm of the reduced gradient is the same on all processes, and so is what follows from it.
         finite = bool(torch.isfinite(norm))
         if self.callbacks or (finite and logged):
@@ -184,9 +203,68 @@ class Loop:
         seen = losses.tolist() if self.callbacks else (0.0, 0.0)
         return StepState(step + 1, *seen, rate, not finite, self.trainable.parameters)
 
+    def _prepared_gradient(self, consolidates: bool) -> torch.Tensor:
+        """Unscale the gradient, add the EWC term's, and clip; returns the norm."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        if self.ewc and consolidates:
+            self.ewc.add_gradient_(1 / self._loss_scale)
+        if self.controller:
+            return self.controller.clip(self.parameters)
+        limit = self.config.max_grad_norm
+        return nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+
+    @property
+    def _loss_scale(self) -> float:
+        return self.controller.loss_scale if self.controller else 1.0
+
+    def _calibrate(self) -> None:
+        """Find the learning rate and the EWC term's weight on some steps without that term, which are undone."""
+        controller, config = self.controller, self.config
+        is_weighed = self.ewc is None or config.ewc_weight is not None
+        if controller is None or (is_weighed and config.learning_rate is not None):
+            return
+        for step in range(_EXCURSION):
+            self.backward(step)
+            norm = self._prepared_gradient(consolidates=False)
+            if torch.isfinite(norm):
+                self.optimizer.step()
+            elif self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            check_stop()
+        module = self.objective.module
+        module.eval()
+        if self.ewc and config.ewc_weight is None:
+            controller.calibrate(module, self.ewc.unweighted().item())
+        if config.learning_rate is None:
+            controller.state.rate = rate_of(self.optimizer)
+        module.train()
+        with torch.no_grad():
+            for name, parameter in self.trainable.parameters.items():
+                parameter.copy_(self.trainable.anchor[name])
+        restart_optimizer(self.optimizer, controller.state.rate)
+        controller.state.norms = []
+
+    def _controlled(self, done: int, bar: tqdm) -> bool:
+        """Read the probes if it is time, of the weights that would be saved; whether the training is to end."""
+        controller, last = self.controller, done == self.config.max_train_steps
+        if controller is None or not (controller.due(done) or last):
+            return False
+        module = self.objective.module
+        with self._averaged(), torch.random.fork_rng():
+            module.eval()
+            penalty = None
+            if self.ewc and self.config.ewc_weight is None:
+                penalty = self.ewc.unweighted().item()
+            ends = controller.after(done, module, penalty, last)
+            module.train()
+        self.progress.read(done, {k: v for k, v in controller.state.readings[-1].items() if k != "step"}, bar)
+        return ends
+
     def backward(self, step: int) -> torch.Tensor:
         """Gradients of one optimiser step, reduced over the processes; returns this process's mean losses, `[2]`."""
         config, accelerator = self.config, self.accelerator
+        replay_weight = self.controller.replay_weight if self.controller else fixed_replay_weight(config)
 
         def backward(micro_batch: int) -> torch.Tensor:
             self._micro_batch = micro_batch
@@ -205,7 +283,7 @@ class Loop:
                         if config.naive:
                             loss = torch.stack([-loss[0], loss[1]])
                     loss = loss * ((part.stop - part.start) / own)
-                    accelerator.backward(loss[0] + config.replay_weight * loss[1])
+                    accelerator.backward((loss[0] + replay_weight * loss[1]) / self._loss_scale)
                 losses += loss.detach()
             return losses
 
@@ -241,6 +319,7 @@ class Loop:
         state = TrainingState.of(
             step, self.trainable.parameters, *self._kept(), history=self.progress.history,
             skipped=self.progress.skipped, passes=passes,
+            control=self.controller.state_dict() if self.controller else None,
         )  # fmt: skip
         limit = self.config.checkpoints_total_limit
         return write_checkpoint(self.output_dir, state, self.identity, self.config.to_dict(), limit)
@@ -252,6 +331,8 @@ class Loop:
         state = read_checkpoint(folder)
         state.restore(self.trainable.parameters, *self._kept())
         self.progress.history, self.progress.skipped = state.history, state.skipped
+        if self.controller and state.control:
+            self.controller.load_state_dict(state.control)
         self.progress.go_on_from(state.passes)
         if state.step and self.output_dir and self.accelerator.is_main_process:
             # The run may have ended before it did.

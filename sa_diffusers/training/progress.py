@@ -20,7 +20,8 @@ class Progress:
     """History and skipped steps.
 
     Attributes:
-        history: For every logged step: `step`, `surrogate_loss`, `replay_loss`, `ewc_penalty`, `learning_rate`.
+        history: For every logged step: `step`, `surrogate_loss`, `replay_loss`, `ewc_penalty`, `learning_rate`; for
+            every reading of the probes its figures (`Reading.values`), and `balance`.
         skipped: Steps left out because their gradient was not finite.
         passes: What this process's steps took of the network; in the main process also what all took before the
             checkpoint that they go on from.
@@ -34,6 +35,7 @@ class Progress:
         self.passes = Passes()
         self.has_all_passes = True
         self._in_a_row = 0
+        self._is_probed = False
 
     def all_passes(self) -> Passes | None:
         """What the steps took in all processes, which must all call it; None where it is not on record."""
@@ -63,12 +65,31 @@ class Progress:
         }
         if not _finite(values):
             return
-        self.history.append({"step": step, **values})
+        self._keep(step, values)
+        if not self._is_probed:
+            bar.set_postfix(surrogate=f"{losses[0]:.4f}", replay=f"{losses[1]:.4f}", ewc=f"{values['ewc_penalty']:.4f}")
+
+    def read(self, step: int, values: Mapping[str, float], bar: tqdm) -> None:
+        """Keep a reading of the probes and tell the trackers.
+
+        Args:
+            step: From 1.
+            values: Figures by name.
+            bar: Shows the two that matter.
+        """
+        self._is_probed = True
+        self._keep(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        bar.set_postfix(forgotten=f"{values['forgotten']:.2f}", drift=f"{values['drift_p90']:.3f}")
+
+    def _keep(self, step: int, values: Mapping[str, float]) -> None:
+        if self.history and self.history[-1]["step"] == step:
+            self.history[-1].update(values)
+        else:
+            self.history.append({"step": step, **values})
         try:
-            self.accelerator.log(values, step=step)
+            self.accelerator.log(dict(values), step=step)
         except Exception as error:  # a tracker's network errors are its own kinds
             warn_once(f"the tracker took no entry ({one_line(error)}); the history in the output folder goes on")
-        bar.set_postfix(surrogate=f"{losses[0]:.4f}", replay=f"{losses[1]:.4f}", ewc=f"{values['ewc_penalty']:.4f}")
 
     def went_on(self) -> None:
         """A step was taken."""

@@ -32,10 +32,13 @@ from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
 from .batches import BatchPolicy
 from .callbacks import Callback, step_functions
+from .check import SampledCheck
 from .checkpoints import Choice, choose_checkpoint
+from .controller import Controller, step_cost
 from .loop import Loop
+from .probes import Probes
 from .progress import Progress
-from .settings import global_batch, make_optimizer, training_identity
+from .settings import dropped_conditions, global_batch, make_optimizer, training_identity
 from .validation import Validation
 
 
@@ -63,6 +66,11 @@ class Training:
         blur: Whether validation images are blurred.
         callbacks: Functions, or objects with `after_step(state)`, that are called after every step with a `StepState`;
             one that sets `state.stop` ends the training there.
+        probes: What the training measures, tunes and stops itself by; without, all is left to the settings.
+        check: Samples a few images before the training stops.
+
+    Attributes:
+        controller: What the probes said, and what was done about it; None without probes.
 
     Raises:
         ValueError: The selection matches nothing, the weights are not float32, or replay or Fisher information is
@@ -81,6 +89,8 @@ class Training:
         identity: Identity | None = None,
         blur: bool = False,
         callbacks: Sequence[Callback] = (),
+        probes: Probes | None = None,
+        check: SampledCheck | None = None,
     ) -> None:
         self.objective = objective
         self.config = config
@@ -90,15 +100,18 @@ class Training:
         self.accelerator = accelerator or create_accelerator(config)
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.parameters = objective.select(config.train_method)
-        if config.ewc_weight > 0 and fisher is None:
-            raise ValueError(
-                f"ewc_weight={config.ewc_weight} needs Fisher information: give it, or set the weight to 0"
-            )
-        if config.replay_weight > 0 and not replay:
-            raise ValueError(f"replay_weight={config.replay_weight} needs replay samples: give some, or set it to 0")
+        if config.consolidates and fisher is None:
+            raise ValueError("elastic weight consolidation needs Fisher information: give it, or leave it out (ewc 0)")
+        if config.replays and not replay:
+            raise ValueError("the replay loss needs replay samples: give some, or set replay_weight to 0")
         self.surrogates = surrogates
-        self.replay = replay if config.replay_weight > 0 else None
-        self.fisher = fisher if config.ewc_weight > 0 else None
+        self.replay = replay if config.replays else None
+        self.fisher = fisher if config.consolidates else None
+        if self.fisher is not None and config.ewc_weight is None and probes is None:
+            raise ValueError(
+                f"ewc={config.ewc:g} is calibrated by probes, and there are none: give them, or ewc_weight, or set ewc "
+                "to 0"
+            )
         halves = [name for name, parameter in self.parameters.items() if parameter.dtype != torch.float32]
         if halves:
             raise ValueError(
@@ -111,6 +124,10 @@ class Training:
         self.identity = identity
         self.validation_dir = self.output_dir and self.output_dir / VALIDATION_NAME
         self.progress = Progress(self.accelerator)
+        self.controller: Controller | None = None
+        if probes is not None:
+            batch = global_batch(config, self.accelerator.num_processes) * (2 if self.replay else 1)
+            self.controller = Controller(probes, config, check, step_cost(config, batch))
         # What every part of the erasure took of the network when it was made, by the name of its stage.
         self.made: dict[str, Passes | None] = {}
         self._has_trained = False
@@ -143,7 +160,7 @@ class Training:
         with self.accelerator.autocast():
             return BatchPolicy(
                 self.objective, self.surrogates, self.replay, global_batch(config, self.accelerator.num_processes),
-                config.seed, config.condition_dropout, keeps_surrogates=config.naive,
+                config.seed, dropped_conditions(config, self.objective), keeps_surrogates=config.naive,
             )  # fmt: skip
 
     def train(self, checkpoint: Choice | None = None) -> list[dict[str, float]]:
@@ -203,6 +220,7 @@ class Training:
         loop = Loop(
             self.objective, self.config, self.accelerator, self.parameters, self._optimizer(), self.batches(),
             self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
+            self.controller,
         )  # fmt: skip
         with counted(self.objective.module, self.progress.passes):
             loop.run(checkpoint, self.checkpoint_bytes())
@@ -212,7 +230,7 @@ class Training:
                 f"the gradient was not finite in any of {self.progress.skipped} steps, and nothing was trained: lower "
                 "the learning rate or the EWC weight, or train without mixed precision"
             )
-        if loop.stopped and self.identity is not None:
+        if loop.stopped_by_caller and self.identity is not None:
             # Other weights than those of the whole training: a run with the same settings must not take them for it.
             facts = {**self.identity.facts, "stopped_after_step": loop.stopped}
             self.identity = Identity(self.identity.kind, facts)

@@ -1,0 +1,250 @@
+"""The probes of a training: held-out samples, and the small sampled check before it stops."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..data.concepts import ErasurePair
+from ..data.phrasings import fill_template
+from ..data.sample_set import MANIFEST_NAME, SampleSet
+from ..families import Objective
+from ..identity import Identity
+from ..passes import Passes
+from ..seeds import STREAMS, first_seed
+from ..training.check import SampledCheck
+from ..training.controller import step_cost, steps_between
+from ..training.probes import Probes, ProbeSet
+from ..training.settings import global_batch
+from .base import Stage
+from .samples import ReplayStage
+from .subject import Subject, describe, reused
+
+# No training is told of these, and the evaluation has others.
+PROBE_TEMPLATES = ("a view of {}", "there is {} here", "{} as it looks today", "look, {}")
+_NEIGHBOURS = 5
+_CANDIDATES = 64
+_CHECKED = 20
+# Samples on which neighbours are told apart.
+_COMPARED = 4
+
+
+class ProbeStage(Stage):
+    """What a training measures itself by.
+
+    Args:
+        subject: The model and what it is to forget.
+        replay: What makes the replay set; the probes remember other prompts, where there are others.
+    """
+
+    title = "probe samples"
+    depends_on = ReplayStage.depends_on | {"surrogate", "num_probe_images"}
+
+    def __init__(self, subject: Subject, replay: ReplayStage) -> None:
+        self.subject = subject
+        self._replay = replay
+        self._first = first_seed("probe", subject.config.seed)
+
+    @property
+    def is_needed(self) -> bool:
+        return self.subject.config.probes
+
+    @property
+    def _each(self) -> int:
+        """Images of each concept, and of each surrogate."""
+        return max(8, self.subject.config.num_probe_images // len(self.subject.pairs))
+
+    def _templates(self, pair: ErasurePair) -> list[str]:
+        """Phrasings that neither training nor evaluation has, of those that the model reads to the end."""
+        subject = self.subject
+        if subject.labels is not None:
+            return ["{}"]
+        taken = {*subject.config.concept_templates, *subject.eval_templates}
+        values = [pair.concept, *([pair.surrogate.value] if pair.surrogate.kind == "prompt" else [])]
+        fitting = [
+            template for template in PROBE_TEMPLATES
+            if template not in taken
+            and not any(subject.objective.why_unseen(fill_template(template, value), value) for value in values)
+        ]  # fmt: skip
+        return fitting or list(subject.eval_templates)
+
+    def _remembered(self) -> list[str]:
+        """Prompts to remember that the training does not replay, where there are such."""
+        replayed = set(self._replay.prompts)
+        count = 2 * self._each
+        if self._replay.given is not None or self._replay.are_prompts_given:
+            return [prompt for prompt in self._replay.prompts if prompt][:count] or list(self._replay.prompts)[:count]
+        # Captions of another draw; those of a short list are the same again, with other seeds.
+        wanted = list(dict.fromkeys(self.subject.captions(len(self._replay.prompts) + 2 * count)))
+        fresh = [prompt for prompt in wanted if prompt not in replayed]
+        prompts = (fresh + [prompt for prompt in wanted if prompt in replayed])[:count]
+        return [prompts[place % len(prompts)] for place in range(count)]
+
+    def _requests(self) -> list[tuple[str, str, list[str], list[int]]]:
+        """Name, role, prompts and seeds of what is sampled at first."""
+        requests = []
+        first = self._first
+        for pair in self.subject.pairs:
+            templates = self._templates(pair)
+            seeds = list(range(first, first + self._each))
+            kinds = [("concept", pair.concept)]
+            if pair.surrogate.kind == "prompt":
+                # The same seeds: the check compares images of one with those of the other.
+                kinds.append(("surrogate", pair.surrogate.value))
+            for role, value in kinds:
+                texts = [fill_template(templates[place % len(templates)], value) for place in range(self._each)]
+                requests.append((pair.concept, role, texts, seeds))
+            first += self._each
+        remembered = self._remembered()
+        requests.append(("", "remembered", remembered, list(range(first, first + len(remembered)))))
+        return requests
+
+    def identity(self) -> Identity:
+        # What is remembered here is what the replay set leaves over.
+        return Identity("probes", {"samples": self._samples().digest, "replay": self._replay.identity().digest})
+
+    def _samples(self) -> Identity:
+        requests = self._requests()
+        prompts = [text for _, _, texts, _ in requests for text in texts]
+        seeds = [seed for *_, own in requests for seed in own]
+        return self.subject.generator.identity("probe", prompts, prompts, seeds, self.subject.settings)
+
+    def plan(self) -> list[str]:
+        if not self.is_needed:
+            return []
+        folder = self._samples().folder(self.subject.config.resolved_artifacts_dir)
+        return [f"          {sum(len(texts) for _, _, texts, _ in self._requests())} held-out images for the probes, "
+                f"{describe(self.subject.settings)}{reused(folder, MANIFEST_NAME)}"]  # fmt: skip
+
+    def cost(self) -> Passes:
+        """What sampling takes; the readings belong to the training."""
+        subject = self.subject
+        folder = self._samples().folder(subject.config.resolved_artifacts_dir)
+        if not self.is_needed or (folder / MANIFEST_NAME).is_file():
+            return Passes()
+        requests = self._requests()
+        images = sum(len(texts) for _, _, texts, _ in requests)
+        candidates = min(_CANDIDATES, len({text for text in requests[-1][2] if text}))
+        if candidates > 1:
+            images += min(_NEIGHBOURS, candidates) * self._few
+        passes = subject.sampling(images, subject.settings)
+        passes.forward += len(subject.pairs) * (1 + candidates) * _COMPARED if candidates > 1 else 0
+        return passes
+
+    @property
+    def _few(self) -> int:
+        """Images of each neighbour."""
+        return max(4, self._each // 4)
+
+    def readings(self, steps: int) -> int:
+        """About how many passes the probes of so many steps take."""
+        subject, config = self.subject, self.subject.config
+        if not self.is_needed:
+            return 0
+        sets = sum(len(texts) * (2 if role == "surrogate" else 1) for _, role, texts, _ in self._requests())
+        guided = sets * (2 if subject.objective.unconditional else 1) + 2 * _NEIGHBOURS * self._few
+        batch = global_batch(config, subject.accelerator.num_processes) * (2 if self._replay.prompts else 1)
+        return guided * (1 + steps // steps_between(guided, step_cost(config, batch)))
+
+    def run(self, *inputs: Any) -> tuple[Probes, SampledCheck | None] | None:
+        """The probes, and the check; None where there are none.
+
+        Args:
+            *inputs: The surrogate set.
+        """
+        if not self.is_needed:
+            return None
+        subject = self.subject
+        sampled = self._sampled([(texts, seeds) for _, _, texts, seeds in self._requests()], "probe")
+        sets: list[ProbeSet] = []
+        by_role: dict[tuple[str, str], tuple[torch.Tensor, list[str], list[int]]] = {}
+        for (name, role, texts, seeds), samples in zip(self._requests(), sampled, strict=True):
+            by_role[name, role] = (samples, texts, seeds)
+        for pair in subject.pairs:
+            samples, texts, _ = by_role[pair.concept, "concept"]
+            if pair.surrogate.kind == "prompt":
+                surrogates, wanted, _ = by_role[pair.concept, "surrogate"]
+                sets.append(ProbeSet(pair.concept, "concept", samples, texts, list(wanted)))
+                sets.append(ProbeSet(pair.concept, "surrogate", surrogates, texts, list(wanted)))
+                sets.append(ProbeSet(pair.concept, "own", surrogates, wanted, list(wanted)))
+            else:
+                others = self._unsampled(pair, inputs[0])
+                sets.append(ProbeSet(pair.concept, "surrogate", others.samples, others.conditions, others.sources))
+                if pair.surrogate.kind == "noise":
+                    # What noise asks for is known everywhere, on the concept's own samples too.
+                    wanted_noise = [others.sources[0]] * len(samples)
+                    sets.append(ProbeSet(pair.concept, "concept", samples, texts, wanted_noise))
+        remembered, prompts, _ = by_role["", "remembered"]
+        sets.append(ProbeSet("", "remembered", remembered, prompts, list(prompts)))
+        if subject.objective.unconditional:
+            empty = [""] * (len(remembered) // 2)
+            sets.append(ProbeSet("", "empty", remembered[: len(empty)], empty, list(empty)))
+        sets += self._neighbours(sets, prompts)
+        probes = Probes(
+            subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
+            max(subject.config.sample_batch_size, subject.config.train_batch_size),
+        )  # fmt: skip
+        checked = [(pair, *by_role[pair.concept, "concept"], by_role.get((pair.concept, "surrogate"), (None,))[0])
+                   for pair in subject.pairs]  # fmt: skip
+        return probes, SampledCheck.of(subject, checked, _CHECKED)
+
+    def _sampled(self, requests: Sequence[tuple[list[str], list[int]]], name: str) -> list[torch.Tensor]:
+        prompts = [text for texts, _ in requests for text in texts]
+        seeds = [seed for _, own in requests for seed in own]
+        samples = self.subject.generator.drawn(
+            name, prompts, prompts, seeds, self.subject.settings, preview=False
+        ).samples  # fmt: skip
+        return list(samples.split([len(texts) for texts, _ in requests]))
+
+    def _unsampled(self, pair: ErasurePair, surrogates: SampleSet) -> SampleSet:
+        """Surrogates that no prompt samples: noise of other seeds, the user's images."""
+        template = self._templates(pair)[0]
+        prompt = fill_template(template, pair.concept)
+        if pair.surrogate.kind == "noise":
+            seeds = list(range(self._first + STREAMS["probe"].length // 2, self._first + STREAMS["probe"].length))
+            return self.subject.generator.from_pixels(
+                [pair] * self._each, [prompt] * self._each, seeds[: self._each], self.subject.settings
+            )  # fmt: skip
+        rows = [row for row, source in enumerate(surrogates.sources) if source is None][: self._each]
+        images = surrogates.subset(rows)
+        return SampleSet(images.samples, [prompt] * len(rows), images.sources, images.seeds)
+
+    def _neighbours(self, sets: Sequence[ProbeSet], remembered: Sequence[str]) -> list[ProbeSet]:
+        """Of the remembered prompts, those for which the model's predictions lie nearest to the concept's."""
+        objective = self.subject.objective
+        candidates = list(dict.fromkeys(prompt for prompt in remembered if prompt))[:_CANDIDATES]
+        chosen: dict[str, float] = {}
+        for part in sets:
+            if part.role == "concept" and len(candidates) > 1:
+                for prompt, distance in zip(candidates, _distances(objective, part, candidates), strict=True):
+                    chosen[prompt] = min(distance, chosen.get(prompt, distance))
+        nearest = sorted(chosen, key=chosen.__getitem__)[:_NEIGHBOURS]
+        count = self._few
+        start = self._first + STREAMS["probe"].length // 4
+        requests = [([prompt] * count, list(range(start + number * count, start + (number + 1) * count)))
+                    for number, prompt in enumerate(nearest)]  # fmt: skip
+        if not requests:
+            return []
+        return [ProbeSet(prompt, "neighbour", samples, [prompt] * count, [prompt] * count)
+                for prompt, samples in zip(nearest, self._sampled(requests, "probe"), strict=True)]  # fmt: skip
+
+
+@torch.no_grad()
+def _distances(objective: Objective, concept: ProbeSet, candidates: Sequence[str]) -> list[float]:
+    """How far the frozen model's predictions under other prompts lie from those under the concept's, on its samples."""
+    device = objective.device
+    samples = concept.samples[:_COMPARED].to(device)
+    generator = torch.Generator().manual_seed(0)
+    timesteps = objective.path.strata(min(_COMPARED, objective.num_train_timesteps), generator)
+    timesteps = timesteps.repeat(_COMPARED)[: len(samples)].to(device)
+    noise = objective.draw_noise(samples, generator)
+    training = objective.module.training
+    objective.module.eval()
+    own, *others = (
+        objective.answer(
+            objective.module, samples, objective.encode_prompts([prompt] * len(samples)), timesteps, noise
+        ).float()
+        for prompt in [concept.prompts[0], *candidates]
+    )  # fmt: skip
+    objective.module.train(training)
+    return [objective.deviation(other, own, timesteps).mean().item() for other in others]

@@ -1,0 +1,291 @@
+"""What lets a run measure itself, tune what protects, and stop when it is done."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..configuration import SelectiveAmnesiaConfig
+from ..families.base import Denoiser
+from ..processes import say
+from .probes import Probes, Reading
+
+# Below this share of what drift is measured in, there is nothing of a concept to forget.
+_NOTHING_TO_MEASURE = 0.05
+_PROBED_SHARE = 0.15
+_PASSES = 2
+# What protects may be weighed so many times heavier, or lighter, than at first.
+_HEAVIEST = 8.0
+# So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
+_BALANCE_STEPS = 50
+# Steps in a row at the heaviest weight in which drift does not become less, until the wishes are given up.
+_PATIENCE = 150
+_LESS = 0.95
+_FEWEST_BETWEEN = 10
+# What is left to forget is to be forgotten in so many steps, or the learning rate rises.
+_WISHED_STEPS = 75
+_FASTEST = 16.0
+# Drift, in units of its tolerance, up to which the learning rate may rise, and from which it falls.
+_NEAR, _FAR = 1.5, 3.0
+_DAMPING = 0.5
+_MOST_CALIBRATED = 30.0
+
+
+def step_cost(config: SelectiveAmnesiaConfig, rows: int) -> int:
+    """What a step of so many samples takes, in forward passes: the student's forward and backward, which counts twice,
+    and the teacher's."""
+    return rows * (4 if config.target == "frozen" else 3)
+
+
+def steps_between(predictions: int, step_cost: int) -> int:
+    """Steps between two readings of the probes, so that they take no more than their share of a run."""
+    return max(_FEWEST_BETWEEN, math.ceil(predictions / (_PROBED_SHARE * step_cost)))
+
+
+@dataclass
+class Verdict:
+    """What a run says of itself when it ends.
+
+    Attributes:
+        done: Whether both wishes held, and images agreed.
+        sentence: What held, what did not, and what to try.
+    """
+
+    done: bool
+    sentence: str
+
+
+@dataclass
+class Control:
+    """What a controller goes on from; all of it is kept in checkpoints.
+
+    Attributes:
+        calibrated: Loss that a unit of the penalty stands for, as it was first measured; None before.
+        ewc_scale: The same, as it was measured last.
+        balance: What replay and EWC are multiplied by.
+        passes: Readings in a row for which both wishes held.
+        target: Of forgetting; it rises when images disagree with the probes.
+        least: The least drift at the heaviest weight so far.
+        at_bound: Steps in a row at the heaviest weight in which it has not become less.
+        norms: Gradient norms of the last steps.
+        readings: For every reading its step and figures.
+        checks: For every sampled check its step, and how many of its images still showed a concept.
+        rate: The learning rate that the excursion found; None where it is given.
+        pace: What it is multiplied by: more while nothing drifts and the concept is not forgotten.
+    """
+
+    calibrated: float | None = None
+    ewc_scale: float = 0.0
+    balance: float = 1.0
+    passes: int = 0
+    target: float = 0.0
+    least: float | None = None
+    at_bound: int = 0
+    norms: list[float] = field(default_factory=list)
+    readings: list[dict[str, float]] = field(default_factory=list)
+    checks: list[dict[str, float]] = field(default_factory=list)
+    rate: float | None = None
+    pace: float = 1.0
+
+
+class Controller:
+    """Reads the probes, balances forgetting against drift, and says when to stop.
+
+    Nothing in it depends on the size of the loss or of the gradient: losses are in units of drift, the weight of the
+    EWC term is what its penalty was measured to stand for, and gradients are clipped by their own running median.
+
+    Args:
+        probes: What is measured.
+        config: Settings of the training.
+        check: Samples a few images and says how many still show a concept, and of how many; None leaves it out.
+        step_cost: Network evaluations of a step, backward passes counted twice.
+    """
+
+    def __init__(
+        self,
+        probes: Probes,
+        config: SelectiveAmnesiaConfig,
+        check: Callable[[], tuple[int, int]] | None,
+        step_cost: int,
+    ) -> None:
+        self.probes = probes
+        self.config = config
+        self.check = check
+        self.state = Control(target=config.forget_target or 1.0)
+        self.verdict: Verdict | None = None
+        self.every = steps_between(probes.predictions, step_cost)
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are divided by, so that they are in units of drift."""
+        return self.probes.denominator
+
+    @property
+    def replay_weight(self) -> float:
+        fixed = self.config.replay_weight
+        return self.state.balance if fixed is None else fixed
+
+    @property
+    def ewc_weight(self) -> float:
+        fixed = self.config.ewc_weight
+        return self.state.balance * self.config.ewc * self.state.ewc_scale if fixed is None else fixed
+
+    def begin(self, teacher: Denoiser) -> None:
+        """Predict with the frozen model.
+
+        Raises:
+            ValueError: There is nothing to measure.
+        """
+        self.probes.prepare(teacher)
+        if self.config.naive:
+            return
+        concept, share = self.probes.weakest()
+        if share < _NOTHING_TO_MEASURE:
+            raise ValueError(
+                f'nothing to measure: what the model predicts for "{concept}" and for its surrogate differs by '
+                f"{share:.1%} of what a prompt changes. The model does not know the concept, or the surrogate looks "
+                "the same to it: choose another, or train without probes (num_probe_images 0)"
+            )
+
+    def calibrate(self, module: Denoiser, penalty: float) -> None:
+        """Set the weight of the EWC term by what its penalty stands for, after an excursion without it.
+
+        Args:
+            module: The module as the excursion left it.
+            penalty: `sum F (theta - theta*)^2` there.
+        """
+        self._calibrate(self.probes.read(module), penalty)
+        self.state.calibrated = self.state.ewc_scale
+
+    def _calibrate(self, reading: Reading, penalty: float) -> None:
+        if not (penalty > 0 and reading.rise > 0 and math.isfinite(reading.rise / penalty)):
+            return
+        measured, state = reading.rise / penalty, self.state
+        if state.calibrated:
+            low, high = state.calibrated / _MOST_CALIBRATED, state.calibrated * _MOST_CALIBRATED
+            measured = min(max(measured, low), high)
+            state.ewc_scale = state.ewc_scale ** (1 - _DAMPING) * measured**_DAMPING
+        else:
+            state.ewc_scale = measured
+
+    def clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Clip the gradient to a multiple of its norm's running median, or to the given norm; returns the norm."""
+        limit, norms = self.config.max_grad_norm, self.state.norms
+        if limit is None:
+            limit = _CLIPPED * sorted(norms)[len(norms) // 2] if len(norms) >= 5 else math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        if torch.isfinite(norm):
+            self.state.norms = [*norms, norm.item()][-_REMEMBERED_NORMS:]
+        return norm
+
+    def due(self, step: int) -> bool:
+        """Whether the probes are to be read after a step (from 1)."""
+        return step % self.every == 0
+
+    def after(self, step: int, module: Denoiser, penalty: float | None, last: bool) -> bool:
+        """Read the probes, balance, and say whether the training ends.
+
+        Args:
+            step: From 1.
+            module: With the weights that would be saved.
+            penalty: `sum F (theta - theta*)^2` of them; None without an EWC term.
+            last: Whether the step limit is reached.
+        """
+        state, config = self.state, self.config
+        reading = self.probes.read(module)
+        if penalty is not None:
+            self._calibrate(reading, penalty)
+        state.readings.append({"step": step, **reading.values(), "balance": state.balance})
+        forget, tolerate = config.forget_target, config.drift_tolerance
+        if forget is None or tolerate is None or config.naive:
+            return False
+        forgotten = reading.worst_forgotten >= state.target
+        kept = reading.worst_drift <= tolerate
+        self._weigh(reading.worst_drift / tolerate)
+        self._hurry(reading.worst_drift / tolerate)
+        state.passes = state.passes + 1 if forgotten and kept else 0
+        if state.passes >= _PASSES and self._images_agree(step):
+            self.verdict = Verdict(
+                True,
+                f"forgotten {reading.worst_forgotten:.2f} (target {state.target:g}), drift {reading.worst_drift:.3f} "
+                f"(tolerance {tolerate:g}), after step {step}",
+            )
+            return True
+        if state.at_bound >= _PATIENCE and not last:
+            self.verdict = Verdict(False, self._open(reading, f"after step {step} with all that protects at its "
+                                                              "heaviest, both cannot be had"))  # fmt: skip
+            return True
+        if last:
+            self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps"))
+        return False
+
+    def _open(self, reading: Reading, when: str) -> str:
+        state, config = self.state, self.config
+        wishes, advice = [], []
+        if not reading.worst_forgotten >= state.target:
+            wishes.append(f"forgotten is {reading.worst_forgotten:.2f}, {state.target:.2f} was asked for")
+            advice.append("a surrogate that is less like the concept")
+        if not reading.worst_drift <= config.drift_tolerance:
+            wishes.append(f"drift is {reading.worst_drift:.3f}, {config.drift_tolerance:g} is tolerated")
+            advice.append("a larger drift_tolerance")
+        if not wishes:
+            wishes.append("both wishes have held for too few readings")
+        advice.append("more steps (max_train_steps)")
+        return f"{when}: {', and '.join(wishes)}. Try {', or '.join(advice)}"
+
+    def _weigh(self, excess: float) -> None:
+        """One multiplier for all that protects: up where the rest drifts too far, down where there is room."""
+        config, state = self.config, self.state
+        if config.replay_weight is not None and (config.ewc_weight is not None or not config.ewc):
+            return
+        factor = max(excess, 1e-3) ** (self.every / _BALANCE_STEPS)
+        wanted = state.balance * min(max(factor, 0.5), 2.0)
+        state.balance = min(max(wanted, 1.0), _HEAVIEST)
+        if state.balance < _HEAVIEST or excess <= 1:
+            state.at_bound, state.least = 0, None
+        elif state.least is None or excess < _LESS * state.least:
+            state.at_bound, state.least = 0, excess
+        else:
+            state.at_bound += self.every
+
+    def _hurry(self, excess: float) -> None:
+        """The learning rate: up while the concept is forgotten too slowly and nothing drifts away, down where it
+        does."""
+        state = self.state
+        if self.config.learning_rate is not None or len(state.readings) < 2:
+            return
+        before, now = state.readings[-2:]
+        step = 2 ** min(self.every / _BALANCE_STEPS, 1.0)
+        left = state.target - now["forgotten"]
+        is_slow = (now["forgotten"] - before["forgotten"]) * _WISHED_STEPS < left * self.every
+        if excess > _FAR:
+            state.pace = max(state.pace / step, 1 / _FASTEST)
+        elif left > 0 and is_slow and excess < _NEAR:
+            state.pace = min(state.pace * step, _FASTEST)
+
+    def _images_agree(self, step: int) -> bool:
+        if self.check is None:
+            return True
+        state = self.state
+        showing, count = self.check()
+        state.checks.append({"step": step, "showing": showing, "images": count})
+        if not showing:
+            return True
+        # The probes were too easily content: half of what is left must go.
+        state.target = state.target + (1 - state.target) / 2
+        state.passes = 0
+        say(f"the probes are content after step {step}, but {showing} of {count} images still show the concept: on")
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self.state))
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        self.state = Control(**values)
+
+
+_CLIPPED = 3.0
+_REMEMBERED_NORMS = 25

@@ -1,0 +1,307 @@
+"""What a training measures itself by, and what it does about it."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sa_diffusers import FisherEstimator, SampleSet, SelectiveAmnesiaConfig, objective_for
+from sa_diffusers.environment import create_accelerator
+from sa_diffusers.erasure import Erasure
+from sa_diffusers.families.paths import DiscretePath
+from sa_diffusers.training.controller import Controller
+from sa_diffusers.training.probes import Probes, ProbeSet, Reading
+from sa_diffusers.training.training import Training
+
+from .conftest import build_tiny_pipeline, tiny_settings  # noqa: F401
+
+GUIDANCE = 3.0
+CONTROLLED = {
+    "max_train_steps": 12, "train_batch_size": 4, "logging_steps": 1, "report_to": "none", "num_inference_steps": 2,
+    "forget_target": 1.0, "drift_tolerance": 0.5,
+}  # fmt: skip
+
+
+def noise(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def probe_sets(count: int = 6) -> list[ProbeSet]:
+    remembered = ["a cow", "a pig", "a hen"] * (count // 3)
+    return [
+        ProbeSet("cat", "concept", noise(count, 1), ["cat"] * count, ["dog"] * count),
+        ProbeSet("cat", "surrogate", noise(count, 2), ["cat"] * count, ["dog"] * count),
+        ProbeSet("cat", "own", noise(count, 2), ["dog"] * count, ["dog"] * count),
+        ProbeSet("", "remembered", noise(count, 3), remembered, list(remembered)),
+        ProbeSet("", "empty", noise(count, 4), [""] * count, [""] * count),
+        ProbeSet("a hen", "neighbour", noise(count, 5), ["a hen"] * count, ["a hen"] * count),
+    ]
+
+
+def probes_for(objective, guidance=GUIDANCE) -> Probes:
+    accelerator = create_accelerator(SelectiveAmnesiaConfig(report_to="none"))
+    return Probes(objective, probe_sets(), guidance, 0, accelerator, batch_size=4)
+
+
+class Swapped:
+    """The module, which takes one prompt for another."""
+
+    def __init__(self, objective, asked: str, answered: str) -> None:
+        self.module = objective.module
+        self.rows = [objective.encode_prompts([text])["encoder_hidden_states"] for text in (asked, answered)]
+
+    def __call__(self, noisy, timesteps, encoder_hidden_states, **more):
+        is_asked = (encoder_hidden_states == self.rows[0]).flatten(1).all(1)
+        swapped = torch.where(is_asked[:, None, None], self.rows[1], encoder_hidden_states)
+        return self.module(noisy, timesteps, swapped, **more)
+
+
+def moved(objective, by: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in objective.module.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+def test_a_model_that_has_not_moved_has_forgotten_nothing_and_drifted_nowhere(tiny_objective):
+    probes = probes_for(tiny_objective)
+    probes.prepare(tiny_objective.module)
+    reading = probes.read(tiny_objective.module)
+    assert reading.forgotten == {"cat": pytest.approx(0, abs=1e-6)}
+    assert reading.forgotten_surrogate == {"cat": pytest.approx(0, abs=1e-6)}
+    assert (reading.drift, reading.drift_p90, reading.drift_empty, reading.rise) == (0, 0, 0, 0)
+    assert reading.neighbours == {"a hen": 0.0}
+
+
+def test_a_model_that_takes_the_concept_for_the_surrogate_has_forgotten_all_and_drifted_nowhere(tiny_objective):
+    probes = probes_for(tiny_objective)
+    probes.prepare(tiny_objective.module)
+    reading = probes.read(Swapped(tiny_objective, "cat", "dog"))
+    assert reading.forgotten["cat"] == pytest.approx(1, abs=1e-9)
+    assert reading.forgotten_surrogate["cat"] == pytest.approx(1, abs=1e-9)
+    assert reading.worst_drift == 0
+    # What must be remembered is told apart from what must be forgotten.
+    harmed = probes.read(Swapped(tiny_objective, "a hen", "a pig"))
+    assert harmed.neighbours["a hen"] > 0 and harmed.drift_p90 > 0
+    assert harmed.forgotten["cat"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_readings_are_ratios_of_sums_over_samples_of_guided_predictions(tiny_objective, guidance):
+    """A plain loop, sample by sample."""
+    objective, probes = tiny_objective, probes_for(tiny_objective, guidance)
+    probes.prepare(objective.module)
+    frozen = {noised.of.role: noised for noised in probes._noised}
+    before = {}
+    for role, noised in frozen.items():
+        before[role] = [
+            {text: answer(objective, noised, row, text) for text in {noised.of.prompts[row], noised.of.wanted[row], ""}}
+            for row in range(len(noised.of))
+        ]
+    moved(objective, 0.02)
+    reading = probes.read(objective.module)
+
+    def guided(answers, text):
+        return answers[""] + guidance * (answers[text] - answers[""])
+
+    unit = 0.0
+    remembered = frozen["remembered"].of
+    for row, answers in enumerate(before["remembered"]):
+        unit += (answers[remembered.prompts[row]] - answers[""]).square().mean().item() / len(remembered)
+    left = whole = 0.0
+    concept = frozen["concept"]
+    for row, answers in enumerate(before["concept"]):
+        now = {text: answer(objective, concept, row, text) for text in ("cat", "")}
+        left += (guided(now, "cat") - guided(answers, "dog")).square().mean().item()
+        whole += (guided(answers, "cat") - guided(answers, "dog")).square().mean().item()
+    assert reading.forgotten["cat"] == pytest.approx(1 - left / whole, rel=1e-4, abs=1e-5)
+    drifts = {}
+    for row, answers in enumerate(before["remembered"]):
+        text = remembered.prompts[row]
+        now = {name: answer(objective, frozen["remembered"], row, name) for name in (text, "")}
+        far = (guided(now, text) - guided(answers, text)).square().mean().item()
+        drifts.setdefault(text, []).append(far / unit / guidance**2)
+    means = torch.tensor([sum(values) / len(values) for values in drifts.values()])
+    assert reading.drift == pytest.approx(means.mean().item(), rel=1e-3)
+    assert reading.drift_p90 == pytest.approx(means.quantile(0.9).item(), rel=1e-3)
+
+
+@torch.no_grad()
+def answer(objective, noised, row, text):
+    part = slice(row, row + 1)
+    return objective.predict(
+        objective.module, noised.of.samples[part], objective.encode_prompts([text]), noised.timesteps[part],
+        noised.noise[part],
+    )  # fmt: skip
+
+
+def test_a_concept_like_its_surrogate_leaves_nothing_to_measure(tiny_objective):
+    sets = [ProbeSet(part.name, part.role, part.samples, part.prompts, ["cat"] * len(part))
+            if part.role in ("concept", "surrogate") else part for part in probe_sets()]  # fmt: skip
+    accelerator = create_accelerator(SelectiveAmnesiaConfig(report_to="none"))
+    probes = Probes(tiny_objective, sets, GUIDANCE, 0, accelerator)
+    with pytest.raises(ValueError, match='nothing to measure: what the model predicts for "cat" and for its surrogate'):
+        Controller(probes, SelectiveAmnesiaConfig(), None, 100).begin(tiny_objective.module)
+
+
+def samples(count: int, conditions: list[str], sources: list[str], seed: int) -> SampleSet:
+    return SampleSet(
+        noise(count, seed), [conditions[i % len(conditions)] for i in range(count)],
+        [sources[i % len(sources)] for i in range(count)], list(range(count)),
+    )  # fmt: skip
+
+
+def controlled(output_dir=None, path=None, check=None, **settings) -> Training:
+    """A training that measures itself, of a model whose prompts mean something."""
+    config = SelectiveAmnesiaConfig(**{**CONTROLLED, **settings})
+    objective = objective_for(build_tiny_pipeline())
+    if path is not None:
+        objective.path = path(objective.pipeline.scheduler)
+    surrogates = samples(8, ["cat"], ["dog"], 10)
+    replay = samples(12, ["a cow", "a pig", "a hen"], ["a cow", "a pig", "a hen"], 11)
+    accelerator = create_accelerator(config)
+    probes = Probes(objective, probe_sets(), GUIDANCE, config.seed, accelerator)
+    fisher = None
+    if config.consolidates:
+        fisher = FisherEstimator(objective, "full", 3, accelerator=accelerator).estimate(replay)
+    return Training(
+        objective, config, surrogates, replay, fisher, accelerator, output_dir, probes=probes, check=check
+    )  # fmt: skip
+
+
+def weights(training) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in training.objective.module.state_dict().items()}
+
+
+class Hundredfold(DiscretePath):
+    """The same losses, times 100."""
+
+    def weights(self, timesteps):
+        return torch.full((len(timesteps),), 100.0)
+
+
+def test_a_loss_a_hundred_times_as_large_gives_the_same_run():
+    first, second = controlled(), controlled(path=Hundredfold)
+    before = weights(first)
+    first.train()
+    second.train()
+    update = torch.cat([(value - before[name]).flatten() for name, value in weights(first).items()])
+    difference = torch.cat([(value - weights(second)[name]).flatten() for name, value in weights(first).items()])
+    assert update.norm() > 0
+    assert difference.norm() < 0.02 * update.norm()
+    assert first.controller.state.rate == pytest.approx(second.controller.state.rate, rel=1e-2)
+
+
+def test_the_excursion_is_undone_and_finds_rate_and_weight(monkeypatch):
+    training = controlled(max_train_steps=1, ema_decay=0.0)
+    before = weights(training)
+    training.train()
+    state = training.controller.state
+    assert state.rate > 1e-6
+    assert state.calibrated > 0
+    # One step of Prodigy's rate from where the model was, not from where the excursion ended.
+    moves = torch.cat([(value - before[name]).flatten() for name, value in weights(training).items()])
+    assert 0 < moves.abs().max() < 12 * state.rate
+
+
+def test_given_weights_are_not_moved():
+    training = controlled(learning_rate=1e-3, ewc_weight=7.0, replay_weight=2.0, drift_tolerance=1e-9)
+    training.train()
+    controller = training.controller
+    assert (controller.ewc_weight, controller.replay_weight, controller.state.rate) == (7.0, 2.0, None)
+    assert {entry["learning_rate"] for entry in training.history} == {1e-3}
+
+
+def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
+    training = controlled(drift_tolerance=1e-9, max_train_steps=40)
+    training.train()
+    balances = [reading["balance"] for reading in training.controller.state.readings]
+    assert balances[0] == 1 and balances == sorted(balances) and balances[-1] > 1
+
+
+def test_a_training_stops_when_both_wishes_hold_and_images_agree():
+    calls = []
+
+    def check():
+        calls.append(None)
+        # The first time images disagree.
+        return (20 if len(calls) == 1 else 0), 20
+
+    training = controlled(forget_target=0.01, drift_tolerance=900, max_train_steps=400, check=check)
+    history = training.train()
+    assert history[-1]["step"] < 400
+    assert training.controller.verdict.done
+    assert "forgotten" in training.controller.verdict.sentence
+    assert len(calls) == 2
+    first, second = training.controller.state.checks
+    assert first["showing"] == 20 and second["showing"] == 0 and second["step"] > first["step"]
+
+
+def test_wishes_that_cannot_both_be_had_end_in_a_sentence_before_the_limit():
+    training = controlled(forget_target=1.0, drift_tolerance=1e-9, max_train_steps=2000)
+    history = training.train()
+    assert history[-1]["step"] < 1000
+    assert not training.controller.verdict.done
+    assert "both cannot be had" in training.controller.verdict.sentence
+    assert "larger drift_tolerance" in training.controller.verdict.sentence
+
+
+def test_the_step_limit_says_what_was_open():
+    training = controlled(max_train_steps=3)
+    training.train()
+    sentence = training.controller.verdict.sentence
+    assert sentence.startswith("at the limit of 3 steps: forgotten is")
+    assert "more steps (max_train_steps)" in sentence
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "noise", "use_ema": False}])
+def test_a_resumed_run_decides_as_an_unbroken_one_does(tmp_path, settings):
+    whole = controlled(tmp_path / "whole", max_train_steps=30, **settings)
+    whole.train()
+    stopping = controlled(tmp_path / "broken", max_train_steps=30, checkpointing_steps=13, **settings)
+
+    def interrupt(state):
+        if state.step == 14:
+            raise KeyboardInterrupt
+
+    stopping.callbacks = [interrupt]
+    with pytest.raises(KeyboardInterrupt):
+        stopping.train()
+    again = controlled(tmp_path / "broken", max_train_steps=30, checkpointing_steps=13, **settings)
+    again.train()
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    assert again.controller.state == whole.controller.state
+
+
+def test_gradients_are_clipped_by_their_own_median(tiny_objective):
+    controller = Controller(probes_for(tiny_objective), SelectiveAmnesiaConfig(), None, 100)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for value, expected in [(1.0, 1.0)] * 6 + [(50.0, 3.0), (1.0, 1.0)]:
+        parameter.grad = torch.tensor([value])
+        controller.clip([parameter])
+        assert parameter.grad.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_readings_tell_the_worst():
+    reading = Reading(forgotten={"a": 0.9, "b": 0.4}, forgotten_surrogate={"a": 0.99, "b": 0.8}, drift_p90=0.1,
+                      neighbours={"c": 0.3})  # fmt: skip
+    assert reading.worst_forgotten == 0.4
+    # A neighbour may drift twice as far.
+    assert reading.worst_drift == pytest.approx(0.15)
+    assert reading.values()["drift_neighbours"] == 0.3
+    assert not any(math.isnan(value) for value in reading.values().values())
+
+
+def test_an_erasure_measures_itself_and_says_so(tiny_settings, tmp_path, capsys):  # noqa: F811
+    by_hand = ("learning_rate", "ewc_weight", "replay_weight", "max_grad_norm", "use_ema", "condition_dropout")
+    settings = {name: value for name, value in tiny_settings.items() if name not in by_hand}
+    settings |= {"num_probe_images": 8, "logging_steps": 1, "max_train_steps": 12}
+    erasure = Erasure(SelectiveAmnesiaConfig(**settings))
+    plan = erasure.plan()
+    assert "held-out images for the probes" in plan
+    assert "learning rate found by Prodigy" in plan
+    erasure.run()
+    assert "the probes: at the limit of 12 steps" in capsys.readouterr().err
+    history = json.loads((tmp_path / "erased" / "training_history.json").read_text())
+    assert {"forgotten", "drift_p90", "balance"} <= history[-1].keys()
