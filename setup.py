@@ -51,6 +51,7 @@ setup(
             "configurations/*.yaml",
             "data/**/*.json",
             "models/configurations/*.json",
+            "models/coloured/**/*",
             "models/embedded/**/*",
             "**/templates/*",
         ]

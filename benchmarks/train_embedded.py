@@ -7,29 +7,33 @@ at a time; each reads what the ones before it wrote.
 """
 
 import argparse
-import gzip
-import importlib.util
-import random
-import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from PIL import Image
 from tqdm import tqdm
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTImageProcessor,
+from training_parts import (
+    MAX_TOKENS,
+    VOCABULARY_SIZE,
+    CaptionSampler,
+    build_tokenizer,
+    encode,
+    markdown_table,
+    noise_scheduler,
+    one_cycle,
+    pictures_of,
+    save_text_to_image,
+    small_text_encoder,
+    small_unet,
+    standardise_latents,
+    wrap,
 )
+from transformers import CLIPTokenizer, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from sa_diffusers.data.captions import load_vocabulary
 from sa_diffusers.data.image_datasets import load_fashion_mnist
@@ -40,8 +44,6 @@ from sa_diffusers.files import read_json, write_json
 from sa_diffusers.results.statistics import frechet_distance, moments
 
 STAGES = ("classifier", "vae", "diffusion", "measure", "cards")
-VOCABULARY_SIZE = 4096
-MAX_TOKENS = 32
 CLASSIFIER_PIXELS = 64
 
 
@@ -82,14 +84,6 @@ def batches(count: int, batch_size: int, steps: int, seed: int):
             order = torch.cat([order, torch.randperm(count, generator=generator)])
         yield order[:batch_size]
         order = order[batch_size:]
-
-
-def one_cycle(parameters, learning_rate: float, steps: int, weight_decay: float = 0.01):
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False
-    )
-    return optimizer, schedule
 
 
 # --- classifier -------------------------------------------------------------------------------------------------
@@ -177,86 +171,21 @@ def train_vae(args: argparse.Namespace) -> None:
     print(f"vae: mean squared error on real test images, pixels in [-1, 1]: {error:.5f}")
 
 
-@torch.no_grad()
-def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    """Give each latent channel mean 0 and variance 1, by folding the change into the 1x1 convolutions around it.
-
-    Diffusion treats all channels alike; a scaling factor alone would leave weak channels under the noise.
-    """
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    after, before = vae.quant_conv, vae.post_quant_conv
-    channels = len(mean)
-    after.bias[:channels] -= mean
-    after.weight[:channels] /= deviation[:, None, None, None]
-    after.bias[:channels] /= deviation
-    after.bias[channels:] -= 2 * deviation.log()
-    before.bias += before.weight[:, :, 0, 0] @ mean
-    before.weight *= deviation[None, :, None, None]
-    vae.register_to_config(scaling_factor=1.0)
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(500)])
-
-
 # --- text encoder and UNet --------------------------------------------------------------------------------------
 
 
-def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's own byte-pair vocabulary, cut to its most frequent merges and those that the captions need."""
-    package = Path(importlib.util.find_spec("open_clip").origin).parent
-    with gzip.open(package / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [tuple(line.split()) for line in lines]
-    alphabet = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    # GPT-2's byte alphabet: printable bytes stand for themselves, the others for code points from 256 on.
-    symbols = [chr(byte) for byte in alphabet] + [chr(256 + n) for n in range(256 - len(alphabet))]
-    symbols += [symbol + "</w>" for symbol in symbols]
-
-    def tokenizer(kept: list[tuple[str, str]]) -> CLIPTokenizer:
-        tokens = [*symbols, *("".join(pair) for pair in kept), "<|startoftext|>", "<|endoftext|>"]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        return CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=MAX_TOKENS)
-
-    whole = tokenizer(merges)
-    by_result = {"".join(pair): pair for pair in reversed(merges)}
-    needed: set[tuple[str, str]] = set()
-    pending = [token for caption in captions for token in whole.tokenize(caption)]
-    while pending:
-        pair = by_result.get(pending.pop())
-        if pair is not None and pair not in needed:
-            needed.add(pair)
-            pending.extend(pair)
-    room = VOCABULARY_SIZE - len(symbols) - 2 - len(needed)
-    frequent = [pair for pair in merges if pair not in needed][:room]
-    kept = needed.union(frequent)
-    return tokenizer([pair for pair in merges if pair in kept])
-
-
-class CaptionSampler:
-    """Token ids of random captions; half of the time foreign tokens stand around the garment's name.
-
-    They teach the text encoder to find the garment in phrasings it has never seen.
-    """
+class GarmentCaptions(CaptionSampler):
+    """Half of the time foreign tokens stand around the garment's name."""
 
     def __init__(self, tokenizer: CLIPTokenizer, seed: int):
         vocabulary = load_vocabulary("garments")
-        self.random = random.Random(seed)
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.names = [
-            [tokenizer(fill_template(form, name), add_special_tokens=False).input_ids for form in ("{}", "a {}")]
-            for name in vocabulary.subjects
-        ]
+        forms = [[fill_template(form, name) for form in ("{}", "a {}")] for name in vocabulary.subjects]
+        super().__init__(tokenizer, seed, [form for both in forms for form in both])
+        self.names = [[self.read(form) for form in both] for both in forms]
         self.captions = [
-            [
-                tokenizer(fill_template(template, name), add_special_tokens=False).input_ids
-                for template in vocabulary.templates
-            ]
+            [self.read(fill_template(template, name)) for template in vocabulary.templates]
             for name in vocabulary.subjects
         ]
-        reserved = {token for forms in self.names for ids in forms for token in ids} | {self.bos, self.eos}
-        self.foreign = [token for token in range(len(tokenizer)) if token not in reserved]
 
     def __call__(self, label: int) -> list[int]:
         draw = self.random.random()
@@ -267,11 +196,9 @@ class CaptionSampler:
         elif draw < 0.6:
             ids = self.random.choice(self.captions[label])
         else:
-            before = self.random.choices(self.foreign, k=self.random.randint(0, 9))
-            after = self.random.choices(self.foreign, k=self.random.randint(0, 9))
+            before, after = self.strange(9), self.strange(9)
             ids = [*before, *self.random.choice(self.names[label]), *after]
-        ids = [self.bos, *ids[: MAX_TOKENS - 2], self.eos]
-        return ids + [self.eos] * (MAX_TOKENS - len(ids))
+        return self.padded(ids)
 
 
 def train_diffusion(args: argparse.Namespace) -> None:
@@ -286,40 +213,11 @@ def train_diffusion(args: argparse.Namespace) -> None:
     captions = [fill_template(template, name) for template in vocabulary.templates + vocabulary.held_out_templates
                 for name in vocabulary.subjects]  # fmt: skip
     tokenizer = build_tokenizer(captions)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=64,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(64, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+    text_encoder, unet, scheduler = small_text_encoder(tokenizer), small_unet(4), noise_scheduler()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer, schedule = one_cycle(parameters, 1.5e-3, args.diffusion_steps)
     ema = EMAModel(parameters, decay=0.9985)
-    caption_of = CaptionSampler(tokenizer, args.seed)
+    caption_of = GarmentCaptions(tokenizer, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     unet.train(), text_encoder.train()
     running, started = 0.0, time.time()
@@ -342,10 +240,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
         if step % 1000 == 999 or step + 1 == args.diffusion_steps:
             ema.store(parameters)
             ema.copy_to(parameters)
-            pipeline = StableDiffusionPipeline(
-                vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-            )
-            pipeline.save_pretrained(folder)
+            save_text_to_image(folder, vae, text_encoder, tokenizer, unet, scheduler)
             ema.restore(parameters)
 
 
@@ -397,11 +292,6 @@ Recognises {accuracy:.2%} of the 10,000 real test images. By garment:
 
 It scores the samples of the pipeline beside it; it was trained before, and apart from it.
 """
-
-
-def pictures_of(images: torch.Tensor) -> list[Image.Image]:
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(picture) for picture in pixels.numpy()]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -480,20 +370,6 @@ def write_cards(args: argparse.Namespace) -> None:
         table=markdown_table([subjects, [f"{accuracy['by_garment'][name]:.1%}" for name in subjects]]),
     )  # fmt: skip
     (args.output_dir / "classifier" / "README.md").write_text(wrap(card), encoding="utf-8")
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def wrap(card: str) -> str:
-    """Wrap a card's prose; metadata, headings and tables stay as they are."""
-    paragraphs = card.split("\n\n")
-    return "\n\n".join(
-        part if part.startswith(("---", "#", "|")) else textwrap.fill(part, 120) + "\n" * part.endswith("\n")
-        for part in paragraphs
-    )
 
 
 if __name__ == "__main__":

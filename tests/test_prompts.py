@@ -204,7 +204,7 @@ def test_garment_captions_leave_out_the_concept_and_hold_the_others_evenly():
 
 
 def test_held_out_phrasings_are_never_trained_on():
-    for name in ("garments", "diverse"):
+    for name in ("garments", "diverse", "icons"):
         vocabulary = load_vocabulary(name)
         assert vocabulary.held_out_templates
         assert not set(vocabulary.held_out_templates) & set(vocabulary.templates)
@@ -244,7 +244,7 @@ def test_bad_sources(tmp_path):
     empty.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         replay_prompts(str(empty), 5, 0, ["cat"])
-    with pytest.raises(ValueError, match="neither one of 'diverse', 'garments', nor a file"):
+    with pytest.raises(ValueError, match="neither one of 'diverse', 'garments', 'icons', nor a file"):
         replay_prompts("nothing-like-it", 5, 0, ["cat"])
     with pytest.raises(ValueError, match='did you mean "garments"'):
         replay_prompts("garmnets", 5, 0, ["cat"])

@@ -104,8 +104,8 @@ class SampleSettings(Settings):
     num_replay_images: int = flag(400, "replay images", at_least=0, at_most=1_000_000)
     replay_prompts: str = flag(
         "diverse",
-        "prompts to remember: diverse or garments (built in), a text file with one a line, a CSV, TSV, JSON, JSON "
-        "lines or parquet file as FILE or FILE:COLUMN, or a dataset as NAME:COLUMN or NAME:COLUMN:SPLIT",
+        "prompts to remember: diverse, garments or icons (built in), a text file with one a line, a CSV, TSV, JSON, "
+        "JSON lines or parquet file as FILE or FILE:COLUMN, or a dataset as NAME:COLUMN or NAME:COLUMN:SPLIT",
         path=True,
     )
     drop_naming_prompts: bool = flag(

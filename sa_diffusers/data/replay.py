@@ -26,8 +26,8 @@ def replay_prompts(
     """Prompts to remember, for `count` replay images.
 
     Args:
-        source: A built-in vocabulary (`"diverse"`, `"garments"`), a text file with one prompt a line, a CSV, TSV, JSON,
-            JSON lines or parquet file as FILE or FILE:COLUMN, or a dataset's column as `NAME:COLUMN` or
+        source: A built-in vocabulary (`"diverse"`, `"garments"`, `"icons"`), a text file with one prompt a line, a CSV,
+            TSV, JSON, JSON lines or parquet file as FILE or FILE:COLUMN, or a dataset's column as `NAME:COLUMN` or
             `NAME:COLUMN:SPLIT`, NAME being a repository on the Hub or a local folder.
         count: Number of prompts; a shorter list is repeated.
         seed: Order and draw.
