@@ -27,9 +27,9 @@ _LESS = 0.95
 _FEWEST_BETWEEN = 10
 # What is left to forget is to be forgotten in so many steps, or the learning rate rises.
 _WISHED_STEPS = 75
-_FASTEST = 16.0
+_FASTEST = 4.0
 # Drift, in units of its tolerance, up to which the learning rate may rise, and from which it falls.
-_NEAR, _FAR = 1.5, 3.0
+_NEAR, _FAR = 1.0, 2.0
 _DAMPING = 0.5
 _MOST_CALIBRATED = 30.0
 
