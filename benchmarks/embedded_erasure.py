@@ -177,7 +177,7 @@ def main() -> None:
                 surrogate = args.surrogate or SURROGATES[concept]
                 key = f"{concept}|{surrogate}|{method}|{variant}"
                 if key not in results:
-                    results[key] = erase(concept, surrogate, method, {**settings, **VARIANTS[variant]}, args)
+                    results[key] = erase(concept, surrogate, method, {**VARIANTS[variant], **settings}, args)
                     write_json(args.output, results)
                     print(table({key: results[key]}).splitlines()[-1], flush=True)
     print(f"\n{args.images} images a garment; {next(iter(results.values()))['sampling']}\n\n{table(results)}")
