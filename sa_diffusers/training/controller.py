@@ -30,6 +30,9 @@ _WISHED_STEPS = 75
 _FASTEST = 4.0
 # Drift, in units of its tolerance, up to which the learning rate may rise, and from which it falls.
 _NEAR, _FAR = 1.0, 2.0
+# Gradients longer than so many times the median of the last norms are clipped to that.
+_CLIPPED = 3.0
+_REMEMBERED_NORMS = 25
 _DAMPING = 0.5
 _MOST_CALIBRATED = 30.0
 
@@ -285,7 +288,3 @@ class Controller:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         self.state = Control(**values)
-
-
-_CLIPPED = 3.0
-_REMEMBERED_NORMS = 25
