@@ -61,11 +61,12 @@ def test_in_place_the_given_pipeline_changes(tiny_folder, place):
 def test_the_bases_own_settings_hold_unless_the_call_says_otherwise(monkeypatch):
     seen = []
     monkeypatch.setattr("sa_diffusers.unlearn.Erasure", lambda config, pipeline: seen.append(config) or 1 / 0)
-    for settings in ({}, {"learning_rate": 1e-5}):
+    for settings in ({}, {"train_batch_size": 4}):
         with pytest.raises(ZeroDivisionError):
             erase(str(embedded_pipeline()), "sneaker", "dress", **settings)
     # What the caller writes wins, also where it is the general default.
-    assert [config.learning_rate for config in seen] == [5e-4, 1e-5]
+    assert SelectiveAmnesiaConfig(concept="x", surrogate="y").train_batch_size == 4
+    assert [config.train_batch_size for config in seen] == [16, 4]
     assert {config.num_inference_steps for config in seen} == {10}
 
 
