@@ -58,6 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=3600)
     parser.add_argument("--diffusion_steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--width", type=float, default=1, help="channels of the UNet: so many times 64 and 96")
     names = load_vocabulary("garments").subjects
     parser.add_argument("--without", choices=names, help="garment that the stage diffusion never sees (a control)")
     parser.add_argument("--samples_per_garment", type=int, default=500, help="drawn by the stage measure")
@@ -213,7 +214,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
     captions = [fill_template(template, name) for template in vocabulary.templates + vocabulary.held_out_templates
                 for name in vocabulary.subjects]  # fmt: skip
     tokenizer = build_tokenizer(captions)
-    text_encoder, unet, scheduler = small_text_encoder(tokenizer), small_unet(4), noise_scheduler()
+    text_encoder, unet, scheduler = small_text_encoder(tokenizer), small_unet(4, args.width), noise_scheduler()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer, schedule = one_cycle(parameters, 1.5e-3, args.diffusion_steps)
     ema = EMAModel(parameters, decay=0.9985)

@@ -1,11 +1,13 @@
 """What a training measures itself by, and what it does about it."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
 
+import sa_diffusers.training.controller
 from sa_diffusers import FisherEstimator, SampleSet, SelectiveAmnesiaConfig, objective_for
 from sa_diffusers.environment import create_accelerator
 from sa_diffusers.erasure import Erasure
@@ -236,6 +238,31 @@ def test_a_training_stops_when_both_wishes_hold_and_images_agree():
     assert len(calls) == 2
     first, second = training.controller.state.checks
     assert first["showing"] == 20 and second["showing"] == 0 and second["step"] > first["step"]
+
+
+def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
+    monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 20)
+    seen = []
+
+    def check():
+        seen.append(None)
+        return (1 if len(seen) < 3 else 0), 20
+
+    training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=100, check=check)
+    training.train()
+    steps = [check["step"] for check in training.controller.state.checks]
+    # Few of them, farther and farther apart.
+    assert len(steps) == 3 and all(later >= 1.5 * earlier for earlier, later in itertools.pairwise(steps))
+    assert training.history[-1]["step"] == steps[-1] < 100
+    assert training.controller.verdict.done
+    assert "none of 20 images shows it" in training.controller.verdict.sentence
+
+
+def test_no_image_is_looked_at_while_the_rest_has_drifted_too_far(monkeypatch):
+    monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 10)
+    training = controlled(forget_target=0.01, drift_tolerance=1e-9, max_train_steps=20, check=lambda: (0, 20))
+    training.train()
+    assert not training.controller.state.checks and not training.controller.verdict.done
 
 
 def test_wishes_that_cannot_both_be_had_end_in_a_sentence_before_the_limit():

@@ -124,14 +124,14 @@ def small_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def small_unet(latent_channels: int) -> UNet2DConditionModel:
-    """For latents of 8x8."""
+def small_unet(latent_channels: int, width: float = 1.0) -> UNet2DConditionModel:
+    """For latents of 8x8; its channels times `width`."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=latent_channels,
         out_channels=latent_channels,
         layers_per_block=1,
-        block_out_channels=(64, 96),
+        block_out_channels=(int(64 * width), int(96 * width)),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=64,

@@ -197,7 +197,7 @@ class TrainingSettings(Settings):
         2_000, "optimiser steps at the most; the training stops when it is done", at_least=1, at_most=100_000_000
     )
     forget_target: float | None = flag(
-        0.85,
+        0.5,
         "stop when the probes say that so much of the concept is forgotten, 1 being all; null trains all steps",
         above=0,
         at_most=1,

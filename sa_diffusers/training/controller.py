@@ -17,6 +17,9 @@ from .probes import Probes, Reading
 _NOTHING_TO_MEASURE = 0.05
 _PROBED_SHARE = 0.15
 _PASSES = 2
+# Images are looked at after so many steps at the latest, and again when there are so many times as many.
+_FIRST_LOOK = 120
+_NEXT_LOOK = 1.5
 # What protects may be weighed so many times heavier, or lighter, than at first.
 _HEAVIEST = 8.0
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
@@ -27,9 +30,9 @@ _LESS = 0.95
 _FEWEST_BETWEEN = 10
 # What is left to forget is to be forgotten in so many steps, or the learning rate rises.
 _WISHED_STEPS = 75
-_FASTEST = 4.0
+_FASTEST = 8.0
 # Drift, in units of its tolerance, up to which the learning rate may rise, and from which it falls.
-_NEAR, _FAR = 1.0, 2.0
+_NEAR, _FAR = 1.0, 1.5
 # Gradients longer than so many times the median of the last norms are clipped to that.
 _CLIPPED = 3.0
 _REMEMBERED_NORMS = 25
@@ -71,6 +74,7 @@ class Control:
         balance: What replay and EWC are multiplied by.
         passes: Readings in a row for which both wishes held.
         target: Of forgetting; it rises when images disagree with the probes.
+        look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
         least: The least drift at the heaviest weight so far.
         at_bound: Steps in a row at the heaviest weight in which it has not become less.
         norms: Gradient norms of the last steps.
@@ -85,6 +89,7 @@ class Control:
     balance: float = 1.0
     passes: int = 0
     target: float = 0.0
+    look: int = 0
     least: float | None = None
     at_bound: int = 0
     norms: list[float] = field(default_factory=list)
@@ -117,7 +122,7 @@ class Controller:
         self.probes = probes
         self.config = config
         self.check = check
-        self.state = Control(target=config.forget_target or 1.0)
+        self.state = Control(target=config.forget_target or 1.0, look=_FIRST_LOOK)
         self.verdict: Verdict | None = None
         self.every = steps_between(probes.predictions, step_cost)
 
@@ -210,11 +215,13 @@ class Controller:
         self._weigh(reading.worst_drift / tolerate)
         self._hurry(reading.worst_drift / tolerate)
         state.passes = state.passes + 1 if forgotten and kept else 0
-        if state.passes >= _PASSES and self._images_agree(step):
+        is_content = state.passes >= _PASSES
+        looks = self.check is not None and kept and step >= state.look
+        if (is_content or looks) and self._images_agree(step, reading.worst_forgotten, is_content):
             self.verdict = Verdict(
                 True,
                 f"forgotten {reading.worst_forgotten:.2f} (target {state.target:g}), drift {reading.worst_drift:.3f} "
-                f"(tolerance {tolerate:g}), after step {step}",
+                f"(tolerance {tolerate:g}){self._seen()}, after step {step}",
             )
             return True
         if state.at_bound >= _PATIENCE and not last:
@@ -269,19 +276,26 @@ class Controller:
         elif left > 0 and is_slow and excess < _NEAR:
             state.pace = min(state.pace * step, _FASTEST)
 
-    def _images_agree(self, step: int) -> bool:
+    def _images_agree(self, step: int, forgotten: float, is_content: bool) -> bool:
         if self.check is None:
             return True
         state = self.state
         showing, count = self.check()
         state.checks.append({"step": step, "showing": showing, "images": count})
+        state.look = math.ceil(_NEXT_LOOK * step)
         if not showing:
             return True
-        # The probes were too easily content: half of what is left must go.
-        state.target = state.target + (1 - state.target) / 2
         state.passes = 0
-        say(f"the probes are content after step {step}, but {showing} of {count} images still show the concept: on")
+        if is_content:
+            # The probes were too easily content: half of what is left must go.
+            state.target = max(state.target, forgotten)
+            state.target += (1 - state.target) / 2
+            say(f"the probes are content after step {step}, but {showing} of {count} images still show the concept: on")
         return False
+
+    def _seen(self) -> str:
+        checks = self.state.checks
+        return f", none of {checks[-1]['images']:g} images shows it" if checks else ""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self.state))

@@ -1,0 +1,211 @@
+"""The acid test of the defaults: bases that bring no learning rate, step count or weight, concepts that no default was
+chosen on, several seeds, and the worst of them.
+
+    python benchmarks/acid.py --base garments=sa_diffusers/models/embedded/pipeline --methods full xattn \\
+        --pairs "bag:sandal" "trouser:coat" --output benchmarks/results/acid.json
+
+Every finished erasure is written at once; the same command goes on where it stopped. Prints a Markdown table. A base
+that does not name its classifier gets one by `--classifier`; a class without a surrogate is erased to uniform noise.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sa_diffusers.configuration import HISTORY_NAME, SelectiveAmnesiaConfig, base_defaults
+from sa_diffusers.data.captions import load_vocabulary
+from sa_diffusers.data.phrasings import fill_template
+from sa_diffusers.erasure import Erasure
+from sa_diffusers.files import read_json, write_json
+from sa_diffusers.results.statistics import frechet_distance, moments, wilson_interval
+
+# A row of its own; other labels share theirs.
+NEIGHBOURS = 5
+MANY_LABELS = 12
+# No other seeds of the package begin there.
+FIRST_SEED = 10**8
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, metavar="NAME=FOLDER", help="name in the table, and its folder")
+    parser.add_argument("--classifier", help="folder of the classifier [the base model's own]")
+    parser.add_argument("--pairs", nargs="+", required=True, metavar="CONCEPT[:SURROGATE]")
+    parser.add_argument("--methods", nargs="+", default=["full"], help="parameters to train [full]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=200, help="of concept, surrogate and neighbours, each [200]")
+    parser.add_argument("--rest", type=int, default=20, help="of each other label, where there are many [20]")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark/acid.json"))
+    return parser.parse_args()
+
+
+class Judge:
+    """What a classifier says of a model's samples.
+
+    Args:
+        erasure: Of the model, as it stands when it is called.
+        folder: Where the base model's are kept.
+    """
+
+    def __init__(self, erasure: Erasure, folder: Path) -> None:
+        self.subject, self.objective, self.folder = erasure.subject, erasure.objective, folder
+        self.labels = self.objective.labels or load_vocabulary(erasure.subject.config.replay_prompts).subjects
+        self.classifier = self.subject.classifier
+
+    def __call__(self, label: str, count: int, keeps: bool = False, shift: int = 0) -> dict[str, torch.Tensor]:
+        """Probabilities `[count, labels]` and features `[count, d]` of images in held-out phrasings."""
+        file = self.folder / f"{label}-{count}-{shift}.safetensors"
+        if keeps and file.is_file():
+            return load_file(file)
+        templates = ["{}"] if self.objective.labels else self.subject.eval_templates
+        prompts = [fill_template(templates[place % len(templates)], label) for place in range(count)]
+        first = FIRST_SEED + 1000 * (self.labels.index(label) + shift * len(self.labels))
+        samples = self.objective.sample(prompts, range(first, first + count), self.subject.settings)
+        found = vars(self.classifier(self.objective.decode(samples.to(self.objective.device))))
+        found = {name: value.contiguous() for name, value in found.items()}
+        if keeps:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(found, file)
+        return found
+
+    def share(self, found: dict[str, torch.Tensor], label: str) -> float:
+        return (found["probabilities"].argmax(-1) == self.classifier.label_of(label)).float().mean().item()
+
+    def probability(self, found: dict[str, torch.Tensor], label: str) -> float:
+        return found["probabilities"][:, self.classifier.label_of(label)].mean().item()
+
+
+def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One erasure with the defaults, and what is left."""
+    name, _, folder = args.base.partition("=")
+    concept, _, surrogate = pair.partition(":")
+    given: dict[str, Any] = {"surrogate": surrogate} if surrogate else {}
+    if args.classifier:
+        given["classifier"] = args.classifier
+    config = SelectiveAmnesiaConfig(**{
+        **base_defaults({"pretrained_model_name_or_path": folder}), "pretrained_model_name_or_path": folder,
+        "concept": concept, "train_method": method, "seed": seed, "artifacts_dir": str(args.work_dir / "artifacts"),
+        "output_dir": str(args.work_dir / "acid" / name), "overwrite_output_dir": True, "resume_from_checkpoint": "no",
+        "report_to": "none", **given,
+    })  # fmt: skip
+    started = time.process_time()
+    erasure = Erasure(config)
+    judge = Judge(erasure, args.work_dir / "acid" / f"{name}-base")
+    surrogates = erasure.surrogates()
+    products = erasure.products(surrogates)
+    made = time.process_time()
+
+    own = judge(concept, args.images, keeps=True)
+    # Neighbours are what the classifier takes the base model's images of the concept for, if not for it.
+    likely = own["probabilities"].mean(0).argsort(descending=True).tolist()
+    ranked = [judge.classifier.labels[index] for index in likely if judge.classifier.labels[index] in judge.labels]
+    others = [label for label in ranked if label not in (concept, surrogate)]
+    many = len(others) > MANY_LABELS
+    counts = {label: args.rest if many and place >= NEIGHBOURS else args.images for place, label in enumerate(others)}
+    before = {label: judge(label, count, keeps=True) for label, count in counts.items()}
+    again = {label: judge(label, count, keeps=True, shift=1) for label, count in counts.items()}
+    target = judge(surrogate, args.images, keeps=True) if surrogate else None
+
+    began = time.process_time()
+    with erasure.holding():
+        training = erasure.training_stage.run(surrogates, *products)
+    seconds = time.process_time() - began + made - started
+    after = {label: judge(label, count) for label, count in counts.items()}
+    left = judge(concept, args.images)
+    verdict = training.controller.verdict
+    result: dict[str, Any] = {
+        "steps": training.history[-1]["step"], "seconds": round(seconds, 1), "stopped": verdict.sentence,
+        "done": verdict.done, "checks": training.controller.state.checks,
+        "cost": {stage: vars(passes) for stage, passes in erasure.subject.passes.items()},
+        "concept": [judge.share(own, concept), judge.share(left, concept)],
+        "probability": [judge.probability(own, concept), judge.probability(left, concept)],
+        "others": {label: [judge.share(before[label], label), judge.share(after[label], label), count]
+                   for label, count in counts.items()},
+        "neighbours": others[:NEIGHBOURS],
+    }  # fmt: skip
+    if surrogate:
+        result["surrogate"] = [judge.share(target, surrogate), judge.share(judge(surrogate, args.images), surrogate)]
+    else:
+        noise = surrogates.samples[:500]
+        if judge.objective.shows_means:
+            noise = noise.mean().expand_as(noise[:1])
+        pictures = judge.objective.decode(noise.to(judge.objective.device))
+        floor = judge.classifier(pictures).probabilities[:, judge.classifier.label_of(concept)]
+        result["floor"] = floor.mean().item()
+    reference = judge.classifier.reference_moments([judge.classifier.label_of(label) for label in others])
+    if reference is not None:
+        result["frechet"] = [
+            frechet_distance(moments(torch.cat([found[label]["features"] for label in others])), reference)
+            for found in (before, after, again)
+        ]
+    write_json(args.work_dir / "acid" / name / "history.json", read_json(Path(config.output_dir) / HISTORY_NAME))
+    return result
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def kept(result: dict[str, Any], labels: list[str], place: int) -> float:
+    return mean([result["others"][label][place] for label in labels])
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row for each pair: the worst seed of each figure."""
+    header = ("base", "selection", "erased", "steps", "stopped by itself", "left, %", "surrogate, %",
+              "others: before, %", "lost, points", "neighbours lost", "Fréchet: before", "after", "other seeds",
+              "core minutes")  # fmt: skip
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for key, result in results.items():
+        rows.setdefault(tuple(key.split("|")[:3]), []).append(result)
+    for (base, method, pair), seeds in rows.items():
+
+        def lost(result: dict[str, Any], near: bool = False) -> float:
+            labels = result["neighbours"] if near else list(result["others"])
+            return 100 * (kept(result, labels, 0) - kept(result, labels, 1))
+
+        left = max(seeds, key=lambda result: result["concept"][1])
+        count = max(value[2] for value in left["others"].values())
+        low, high = wilson_interval(round(left["concept"][1] * count), count)
+        text = f"{100 * left['concept'][1]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        if "floor" in left:
+            far = max(abs(result["probability"][1] - result["floor"]) for result in seeds)
+            text += f"; probability off by {far:.3f}"
+        frechet = max((result.get("frechet", [0, 0, 0]) for result in seeds), key=lambda value: value[1])
+        steps = [result["steps"] for result in seeds]
+        cells = [
+            base, method, pair.replace(":", " → "), f"{min(steps)} to {max(steps)}",
+            f"{sum(result['done'] for result in seeds)} of {len(seeds)}", text,
+            f"{100 * min(result['surrogate'][1] for result in seeds):.1f}" if "surrogate" in left else "",
+            f"{100 * kept(left, list(left['others']), 0):.1f}", f"{max(map(lost, seeds)):.1f}",
+            f"{max(lost(result, near=True) for result in seeds):.1f}",
+            *(f"{value:.2f}" if value else "" for value in frechet),
+            f"{max(result['seconds'] for result in seeds) / 60:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    results: dict[str, Any] = read_json(args.output) if args.output.is_file() else {}
+    name = args.base.partition("=")[0]
+    for pair in args.pairs:
+        for method in args.methods:
+            for seed in args.seeds:
+                key = f"{name}|{method}|{pair}|{seed}"
+                if key not in results:
+                    results[key] = erased(pair, method, seed, args)
+                    write_json(args.output, results)
+                    print(table({key: results[key]}).splitlines()[-1], results[key]["stopped"], flush=True)
+    print(f"\nThe worst of {len(args.seeds)} seeds\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
