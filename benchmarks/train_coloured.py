@@ -303,6 +303,7 @@ def train_judges(args: argparse.Namespace) -> None:
                 layer_type="basic",
                 id2label=dict(enumerate(labels)),
                 label2id={name: index for index, name in enumerate(labels)},
+                labels_without_prompts=[NEITHER],
             )
         )
         optimizer, schedule = one_cycle(model.parameters(), 4e-3, args.judge_steps, weight_decay=0.05)

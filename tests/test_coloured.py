@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from sa_diffusers.configuration import base_defaults
+from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.data.captions import generate_captions, load_vocabulary
 from sa_diffusers.data.phrasings import fill_template
+from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.families import SamplingSettings, load_pipeline, objective_for
 
@@ -67,6 +69,21 @@ def test_vocabulary_script_and_judges_know_the_same_concepts_and_styles(table, j
     assert ICONS.settings == {"style": styles}
     assert ImageClassifier(COLOURED / "style_judge").labels == [*styles, "neither"]
     assert not set(ICONS.templates) & set(ICONS.held_out_templates)
+
+
+def test_what_no_prompt_can_ask_for_has_no_row_and_is_not_remembered(tmp_path):
+    # Without the settings that the folder recommends, what a classifier knows is remembered.
+    base = tmp_path / "base"
+    shutil.copytree(COLOURED / "pipeline", base, ignore=shutil.ignore_patterns("*defaults.json"))
+    erasure = Erasure(SelectiveAmnesiaConfig(
+        pretrained_model_name_or_path=str(base), concept=["noto"], surrogate=["fluent"], num_eval_images=2,
+        classifier=str(COLOURED / "style_judge"), output_dir=str(tmp_path / "out"),
+        artifacts_dir=str(tmp_path / "artifacts"), report_to="none",
+    ))  # fmt: skip
+    assert erasure.subject.classifier.labels == ["noto", "blob", "fluent", "neither"]
+    assert erasure.subject.names == ["noto", "blob", "fluent"]
+    rows = ["noto", "blob", "fluent", "noto (trained phrasings)"]
+    assert [group.name for group in erasure.image_stage.groups] == rows
 
 
 def test_captions_fill_styles_and_leave_out_the_concept():

@@ -129,6 +129,31 @@ def test_classifier_scores_and_features(classifier_folder):
     assert classifier.label_of("darkness") is None
 
 
+def test_labels_that_are_no_thing_to_ask_for_are_told_apart(class_classifier, tmp_path):
+    folder = tmp_path / "judge"
+    shutil.copytree(class_classifier, folder)
+    classes = tiny_vae().labels
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"][str(len(classes) - 1)] = "neither"
+    (folder / "config.json").write_text(json.dumps({**config, "labels_without_prompts": ["neither"]}))
+    judge = ImageClassifier(folder)
+    assert judge.prompted == classes[:-1]
+    judge.check_classes(classes, classes[:1])
+    pairs = pair_concepts(classes[:1], classes[1:2])
+    arguments = (judge.labels, pairs, judge.label_of, ["{}"], ["{}"], 2, 0)
+    assert [group.name for group in label_groups(*arguments, prompted=judge.prompted)] == classes[:-1]
+    # As a user's wish, it is one row more.
+    asked = (judge.labels, pair_concepts(["neither"], classes[:1]), *arguments[2:])
+    assert [group.name for group in label_groups(*asked, prompted=judge.prompted)] == judge.labels
+    for value in ("neither", ["nothing"], {"neither": True}):
+        (folder / "config.json").write_text(json.dumps({**config, "labels_without_prompts": value}))
+        with pytest.raises(ValueError, match="labels_without_prompts in its config.json must be a list of its labels"):
+            ImageClassifier(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="names neither, which are not classes"):
+        ImageClassifier(folder).check_classes(classes, classes[:1])
+
+
 def test_reference_moments_are_those_of_the_pooled_images(classifier_folder, tmp_path):
     generator = np.random.default_rng(0)
     groups = [[Image.fromarray(generator.integers(low, low + 100, (16, 16, 3), dtype=np.uint8)) for _ in range(20)]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from sa_diffusers import FisherInformation
 from sa_diffusers.commands.erase import parse_config
-from sa_diffusers.configuration import FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
+from sa_diffusers.configuration import ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
 from sa_diffusers.families import Family, register, registry
@@ -161,6 +161,7 @@ def full_folder(folder: Path) -> Path:
     write_json(folder / "evaluation-robustness" / REPORT_NAME, ROBUSTNESS_REPORT)
     losses = {"surrogate_loss": 0.5, "replay_loss": 0.25, "ewc_penalty": 0.125, "learning_rate": 1e-5}
     write_json(folder / HISTORY_NAME, [{"step": 10, **losses}, {"step": 400, **losses, "surrogate_loss": 0.0625}])
+    write_json(folder / ENDING_NAME, {"how": "given up", "sentence": "drift is 0.3, 0.1 is tolerated", "step": 290})
     write_json(folder / FISHER_CONFIG_NAME, {"base_model": BASE_NAME, "timesteps": 50, "num_samples": 100, "seed": 0})
     (folder / GRID_NAME).write_bytes(b"a picture")
     return folder
@@ -211,6 +212,7 @@ def test_a_card_with_every_field_full(tmp_path, monkeypatch):
     assert 'from_pretrained("tester/no-brad")' in text
     assert "0.5 at step 10, 0.0625 at step 400" in text
     assert "| `num_samples` | 100 |" in text
+    assert text.count("\n> TRAINING GIVEN UP: drift is 0.3, 0.1 is tolerated.\n") == 1
     assert "| `seed` | 0 |" in text
     assert "Scored by `openai/clip` (version 1.0; threshold 0.6" in text
     assert "python examples/evaluate_sa.py --base base --erased no-brad" in text
@@ -230,6 +232,7 @@ def test_a_card_with_every_field_empty(tmp_path):
     assert "Nothing has been measured in this folder" in text
     assert "No attempt to bring the concept back is on record" in text
     assert "before_after.png" not in text
+    assert "TRAINING" not in text
     assert "None" not in text
 
 
@@ -258,8 +261,9 @@ def test_cards_of_reports_with_gaps(tmp_path, report, place):
 
 @pytest.mark.parametrize(
     "missing",
-    ["selective_amnesia.json", REPORT_NAME, HISTORY_NAME, FISHER_CONFIG_NAME, GRID_NAME, "evaluation-robustness"],
-)
+    ["selective_amnesia.json", REPORT_NAME, HISTORY_NAME, ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME,
+     "evaluation-robustness"],
+)  # fmt: skip
 def test_any_file_may_be_missing(tmp_path, missing):
     folder = full_folder(tmp_path / "no-brad")
     shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
@@ -381,6 +385,7 @@ def test_any_name_makes_a_card_that_holds(tmp_path_factory, name, other):
     write_json(folder / "evaluation-x" / REPORT_NAME, {**ROBUSTNESS_REPORT, **more})
     written = {"concept": [name], "surrogate": [other], "classifier": other, "pretrained_model_name_or_path": name,
                "fisher": other, "ewc_weight": 1.0}  # fmt: skip
+    write_json(folder / ENDING_NAME, {"how": other, "sentence": name})
     write_json(folder / "selective_amnesia.json", written)
     assert write_model_card(folder)
     loading, commands, citation = check_card((folder / "README.md").read_text(encoding="utf-8"))

@@ -282,7 +282,9 @@ def test_the_step_limit_says_what_was_open():
     assert "more steps (max_train_steps)" in sentence
 
 
-@pytest.mark.parametrize("settings", [{}, {"target": "noise", "use_ema": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"target": "noise", "use_ema": False}, {"mixed_precision": "bf16", "ewc_weight": 1e-3}]
+)
 def test_a_resumed_run_decides_as_an_unbroken_one_does(tmp_path, settings):
     whole = controlled(tmp_path / "whole", max_train_steps=30, **settings)
     whole.train()
@@ -318,6 +320,28 @@ def test_readings_tell_the_worst():
     assert reading.worst_drift == pytest.approx(0.15)
     assert reading.values()["drift_neighbours"] == 0.3
     assert not any(math.isnan(value) for value in reading.values().values())
+
+
+def test_each_concept_is_judged_by_what_can_be_said_of_it():
+    # The surrogate of "a" is a prompt, that of "b" a folder of images, and of "c" nothing can be told.
+    reading = Reading(forgotten={"a": 0.9}, forgotten_surrogate={"a": 0.1, "b": 0.6, "c": math.nan})
+    assert reading.worst_forgotten == 0.6
+    assert reading.values()["forgotten_surrogate"] == 0.1
+    unknown = Reading(forgotten_surrogate={"c": math.nan})
+    assert unknown.worst_forgotten == 1.0
+    assert "forgotten_surrogate" not in unknown.values()
+
+
+def test_the_concept_that_is_forgotten_least_decides(tiny_objective):
+    sets = probe_sets()
+    sets += [ProbeSet("cow", role, noise(6, seed), ["a cow"] * 6, ["a pig"] * 6)
+             for role, seed in (("concept", 6), ("surrogate", 7))]  # fmt: skip
+    accelerator = create_accelerator(SelectiveAmnesiaConfig(report_to="none"))
+    probes = Probes(tiny_objective, sets, GUIDANCE, 0, accelerator)
+    probes.prepare(tiny_objective.module)
+    reading = probes.read(Swapped(tiny_objective, "cat", "dog"))
+    assert reading.forgotten == {"cat": pytest.approx(1, abs=1e-9), "cow": pytest.approx(0, abs=1e-6)}
+    assert reading.worst_forgotten == reading.forgotten["cow"] == reading.values()["forgotten"]
 
 
 def test_an_erasure_measures_itself_and_says_so(tiny_settings, tmp_path, capsys):  # noqa: F811

@@ -15,7 +15,7 @@ from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.environment import create_accelerator
 from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, as_flags
 from .test_train_script import quick
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -139,6 +139,119 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_pat
     assert f"checkpoint-{newest} goes on with max_train_steps={newest + 2} (was 400)" in result.stderr
     steps = [row["step"] for row in json.loads((tmp_path / "out" / "training_history.json").read_text())]
     assert steps == list(range(1, newest + 3))
+
+
+# A run that finds its settings in twenty steps, reads its probes after 10, 20 and 30, and is at its limit then.
+PROBED = {
+    "concept": "brad pitt", "surrogate": "a middle aged man", "num_surrogate_images": 12, "num_replay_images": 12,
+    "num_inference_steps": 2, "sample_batch_size": 4, "num_fisher_samples": 2, "fisher_timesteps": 2,
+    "num_eval_images": 2, "num_probe_images": 8, "max_train_steps": 30, "logging_steps": 1, "checkpointing_steps": 10,
+    "gradient_accumulation_steps": 1, "checkpoints_total_limit": 9, "output_dir": "out", "report_to": "none",
+}  # fmt: skip
+
+
+def probed_flags(base, count: int) -> list[str]:
+    return as_flags({**PROBED, "pretrained_model_name_or_path": str(base), "train_batch_size": 12 // count})
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_folder, tmp_path_factory):
+    """A command that measures itself, alone and in two processes."""
+    folders = {}
+    for count in (1, 2):
+        folders[count] = tmp_path_factory.mktemp(f"probed-{count}")
+        result = launch(count, probed_flags(tiny_folder, count), folders[count])
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("the probes: at the limit of 30 steps: forgotten is") == 1
+    return folders
+
+
+def controls(folder) -> dict[int, dict]:
+    """What the controller goes on from, at every checkpoint."""
+    found = {int(path.name.rpartition("-")[2]): json.loads((path / "state.json").read_text())["control"]
+             for path in (folder / "out").glob("checkpoint-*")}  # fmt: skip
+    return dict(sorted(found.items()))
+
+
+def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folder):
+    first, second = controls(probed[1]), controls(probed[2])
+    assert list(first) == list(second) == [10, 20]
+    for step, control in first.items():
+        other = second[step]
+        for name in ("rate", "calibrated", "ewc_scale", "balance", "pace", "target", "norms"):
+            assert other[name] == pytest.approx(control[name], rel=1e-3), name
+        for name in ("passes", "at_bound", "checks"):
+            assert other[name] == control[name], name
+        assert [reading["step"] for reading in other["readings"]] == list(range(10, step + 1, 10))
+        for mine, theirs in zip(control["readings"], other["readings"], strict=True):
+            assert theirs == pytest.approx(mine, rel=1e-2, abs=1e-4)
+    assert_same_update(update(probed[1] / "out", tiny_folder), update(probed[2] / "out", tiny_folder))
+    endings = [json.loads((probed[count] / "out" / "training_ending.json").read_text()) for count in probed]
+    assert endings[0] == endings[1]
+
+
+def test_two_processes_go_on_from_a_checkpoint_as_if_nothing_had_been(probed, tiny_folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
+               *probed_flags(tiny_folder, 2)]  # fmt: skip
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "out").glob("checkpoint-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert output.count("stopped: SIGTERM after step") == 1
+    assert "goes on after step" not in output
+    result = launch(2, probed_flags(tiny_folder, 2), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "goes on after step" in result.stdout
+    assert_same_run(probed[2], tmp_path)
+
+
+def assert_same_run(first, second):
+    for name in ("training_history.json", "training_ending.json"):
+        assert json.loads((second / "out" / name).read_text()) == json.loads((first / "out" / name).read_text()), name
+    before, after = (load_file(folder / "out" / WEIGHTS) for folder in (first, second))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+ONE_IS_STOPPED = """
+import os, signal
+from sa_diffusers import objective_for
+from sa_diffusers.commands.erase import main
+
+def build(*arguments):
+    objective = objective_for(*arguments)
+    loss, steps = objective.negative_elbo, []
+
+    def negative_elbo(*inputs):
+        steps.extend([None] if objective.module.training else [])
+        if len(steps) == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*inputs)
+
+    objective.negative_elbo = negative_elbo
+    return objective
+
+main(build_objective=build)
+"""
+
+
+def test_a_signal_that_reaches_one_process_alone_stops_all_in_the_search_for_the_settings(
+    probed, tiny_folder, tmp_path
+):
+    (tmp_path / "one_is_stopped.py").write_text(ONE_IS_STOPPED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "one_is_stopped.py"]
+    result = subprocess.run([sys.executable, *launcher, *probed_flags(tiny_folder, 2)], cwd=tmp_path,
+                            env=environment(tmp_path), capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert result.returncode != 0
+    # The main process was told by the other, not by the launcher that found that one dead.
+    assert result.stderr.count("stopped: another process was asked to stop. The same command goes on") == 1
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    again = launch(2, probed_flags(tiny_folder, 2), tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(probed[2], tmp_path)
 
 
 def test_a_configuration_of_gpus_joins_the_processes_of_a_machine_without(tiny_folder, tmp_path):

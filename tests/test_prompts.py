@@ -3,7 +3,7 @@ from datasets import Dataset
 from PIL import Image
 
 from sa_diffusers import pair_concepts, replay_prompts
-from sa_diffusers.data.captions import generate_captions, load_vocabulary
+from sa_diffusers.data.captions import Vocabulary, generate_captions, load_vocabulary, what_names
 from sa_diffusers.data.classes import class_name
 from sa_diffusers.data.concepts import image_files
 from sa_diffusers.data.phrasings import check_phrasings, fill_template, warn_of_cut_prompts
@@ -201,6 +201,50 @@ def test_garment_captions_leave_out_the_concept_and_hold_the_others_evenly():
               for name in load_vocabulary("garments").subjects}  # fmt: skip
     assert counts.pop("shirt") == 0
     assert set(counts.values()) == {100}
+
+
+def subjects_in(captions: list[str], vocabulary: str) -> set[str]:
+    """Those that captions name, the longest first: "cat face" is no "cat"."""
+    subjects = sorted(load_vocabulary(vocabulary).subjects, key=len, reverse=True)
+    return {next(subject for subject in subjects if subject in caption) for caption in captions}
+
+
+@pytest.mark.parametrize(
+    ("concept", "gone"),
+    [
+        ("red heart", {"red heart"}),
+        ("Red-Hearts", {"red heart"}),
+        ("grinning cat", {"grinning cat"}),
+        ("cat", {"cat face", "grinning cat"}),
+        ("heart", {f"{colour} heart" for colour in ("red", "blue", "green", "yellow", "purple", "black")}),
+        ("a bear in the snow", {"bear"}),
+        ("fireengine", {"fire engine"}),
+    ],
+)
+def test_captions_leave_out_what_shows_the_concept_and_nothing_that_shares_a_word_with_it(concept, gone):
+    captions = generate_captions(load_vocabulary("icons"), 400, 0, avoid=[concept])
+    assert subjects_in(captions, "icons") == set(load_vocabulary("icons").subjects) - gone
+    assert not any(names_concept(caption, concept) for caption in captions)
+
+
+def test_no_caption_names_a_concept_by_parts_that_name_nothing():
+    captions = generate_captions(load_vocabulary("diverse"), 2000, 0, avoid=["black and white"])
+    assert any("and white photo" in caption for caption in captions)
+    assert not any("black and white" in caption for caption in captions)
+    vocabulary = Vocabulary(["dog stand", "dog cart", "hat"], ["a {adjective} {}"], [], {"adjective": ["hot"]})
+    assert generate_captions(vocabulary, 3, 0, avoid=["hot dogs"]) == ["a hot hat"] * 3
+    vocabulary.subjects.remove("hat")
+    with pytest.raises(ValueError, match="no caption of this vocabulary avoids hot dogs: bring replay prompts"):
+        generate_captions(vocabulary, 3, 0, avoid=["hot dogs"])
+
+
+@pytest.mark.parametrize(
+    ("concept", "named"),
+    [("noto style", "noto"), ("in the style of Van Gogh", "van gogh"), ("a photo of Brad Pitt", "brad pitt"),
+     ("red heart", "red heart"), ("person", "person")],
+)  # fmt: skip
+def test_a_concept_is_named_without_the_words_that_say_only_what_kind_of_thing_it_is(concept, named):
+    assert what_names(concept)[-1] == named
 
 
 def test_held_out_phrasings_are_never_trained_on():

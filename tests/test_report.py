@@ -105,6 +105,7 @@ def full_report(concept="Emma Stone", images=20):
         "pairs": [{"concept": concept, "surrogate": "a young woman", "kind": "prompt"}],
         "configuration": SelectiveAmnesiaConfig(concept=concept, surrogate="a young woman", ewc_weight=12.5).to_dict(),
         "device": "cpu",
+        "ending": {"how": "limit", "sentence": f"at the limit of 5 steps: {concept} is still there", "step": 5},
         "seconds": {"training": 61.25},
         "sampling": {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5, "batch_size": 8,
                      "resolution": 512},
@@ -863,6 +864,35 @@ def test_the_verdict_stands_at_the_top_of_both_files(tmp_path, share_after, outc
     assert {"class": f"verdict {outcome.replace(' ', '-')}"} in page.of("p")
     assert line in page.text
     assert page.text.index(line) < page.text.index("Base model" if "Base model" in page.text else "Images")
+
+
+@pytest.mark.parametrize(
+    ("how", "beginning"),
+    [("done", "TRAINING DONE: "), ("limit", "TRAINING STOPPED AT ITS LIMIT: "), ("given up", "TRAINING GIVEN UP: "),
+     ("otherwise", "TRAINING ENDED: ")],
+)  # fmt: skip
+def test_how_the_training_ended_stands_under_the_verdict(tmp_path, how, beginning):
+    sentence = f"forgotten is 0.31, {HOSTILE} was asked for"
+    markdown, text = save(tmp_path, {**bare_report(), "ending": {"how": how, "sentence": sentence, "step": 12}})
+    lines = markdown.splitlines()
+    assert lines[2].startswith("> NOT MEASURABLE: ")
+    assert lines[4].startswith(f"> {beginning}forgotten is 0.31, &lt;script&gt;")
+    page = Page(text)
+    assert {"class": f"verdict {how.replace(' ', '-')}"} in page.of("p")
+    assert f"{beginning}{sentence}." in page.text
+    assert page.text.index(beginning) < page.text.index("Images")
+    assert not page.of("script")
+    assert json.loads((tmp_path / "report.json").read_text())["ending"] == {
+        "how": how, "sentence": sentence, "step": 12,
+    }  # fmt: skip
+
+
+def test_a_training_that_measured_nothing_says_nothing_of_its_end(tmp_path):
+    markdown, text = save(tmp_path, bare_report())
+    assert "TRAINING" not in markdown and "TRAINING" not in text
+    assert "ending" not in json.loads((tmp_path / "report.json").read_text())
+    with pytest.raises(ValueError, match="the report holds other values than a run writes .*ending.sentence"):
+        Report.from_dict({**bare_report(), "ending": {"how": "done", "sentence": 3}})
 
 
 def test_the_summary_says_what_the_verdict_means_and_what_was_not_measured(tmp_path):

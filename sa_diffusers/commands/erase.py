@@ -94,7 +94,9 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
             say(f"hub       {address}")
         say(next_commands(config, folder, erasure.labels is not None))
     erasure.accelerator.end_training()
-    verdict = comparison and comparison.report.verdict
+    verdict, ending = comparison and comparison.report.verdict, comparison and comparison.report.ending
+    if ending:
+        say(f"training  {ending.title}: {visible(ending.sentence)}")
     if verdict:
         say(f"verdict   {visible(verdict.line)}")
         if config.require_forgotten and verdict.outcome != FORGOTTEN:

@@ -5,12 +5,21 @@ from .erasure import SelectiveAmnesiaConfig, base_defaults, check_names, inherit
 from .evaluation import EvaluationConfig
 from .fields import Settings, default_of, flag, flag_type, flags_of, group_of, help_text, type_name
 from .groups import LR_SCHEDULERS, SAMPLERS
-from .names import BASE_DEFAULTS_NAME, CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
+from .names import (
+    BASE_DEFAULTS_NAME,
+    CONFIG_NAME,
+    ENDING_NAME,
+    FISHER_CONFIG_NAME,
+    GRID_NAME,
+    HISTORY_NAME,
+    REPORT_NAME,
+)
 from .reading import experiments
 
 __all__ = [
     "BASE_DEFAULTS_NAME",
     "CONFIG_NAME",
+    "ENDING_NAME",
     "FISHER_CONFIG_NAME",
     "GRID_NAME",
     "HISTORY_NAME",

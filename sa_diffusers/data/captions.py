@@ -12,6 +12,8 @@ from ..names import ARTICLES, bare_name, names_concept
 from .phrasings import fill_template
 
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
+# Words of a concept that name nothing by themselves.
+_KINDS = {*ARTICLES, "of", "in", "on", "and", "with", "by", "at", "to", "style", "person", "photo"}
 
 
 @dataclass(frozen=True)
@@ -56,47 +58,68 @@ def builtin_vocabularies() -> list[str]:
 def generate_captions(vocabulary: Vocabulary, count: int, seed: int, avoid: Sequence[str] = ()) -> list[str]:
     """Draw captions, subjects as evenly as `count` allows, repeating none while new ones can be found.
 
+    What lies nearest to a concept is what an erasure damages first, and stays: "blue heart" is drawn where "red heart"
+    is to be avoided, and "cat face" where "grinning cat" is. Left out is what may show the concept: a narrower subject
+    ("cat" leaves out "cat face", as a cat face is a cat), and a wider one ("black cat" leaves out "cat").
+
     Args:
         vocabulary: Where subjects and phrasings come from.
         count: Number of captions.
         seed: The same seed gives the same captions.
-        avoid: Concepts that no caption may name, in whole or in part.
+        avoid: Concepts that no caption may name; see `what_names`.
 
     Raises:
         ValueError: Every subject, or every phrasing, names a concept to avoid.
     """
-    banned = [part for concept in avoid for part in (concept, *concept_parts(concept))]
+    banned = [name for concept in avoid for name in what_names(concept)]
 
     def allowed(text: str) -> bool:
-        return not any(names_concept(text, part) for part in banned)
+        return not any(names_concept(text, name) for name in banned)
 
-    subjects = [subject for subject in vocabulary.subjects if allowed(subject)]
+    subjects = [
+        subject for subject in vocabulary.subjects
+        if allowed(subject) and not any(names_concept(concept, subject) for concept in avoid)
+    ]  # fmt: skip
     templates = [template for template in vocabulary.templates if allowed(template)]
     settings = {name: [value for value in values if allowed(value)] for name, values in vocabulary.settings.items()}
-    if not subjects or not templates:
-        raise ValueError(f"no caption of this vocabulary avoids {', '.join(avoid)}: bring replay prompts of your own")
     draw = random.Random(seed)
     captions: list[str] = []
     seen: set[str] = set()
     order: list[str] = []
     while len(captions) < count:
+        if not subjects or not templates:
+            names = ", ".join(avoid)
+            raise ValueError(f"no caption of this vocabulary avoids {names}: bring replay prompts of your own")
         if not order:
             order = draw.sample(subjects, len(subjects))
         subject = order.pop()
+        found = None
         for _ in range(20):
             caption = fill_template(draw.choice(templates), subject)
             for name, values in settings.items():
                 if f"{{{name}}}" in caption:
                     caption = caption.replace(f"{{{name}}}", draw.choice(values or [""]))
             caption = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", " ".join(caption.split()))
-            if caption not in seen:
-                break
-        seen.add(caption)
-        captions.append(caption)
+            # Parts that name nothing may together, such as "black" and "and white".
+            if allowed(caption):
+                found = caption
+                if caption not in seen:
+                    break
+        if found is None:
+            subjects.remove(subject)
+            continue
+        seen.add(found)
+        captions.append(found)
     return captions
 
 
-def concept_parts(concept: str) -> list[str]:
-    """The words of a concept that mean something by themselves: "Brad" and "Pitt"."""
-    ignored = {*ARTICLES, "of", "in", "on", "and", "with", "by", "at", "to", "style", "person", "photo"}
-    return [word for word in bare_name(concept).split() if word not in ignored and len(word) > 1]
+def what_names(concept: str) -> list[str]:
+    """The phrases by which a caption names a concept: the concept itself, and what it is without the words at either
+    end that say only what kind of thing it is. "in the style of Van Gogh" is named by "Van Gogh", and "noto style" by
+    "noto"; a word of several does not name it ("heart" names no red heart)."""
+    words = bare_name(concept).split()
+    while words and words[0] in _KINDS:
+        words = words[1:]
+    while words and words[-1] in _KINDS:
+        words = words[:-1]
+    return list(dict.fromkeys([concept, " ".join(words) or concept]))

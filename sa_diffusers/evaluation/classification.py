@@ -20,6 +20,8 @@ from .memory import in_batches
 
 _LFS = b"version https://git-lfs"
 _TOLD = 300
+# In a classifier's configuration: labels that are no thing to ask for.
+UNASKED = "labels_without_prompts"
 Loaded = TypeVar("Loaded")
 
 
@@ -92,6 +94,9 @@ class Classification:
 class ImageClassifier:
     """Any transformers image classifier.
 
+    A label that is no thing to ask for, "neither" say, has no row in a report and is remembered by no prompt, if the
+    classifier's `config.json` names it: `"labels_without_prompts": ["neither"]`.
+
     Args:
         name_or_path: A folder or a name on the Hub.
         device: Where it runs.
@@ -100,6 +105,10 @@ class ImageClassifier:
 
     Raises:
         ValueError: The classifier cannot be loaded, or the reference was not made with one of this shape.
+
+    Attributes:
+        labels: All of them.
+        prompted: Those that a prompt can ask for.
     """
 
     def __init__(
@@ -124,6 +133,10 @@ class ImageClassifier:
         self.neighbours: list[str] = []
         count = self.model.config.num_labels
         self.labels = [str(self.model.config.id2label[index]) for index in range(count)]
+        unasked = getattr(self.model.config, UNASKED, None) or []
+        if not isinstance(unasked, list) or not all(label in self.labels for label in unasked):
+            raise ValueError(f"{what}: {UNASKED} in its config.json must be a list of its labels: correct it there")
+        self.prompted = [label for label in self.labels if label not in unasked]
         heads = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if not heads:
             raise ValueError(f"{what} has no linear layer to take features from: {advice}")
@@ -171,7 +184,7 @@ class ImageClassifier:
         Raises:
             ValueError: A label is not one of the classes, or a concept is not one of the labels.
         """
-        foreign = sorted(set(self.labels) - set(classes))
+        foreign = sorted(set(self.prompted) - set(classes))
         if foreign:
             raise ValueError(
                 f'classifier="{self.name}" names {", ".join(foreign)}, which are not classes of this model; they are '

@@ -26,7 +26,7 @@ from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
 from ..results import Report
-from .erased import takes_classes, warn_of_another_base
+from .erased import recorded_ending, takes_classes, warn_of_another_base
 from .memory import batch_size_for
 from .registry import MEASURES, PROTOCOLS
 from .request import Evaluation, Request, erasure_of
@@ -129,6 +129,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "erased_revision": resolved_revision(args.erased, args.erased_revision),
         "base_module": subject.digests(subject.base).module,
         "erased_module": subject.digests(subject.erased).module,
+        "ending": recorded_ending(args.erased, args.erased_revision),
         "prediction_type": subject.base.prediction_type,
         "mixed_precision": subject.accelerator.mixed_precision,
         "blur": must_blur(config.blur, [*config.concept, *config.surrogate]),

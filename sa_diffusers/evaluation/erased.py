@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..configuration import CONFIG_NAME, REPORT_NAME
+from ..configuration import CONFIG_NAME, ENDING_NAME, REPORT_NAME
 from ..files import read_json
 from ..hub import HUB_TIMEOUT_SECONDS
 from ..results import Report
+from ..results.schema import Ending
 
 
 def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -35,6 +36,20 @@ def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str
     if precision:
         settings["mixed_precision"] = precision
     return settings
+
+
+def recorded_ending(name_or_path: str, revision: str | None = None) -> Ending | None:
+    """How the training of an erased pipeline ended, if it measured itself.
+
+    Args:
+        name_or_path: Folder or Hub name of the erased pipeline.
+        revision: Of the pipeline on the Hub.
+
+    Raises:
+        ValueError: The file that says so is not what a run writes.
+    """
+    values = _recorded(name_or_path, ENDING_NAME, revision)
+    return Report.from_dict({"ending": values}, str(Path(name_or_path) / ENDING_NAME)).ending
 
 
 def warn_of_another_base(base: str, base_module: str, erased: str, revision: str | None = None) -> None:

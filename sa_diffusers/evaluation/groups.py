@@ -57,9 +57,11 @@ def label_groups(
     first_seed: int,
     remembered: Sequence[str] = (),
     neighbours: Sequence[str] = (),
+    prompted: Sequence[str] | None = None,
 ) -> list[PromptGroup]:
-    """A group for each of a classifier's labels, and two for each concept: in phrasings of the evaluation and in those
-    that it was trained on. A concept or surrogate that the classifier does not know has its groups too.
+    """A group for each of a classifier's labels that a prompt can ask for, and two for each concept: in phrasings of
+    the evaluation and in those that it was trained on. A concept or surrogate that the classifier does not know has its
+    groups too.
 
     Of more than `MOST_LABELS` labels those have a group that are concepts, surrogates, or named by a prompt to
     remember, at most so many; without any of the latter, prompts to remember have groups of their own.
@@ -74,11 +76,12 @@ def label_groups(
         first_seed: The first group's; each group has seeds of its own.
         remembered: Prompts to remember.
         neighbours: Labels that lie near a concept.
+        prompted: Labels that a prompt can ask for. Default: all.
     """
     same = list(concept_templates) == list(eval_templates)
     concepts = {label_of(pair.concept): pair for pair in reversed(pairs)}
     surrogates = {label_of(pair.surrogate.value) for pair in pairs if pair.surrogate.kind == "prompt"}
-    shown, others = _labels_shown(labels, {*concepts, *surrogates}, remembered)
+    shown, others = _labels_shown(labels, {*concepts, *surrogates}, remembered, prompted)
     groups, taken = [], len(labels)
     for index in shown:
         pair = concepts.get(index)
@@ -112,15 +115,16 @@ def label_groups(
 
 
 def _labels_shown(
-    labels: Sequence[str], needed: set[int | None], remembered: Sequence[str]
+    labels: Sequence[str], needed: set[int | None], remembered: Sequence[str], prompted: Sequence[str] | None
 ) -> tuple[list[int], list[str]]:
     """Which labels have a group, and the prompts that have one in place of the others."""
-    if len(labels) <= MOST_LABELS:
-        return list(range(len(labels))), []
+    known = [index for index, label in enumerate(labels) if prompted is None or label in prompted or index in needed]
+    if len(known) <= MOST_LABELS:
+        return known, []
     named = [
         index
-        for index, label in enumerate(labels)
-        if index not in needed and any(names_concept(prompt, label) for prompt in dict.fromkeys(remembered))
+        for index in known
+        if index not in needed and any(names_concept(prompt, labels[index]) for prompt in dict.fromkeys(remembered))
     ]
     # Spread over all of them, for neighbours in a list are often alike.
     named = named[:: max(1, -(-len(named) // (MOST_LABELS - len(needed))))]

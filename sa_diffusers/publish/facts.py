@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..configuration import CONFIG_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
+from ..configuration import CONFIG_NAME, ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from ..families.base import Family
 from ..families.registry import family_of
 from ..files import Recorded, read_json
 from ..hub import evaluation_reports, shown_name
-from ..results.schema import ErasedPair, Report, Row
+from ..results.schema import Ending, ErasedPair, Report, Row
 
 INDEX_NAME = "model_index.json"
 
@@ -27,6 +27,7 @@ class Facts:
         history: Logged losses.
         fisher: What the Fisher information was computed from.
         has_grid: Whether there is a picture of before and after.
+        ending: How the training ended, if it measured itself.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Facts:
     history: list[dict[str, float]] = field(default_factory=list)
     fisher: Recorded = field(default_factory=Recorded)
     has_grid: bool = False
+    ending: Ending | None = None
 
     @property
     def report(self) -> Report:
@@ -98,7 +100,7 @@ class Facts:
 
 def read_facts(folder: Path, name: str | None = None) -> Facts:
     """Read model_index.json, selective_amnesia.json, report.json, evaluation*/**/report.json of this pipeline,
-    training_history.json, fisher_config.json.
+    training_history.json, training_ending.json, fisher_config.json.
 
     Args:
         folder: An erased pipeline.
@@ -132,4 +134,5 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         history=read(HISTORY_NAME, []),
         fisher=Recorded(read(FISHER_CONFIG_NAME, {})),
         has_grid=(folder / GRID_NAME).is_file(),
+        ending=Report.from_dict({"ending": read(ENDING_NAME, {})}, str(folder / ENDING_NAME)).ending,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..configuration import (
     BASE_DEFAULTS_NAME,
     CONFIG_NAME,
+    ENDING_NAME,
     FISHER_CONFIG_NAME,
     GRID_NAME,
     HISTORY_NAME,
@@ -18,8 +19,8 @@ from ..hub import CARD_NAME, is_own_card, published_files
 from ..output_folder import STATE_FOLDER, VALIDATION_NAME
 
 # What is of the weights that an earlier copy held, and goes with them.
-_OF_WEIGHTS = (BASE_DEFAULTS_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, HISTORY_NAME,
-               VALIDATION_NAME)  # fmt: skip
+_OF_WEIGHTS = (BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME,
+               HISTORY_NAME, VALIDATION_NAME)  # fmt: skip
 
 
 def save_copy(source: str | Path, target: str | Path) -> None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..markup import markdown_code, markdown_fence, markdown_text, single_line, visible
-from ..results.schema import Verdict
+from ..results.schema import Ending, Verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_PIXELS = 192
@@ -166,12 +166,14 @@ class Document:
         verdict: What follows from it.
         facts: Names and values that stand under the title.
         sections: What it holds, in order.
+        ending: How the training ended, if it measured itself.
     """
 
     title: str
     verdict: Verdict
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = field(default_factory=list)
+    ending: Ending | None = None
 
     def to_html(self) -> str:
         """One page that loads nothing: style, drawings and pictures are inside, and its own policy forbids the rest."""

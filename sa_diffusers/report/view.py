@@ -129,7 +129,8 @@ def view(
     erased = [concept for concept, _ in _pairs(report, configuration)]
     more = f"; and {len(erased) - _NAMED} more" if len(erased) > _NAMED else ""
     title = f"Erasure report: {'; '.join(erased[:_NAMED])}{more}"
-    return Document(title, verdict, _facts(report), [section for section in sections if section.blocks])
+    shown = [section for section in sections if section.blocks]
+    return Document(title, verdict, _facts(report), shown, report.ending)
 
 
 # What was erased

@@ -43,6 +43,7 @@ __all__ = [
     "ClassifierFacts",
     "ConceptVerdict",
     "Distance",
+    "Ending",
     "ErasedPair",
     "Evaluator",
     "FaceFigures",
@@ -255,6 +256,36 @@ class Verdict:
         return [row.name for row in self.kept if row.outcome == "damaged"]
 
 
+# How a training that measured itself may have ended, and what that is called.
+DONE, LIMIT, GIVEN_UP = "done", "limit", "given up"
+_ENDINGS = {DONE: "done", LIMIT: "stopped at its limit", GIVEN_UP: "given up"}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a training ended that measured itself.
+
+    Attributes:
+        how: `"done"`, where what was asked for held; `"limit"`, at its last step; `"given up"`, where it could not all
+            be had.
+        sentence: What held, what did not, and what to try.
+        step: Its last step.
+    """
+
+    how: str
+    sentence: str
+    step: int | None = absent()
+
+    @property
+    def title(self) -> str:
+        return _ENDINGS.get(self.how, "ended")
+
+    @property
+    def line(self) -> str:
+        """One sentence that says at its beginning how."""
+        return f"TRAINING {self.title.upper()}: {self.sentence}."
+
+
 @dataclass(frozen=True)
 class StageCost:
     """What a stage took of the network, over all processes; see `Passes`.
@@ -295,6 +326,7 @@ class Report(Results):
     identity: str | None = absent()
     handed_in: dict[str, str] = absent(factory=dict)
     stopped_after_step: int | None = absent()
+    ending: Ending | None = absent()
     configuration: dict[str, Any] = absent(factory=dict)
     blur: bool | None = absent()
     command: str | list[str] | None = absent()
@@ -320,7 +352,7 @@ class Report(Results):
         if not isinstance(values, dict):
             raise ValueError(f"{place} must hold named values, not a {type(values).__name__}")
         # Earlier versions wrote an empty mapping for what there was none of.
-        empty = ("remembered", "classifier", "i2p", "verdict")
+        empty = ("remembered", "classifier", "i2p", "verdict", "ending")
         values = {name: value for name, value in values.items()
                   if (value is not None or name == "base_revision") and (value or name not in empty)}  # fmt: skip
         if "base_revision" in values and values["base_revision"] is None and "base_is_folder" not in values:

@@ -9,6 +9,7 @@ from ..configuration import CONFIG_NAME, REPORT_NAME
 from ..data.phrasings import fill_template
 from ..data.sample_set import MANIFEST_NAME, SampleSet
 from ..evaluation import Classification, Comparison, compare, label_groups, prompt_groups, sample_groups, score_groups
+from ..evaluation.erased import recorded_ending
 from ..evaluation.groups import REMEMBERED_PROMPTS, PromptGroup
 from ..evaluation.scoring import parts_of
 from ..families import Objective
@@ -50,8 +51,10 @@ class EvaluationImages(Stage):
         where = (config.num_eval_images, config.eval_seed)
         scorer = subject.classifier
         if scorer is not None:
-            return label_groups(scorer.labels, subject.pairs, scorer.label_of, config.concept_templates,
-                                subject.eval_templates, *where, prompts, scorer.neighbours)  # fmt: skip
+            return label_groups(
+                scorer.labels, subject.pairs, scorer.label_of, config.concept_templates, subject.eval_templates, *where,
+                prompts, scorer.neighbours, scorer.prompted,
+            )  # fmt: skip
         remembered = prompts[:REMEMBERED_PROMPTS]
         return prompt_groups(subject.pairs, remembered, subject.eval_templates, *where, config.concept_templates)
 
@@ -217,6 +220,7 @@ class ReportStage(Stage):
             "identity": self.identity().digest,
             "handed_in": subject.handed_in,
             "stopped_after_step": self._training.stopped_after_step,
+            "ending": recorded_ending(str(self.output.path)),
             "blur": subject.blur,
             "mixed_precision": str(subject.accelerator.mixed_precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -1,18 +1,19 @@
 """The probes of a training: held-out samples, and the small sampled check before it stops."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..data.concepts import ErasurePair
+from ..data.concepts import UNIFORM_NOISE, ErasurePair
 from ..data.phrasings import fill_template
 from ..data.sample_set import MANIFEST_NAME, SampleSet
 from ..families import Objective
 from ..identity import Identity
 from ..passes import Passes
 from ..seeds import STREAMS, first_seed
-from ..training.check import SampledCheck
+from ..training.check import CheckedConcept, SampledCheck
 from ..training.controller import step_cost, steps_between
 from ..training.probes import Probes, ProbeSet
 from ..training.settings import global_batch
@@ -160,8 +161,10 @@ class ProbeStage(Stage):
         by_role: dict[tuple[str, str], tuple[torch.Tensor, list[str], list[int]]] = {}
         for (name, role, texts, seeds), samples in zip(self._requests(), sampled, strict=True):
             by_role[name, role] = (samples, texts, seeds)
+        concepts: list[ProbeSet] = []
         for pair in subject.pairs:
             samples, texts, _ = by_role[pair.concept, "concept"]
+            concepts.append(ProbeSet(pair.concept, "concept", samples, texts, list(texts)))
             if pair.surrogate.kind == "prompt":
                 surrogates, wanted, _ = by_role[pair.concept, "surrogate"]
                 sets.append(ProbeSet(pair.concept, "concept", samples, texts, list(wanted)))
@@ -170,23 +173,25 @@ class ProbeStage(Stage):
             else:
                 others = self._unsampled(pair, inputs[0])
                 sets.append(ProbeSet(pair.concept, "surrogate", others.samples, others.conditions, others.sources))
-                if pair.surrogate.kind == "noise":
+                if others.sources[0] == UNIFORM_NOISE:
                     # What noise asks for is known everywhere, on the concept's own samples too.
-                    wanted_noise = [others.sources[0]] * len(samples)
-                    sets.append(ProbeSet(pair.concept, "concept", samples, texts, wanted_noise))
+                    sets.append(ProbeSet(pair.concept, "concept", samples, texts, [UNIFORM_NOISE] * len(samples)))
         remembered, prompts, _ = by_role["", "remembered"]
         sets.append(ProbeSet("", "remembered", remembered, prompts, list(prompts)))
         if subject.objective.unconditional:
             empty = [""] * (len(remembered) // 2)
             sets.append(ProbeSet("", "empty", remembered[: len(empty)], empty, list(empty)))
-        sets += self._neighbours(sets, prompts)
+        sets += self._neighbours(concepts, prompts)
         probes = Probes(
             subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
             max(subject.config.sample_batch_size, subject.config.train_batch_size),
         )  # fmt: skip
-        checked = [(pair, *by_role[pair.concept, "concept"], by_role.get((pair.concept, "surrogate"), (None,))[0])
+        checked = [CheckedConcept(pair.concept, *by_role[pair.concept, "concept"],
+                                  by_role.get((pair.concept, "surrogate"), (None,))[0])
                    for pair in subject.pairs]  # fmt: skip
-        return probes, SampledCheck.of(subject, checked, _CHECKED)
+        return probes, SampledCheck(
+            subject.objective, subject.settings, subject.classifier, subject.accelerator, checked, _CHECKED
+        )
 
     def _sampled(self, requests: Sequence[tuple[list[str], list[int]]], name: str) -> list[torch.Tensor]:
         prompts = [text for texts, _ in requests for text in texts]
@@ -202,22 +207,24 @@ class ProbeStage(Stage):
         prompt = fill_template(template, pair.concept)
         if pair.surrogate.kind == "noise":
             seeds = list(range(self._first + STREAMS["probe"].length // 2, self._first + STREAMS["probe"].length))
-            return self.subject.generator.from_pixels(
+            noise = self.subject.generator.from_pixels(
                 [pair] * self._each, [prompt] * self._each, seeds[: self._each], self.subject.settings
             )  # fmt: skip
+            # Where the answer to noise is not known, it is a surrogate as images are.
+            known = _knows_noise(self.subject.objective, noise.samples[:1])
+            return noise if known else replace(noise, sources=[None] * self._each)
         rows = [row for row, source in enumerate(surrogates.sources) if source is None][: self._each]
         images = surrogates.subset(rows)
         return SampleSet(images.samples, [prompt] * len(rows), images.sources, images.seeds)
 
-    def _neighbours(self, sets: Sequence[ProbeSet], remembered: Sequence[str]) -> list[ProbeSet]:
+    def _neighbours(self, concepts: Sequence[ProbeSet], remembered: Sequence[str]) -> list[ProbeSet]:
         """Of the remembered prompts, those for which the model's predictions lie nearest to the concept's."""
         objective = self.subject.objective
         candidates = list(dict.fromkeys(prompt for prompt in remembered if prompt))[:_CANDIDATES]
         chosen: dict[str, float] = {}
-        for part in sets:
-            if part.role == "concept" and len(candidates) > 1:
-                for prompt, distance in zip(candidates, _distances(objective, part, candidates), strict=True):
-                    chosen[prompt] = min(distance, chosen.get(prompt, distance))
+        for part in concepts if len(candidates) > 1 else ():
+            for prompt, distance in zip(candidates, _distances(objective, part, candidates), strict=True):
+                chosen[prompt] = min(distance, chosen.get(prompt, distance))
         nearest = sorted(chosen, key=chosen.__getitem__)[:_NEIGHBOURS]
         count = self._few
         start = self._first + STREAMS["probe"].length // 4
@@ -227,6 +234,15 @@ class ProbeStage(Stage):
             return []
         return [ProbeSet(prompt, "neighbour", samples, [prompt] * count, [prompt] * count)
                 for prompt, samples in zip(nearest, self._sampled(requests, "probe"), strict=True)]  # fmt: skip
+
+
+def _knows_noise(objective: Objective, samples: torch.Tensor) -> bool:
+    """Whether an objective knows what a model answers, on average, whose samples are uniform noise."""
+    samples = samples.to(objective.device)
+    noise = objective.draw_noise(samples, torch.Generator().manual_seed(0))
+    timesteps = torch.full((len(samples),), objective.num_train_timesteps // 2, device=samples.device)
+    answers = [of(samples, timesteps, noise).float() for of in (objective.answer_of_noise, objective.target)]
+    return not torch.equal(*answers)
 
 
 @torch.no_grad()

@@ -298,7 +298,7 @@ def _named(
     if is_told or not isinstance(classifier, ImageClassifier):
         return []
     # Some label files give several names for one label.
-    return [label.split(",")[0] for label in classifier.labels]
+    return [label.split(",")[0] for label in classifier.prompted]
 
 
 def _eval_templates(config: SelectiveAmnesiaConfig, objective: Objective, pairs: Sequence[ErasurePair]) -> list[str]:

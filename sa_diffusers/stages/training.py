@@ -255,9 +255,8 @@ class TrainingStage(Stage):
 
     def _tell(self, training: Training) -> None:
         """Say how the training ended."""
-        verdict = training.controller.verdict if training.controller else None
-        if verdict is not None and self.subject.is_main:
-            say(f"the probes: {verdict.sentence}")
+        if training.ending is not None and self.subject.is_main:
+            say(f"the probes: {training.ending.sentence}")
 
     def _replayed(self, surrogates: SampleSet, replay: SampleSet | None) -> SampleSet | None:
         config = self.subject.config

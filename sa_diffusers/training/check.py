@@ -1,14 +1,77 @@
 """A few images before a training stops: do they agree with the probes?"""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
-from ..data.concepts import ErasurePair
+from ..families.base import Objective, SamplingSettings
 
 # Of pictures without a surrogate to compare with: two that share more than this are of the same thing.
 _ALIKE = 0.5
+# An image of the surrogate is so many times nearer to the surrogate's than to the concept's. Of those that were not yet
+# twice as near, a classifier took every second one for the concept (coat into pullover).
+_NEARER = 2.0
+
+
+class Scores(Protocol):
+    """What a classifier says of pictures.
+
+    Attributes:
+        probabilities: `[n, labels]`.
+    """
+
+    probabilities: torch.Tensor
+
+
+class Classifier(Protocol):
+    """What says what pictures show, such as `sa_diffusers.evaluation.ImageClassifier`."""
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Scores: ...
+
+    def label_of(self, text: str) -> int | None:
+        """The index of the label that a concept is; None if it is none of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckedConcept:
+    """What the base model has sampled of a concept, and of its surrogate.
+
+    Attributes:
+        concept: Its name.
+        samples: `[n, ...]` on the CPU, of the concept.
+        prompts: One for each.
+        seeds: One for each.
+        surrogates: Samples of the surrogate at the same seeds; None where no prompt samples it.
+        label: The classifier's of the concept, where it tells the concept from its surrogate.
+        mistaken: How many of the surrogates it takes for the concept.
+    """
+
+    concept: str
+    samples: torch.Tensor
+    prompts: list[str]
+    seeds: list[int]
+    surrogates: torch.Tensor | None
+    label: int | None = None
+    mistaken: int = 0
+
+    def first(self, count: int) -> "CheckedConcept":
+        """The first so many samples of it."""
+        surrogates = None if self.surrogates is None else self.surrogates[:count]
+        return replace(self, samples=self.samples[:count], prompts=self.prompts[:count], seeds=self.seeds[:count],
+                       surrogates=surrogates)  # fmt: skip
+
+    def labelled(self, classifier: Classifier | None, objective: Objective) -> "CheckedConcept":
+        """With the classifier's label, if it can tell the concept from its surrogate."""
+        label = None if classifier is None else classifier.label_of(self.concept)
+        if label is None or self.surrogates is None:
+            return replace(self, label=label)
+        mistaken = _called(classifier, objective, self.surrogates, label)
+        return self if mistaken > len(self.surrogates) / 4 else replace(self, label=label, mistaken=mistaken)
 
 
 class SampledCheck:
@@ -16,58 +79,49 @@ class SampledCheck:
     surrogate are at hand, and counts those that still show the concept.
 
     Where a classifier is given and tells the concept from its surrogate, it decides; images of the base model's own
-    surrogates that it takes for the concept are not counted. Else an image shows the concept if, as a sample, it is
-    nearer to the base model's image of the concept at the same seed than to that of the surrogate (where no prompt
+    surrogates that it takes for the concept are not counted. Else an image shows the concept unless, as a sample, it is
+    twice as near to the base model's image of the surrogate at the same seed as to that of the concept (where no prompt
     samples the surrogate: if it correlates with the former by more than one half).
 
     Args:
-        objective: The model.
+        objective: The model; now it is the base model still.
         settings: How images are sampled.
         classifier: What says what an image shows, if anything does.
-        parts: For each concept its label, how many surrogates the classifier takes for it, prompts, seeds, the base
-            model's samples of it and of its surrogate.
+        accelerator: Processes and precision.
+        concepts: What is looked for.
+        count: Images, over all concepts.
     """
 
-    def __init__(self, objective: Any, settings: Any, classifier: Any, accelerator: Any, parts: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        settings: SamplingSettings,
+        classifier: Classifier | None,
+        accelerator: Accelerator,
+        concepts: Sequence[CheckedConcept],
+        count: int = 20,
+    ) -> None:
         self.objective, self.settings, self.classifier = objective, settings, classifier
         self.accelerator = accelerator
-        self.parts = list(parts)
-
-    @classmethod
-    def of(cls, subject: Any, checked: Sequence[tuple], count: int) -> "SampledCheck":
-        """The check of an erasure.
-
-        Args:
-            subject: The model and what it is to forget.
-            checked: For each pair the base model's samples of the concept, their prompts and seeds, and its samples of
-                the surrogate at the same seeds, or None.
-            count: Images, over all concepts.
-        """
-        parts = []
-        each = max(4, count // len(checked))
-        for pair, samples, prompts, seeds, surrogates in checked:
-            kept = slice(0, min(each, len(samples)))
-            others = None if surrogates is None else surrogates[kept]
-            label, mistaken = _label(subject.classifier, pair, others, subject.objective)
-            parts.append((label, mistaken, prompts[kept], seeds[kept], samples[kept], others))
-        return cls(subject.objective, subject.settings, subject.classifier, subject.accelerator, parts)
+        each = max(4, count // len(concepts))
+        self.parts = [concept.first(each).labelled(classifier, objective) for concept in concepts]
 
     @torch.no_grad()
     def __call__(self) -> tuple[int, int]:
         """How many images still show a concept, and of how many; the same on all processes."""
         showing = count = 0
-        for label, mistaken, prompts, seeds, own, surrogates in self.parts:
+        for part in self.parts:
             with self.accelerator.autocast():
-                samples = self.objective.sample(prompts, seeds, self.settings).float().cpu()
+                samples = self.objective.sample(part.prompts, part.seeds, self.settings).float().cpu()
             count += len(samples)
-            if label is not None:
-                found = self.classifier(self.objective.decode(samples.to(self.objective.device))).probabilities
-                showing += max(0, int((found.argmax(-1) == label).sum()) - mistaken)
-            elif surrogates is not None:
-                near = (samples - own).flatten(1).norm(dim=1) < (samples - surrogates).flatten(1).norm(dim=1)
-                showing += int(near.sum())
+            if part.label is not None:
+                hits = _called(self.classifier, self.objective, samples, part.label)
+                showing += max(0, hits - part.mistaken)
+            elif part.surrogates is not None:
+                own, other = ((samples - those).flatten(1).norm(dim=1) for those in (part.samples, part.surrogates))
+                showing += int((own < _NEARER * other).sum())
             else:
-                first, second = ((value - value.mean(0)).flatten(1) for value in (samples, own))
+                first, second = ((value - value.mean(0)).flatten(1) for value in (samples, part.samples))
                 alike = torch.nn.functional.cosine_similarity(first, second) > _ALIKE
                 showing += int(alike.sum())
         if self.accelerator.num_processes > 1:
@@ -78,14 +132,8 @@ class SampledCheck:
         return showing, count
 
 
-def _label(
-    classifier: Any, pair: ErasurePair, surrogates: torch.Tensor | None, objective: Any
-) -> tuple[int | None, int]:
-    """The classifier's label of a concept, None where it cannot tell it from its surrogate; and how many of the
-    surrogates it takes for it."""
-    label = None if classifier is None else classifier.label_of(pair.concept)
-    if label is None or surrogates is None:
-        return label, 0
-    found = classifier(objective.decode(surrogates.to(objective.device))).probabilities.argmax(-1)
-    mistaken = int((found == label).sum())
-    return (None, 0) if mistaken > len(surrogates) / 4 else (label, mistaken)
+def _called(classifier: Classifier | None, objective: Objective, samples: torch.Tensor, label: int) -> int:
+    """How many samples, as pictures, a classifier gives a label."""
+    assert classifier is not None
+    found = classifier(objective.decode(samples.to(objective.device))).probabilities.argmax(-1)
+    return int((found == label).sum())

@@ -290,7 +290,8 @@ class Controller:
             # The probes were too easily content: half of what is left must go.
             state.target = max(state.target, forgotten)
             state.target += (1 - state.target) / 2
-            say(f"the probes are content after step {step}, but {showing} of {count} images still show the concept: on")
+        if self.probes.accelerator.is_main_process:
+            say(f"after step {step} {showing} of {count} images still show the concept: on")
         return False
 
     def _seen(self) -> str:

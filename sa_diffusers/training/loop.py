@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..configuration import SelectiveAmnesiaConfig
 from ..families.base import Denoiser, Objective
 from ..fisher import FisherInformation
 from ..identity import Identity
-from ..processes import Interrupted, Pace, check_stop, shrinking, stop_requested, wait_until
+from ..processes import Interrupted, Pace, shrinking, stop_requested, wait_until
+from ..results.schema import DONE, GIVEN_UP, LIMIT, Ending
 from ..seeds import seed_of
 from .batches import BatchPolicy
 from .callbacks import StepState
@@ -40,6 +41,7 @@ from .validation import Validation
 
 _BYTES_PER_SECOND = 300e6
 _MICRO_BATCHES = 4096
+_ENDING = "ending"
 # Steps in which the learning rate and the EWC term's weight are found.
 _EXCURSION = 20
 
@@ -64,6 +66,7 @@ class Loop:
         controller: Measures the training, tunes and ends it; None leaves all to the settings.
         stopped: The step after which a callback or the controller ended the training; None if none did.
         stopped_by_caller: Whether it was a callback.
+        ending: What the controller says of the end; None where it says nothing.
     """
 
     objective: Objective
@@ -81,6 +84,7 @@ class Loop:
     controller: Controller | None = None
     stopped: int | None = field(default=None, init=False)
     stopped_by_caller: bool = field(default=False, init=False)
+    ending: Ending | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         config, module, fisher = self.config, self.objective.module, self.fisher
@@ -127,8 +131,12 @@ class Loop:
             self._calibrate()
         pace = Pace(seconds=60 * config.checkpointing_minutes, cost=checkpoint_bytes / _BYTES_PER_SECOND)
         part_of_run = part_of_a_run(config)
+        # A run that was stopped right at its end takes no further step.
+        last = first if self.ending else config.max_train_steps
+        if last < config.max_train_steps:
+            self.stopped = last
         bar = tqdm(
-            range(first, config.max_train_steps),
+            range(first, last),
             initial=first,
             total=config.max_train_steps,
             desc="forgetting",
@@ -231,7 +239,9 @@ class Loop:
             elif self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            check_stop()
+            # A signal may reach one process alone.
+            if self._agree(stop_requested() is not None, False, False)[0]:
+                raise Interrupted(stop_requested() or "another process was asked to stop")
         module = self.objective.module
         module.eval()
         if self.ewc and config.ewc_weight is None:
@@ -258,6 +268,8 @@ class Loop:
                 penalty = self.ewc.unweighted().item()
             ends = controller.after(done, module, penalty, last)
             module.train()
+        if verdict := controller.verdict:
+            self.ending = Ending(DONE if verdict.done else LIMIT if last else GIVEN_UP, verdict.sentence, done)
         self.progress.read(done, {k: v for k, v in controller.state.readings[-1].items() if k != "step"}, bar)
         return ends
 
@@ -319,7 +331,7 @@ class Loop:
         state = TrainingState.of(
             step, self.trainable.parameters, *self._kept(), history=self.progress.history,
             skipped=self.progress.skipped, passes=passes,
-            control=self.controller.state_dict() if self.controller else None,
+            control=self.controller and {**self.controller.state_dict(), _ENDING: self.ending and asdict(self.ending)},
         )  # fmt: skip
         limit = self.config.checkpoints_total_limit
         return write_checkpoint(self.output_dir, state, self.identity, self.config.to_dict(), limit)
@@ -332,7 +344,11 @@ class Loop:
         state.restore(self.trainable.parameters, *self._kept())
         self.progress.history, self.progress.skipped = state.history, state.skipped
         if self.controller and state.control:
+            ending = state.control.pop(_ENDING, None)
             self.controller.load_state_dict(state.control)
+            # The limit may be another one now.
+            if ending and not (ending["how"] == LIMIT and state.step < self.config.max_train_steps):
+                self.ending = Ending(**ending)
         self.progress.go_on_from(state.passes)
         if state.step and self.output_dir and self.accelerator.is_main_process:
             # The run may have ended before it did.

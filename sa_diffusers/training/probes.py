@@ -2,7 +2,7 @@
 alone, without sampling."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ..data.concepts import UNIFORM_NOISE
 from ..data.sample_set import is_prompt
 from ..families.base import Conditions, Denoiser, Objective, index_conditions
+from ..processes import say
 from ..seeds import generator_of
 
 Role = str
@@ -77,8 +78,12 @@ class Reading:
 
     @property
     def worst_forgotten(self) -> float:
-        """Of the concept that is forgotten least; 1 where nothing can be said of any."""
-        return min((self.forgotten or self.forgotten_surrogate).values(), default=1.0)
+        """Of the concept that is forgotten least; 1 where nothing can be said of any.
+
+        What its own samples say of a concept counts; where they say nothing, those of its surrogate.
+        """
+        least = _least({**self.forgotten_surrogate, **self.forgotten})
+        return 1.0 if least is None else least
 
     @property
     def worst_drift(self) -> float:
@@ -89,8 +94,8 @@ class Reading:
         """Figures by name, for history and trackers."""
         figures = {
             "forgotten": self.worst_forgotten,
-            "forgotten_surrogate": min(self.forgotten_surrogate.values(), default=None),
-            "forgotten_unguided": min(self.forgotten_unguided.values(), default=None),
+            "forgotten_surrogate": _least(self.forgotten_surrogate),
+            "forgotten_unguided": _least(self.forgotten_unguided),
             "drift": self.drift,
             "drift_p90": self.drift_p90,
             "drift_unguided": self.drift_unguided,
@@ -200,6 +205,7 @@ class Probes:
         for noised in self._noised:
             if any(text is None for text in noised.of.wanted):
                 noised.floor = floor
+                self._say_if_unknown(noised)
 
     def weakest(self) -> tuple[str, float]:
         """The concept whose surrogate differs least from it, and by how much, in units of drift.
@@ -289,6 +295,15 @@ class Probes:
         noised.wanted = wanted
         return noised
 
+    def _say_if_unknown(self, noised: _Noised) -> None:
+        """Say so where the model errs no more on images in the concept's place than on samples of its own."""
+        whole = self._deviation(noised.before, noised.wanted, noised.timesteps).mean().item()
+        if whole <= noised.floor and self.accelerator.is_main_process:
+            say(
+                f'warning: what is forgotten of "{noised.of.name}" cannot be told from predictions, as the images in '
+                "its place are no harder for the model than samples of its own: sampled images alone decide on it"
+            )
+
     def _own_error(self) -> float:
         """The frozen model's mean error on samples of its own, against the noise that they were given."""
         errors = []
@@ -338,6 +353,10 @@ class Probes:
         size = min(self.batch_size, -(-count // processes))
         for start in range(rank * size, count, processes * size):
             yield slice(start, min(start + size, count))
+
+
+def _least(of_each: Mapping[str, float]) -> float | None:
+    return min((value for value in of_each.values() if not math.isnan(value)), default=None)
 
 
 def _forgotten(left: torch.Tensor, whole: torch.Tensor) -> float:

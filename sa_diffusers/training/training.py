@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from ..configuration import (
     BASE_DEFAULTS_NAME,
     CONFIG_NAME,
+    ENDING_NAME,
     FISHER_CONFIG_NAME,
     GRID_NAME,
     HISTORY_NAME,
@@ -30,6 +32,7 @@ from ..parameter_selection import only_trainable
 from ..passes import Passes, counted
 from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
+from ..results.schema import Ending
 from .batches import BatchPolicy
 from .callbacks import Callback, step_functions
 from .check import SampledCheck
@@ -71,6 +74,7 @@ class Training:
 
     Attributes:
         controller: What the probes said, and what was done about it; None without probes.
+        ending: What the probes say of the end; None where they say nothing.
 
     Raises:
         ValueError: The selection matches nothing, the weights are not float32, or replay or Fisher information is
@@ -130,6 +134,7 @@ class Training:
             self.controller = Controller(probes, config, check, step_cost(config, batch))
         # What every part of the erasure took of the network when it was made, by the name of its stage.
         self.made: dict[str, Passes | None] = {}
+        self.ending: Ending | None = None
         self._has_trained = False
 
     @property
@@ -225,6 +230,7 @@ class Training:
         with counted(self.objective.module, self.progress.passes):
             loop.run(checkpoint, self.checkpoint_bytes())
         self.made = {"training": self.progress.all_passes()}
+        self.ending = loop.ending
         if self.progress.skipped >= (loop.stopped or self.config.max_train_steps):
             raise FloatingPointError(
                 f"the gradient was not finite in any of {self.progress.skipped} steps, and nothing was trained: lower "
@@ -241,7 +247,8 @@ class Training:
         return int(copies * sum(4 * parameter.numel() for parameter in self.parameters.values()))
 
     def save(self, folder: str | Path) -> None:
-        """Write the erased pipeline, its settings, the training history, and what the Fisher information came from.
+        """Write the erased pipeline, its settings, the training history, how the training ended, and what the Fisher
+        information came from.
 
         What belongs to earlier weights in the folder (report, pictures, card) goes in the same step. Files of the
         user's own stay.
@@ -253,7 +260,8 @@ class Training:
         if not self.accelerator.is_main_process:
             wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
             return
-        leaving = [BASE_DEFAULTS_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME, REPORTED]
+        leaving = [BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME,
+                   FISHER_CONFIG_NAME, REPORTED]  # fmt: skip
         if is_own_card(folder):
             leaving.append(CARD_NAME)
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
@@ -263,6 +271,8 @@ class Training:
             self.objective.save(staging)
             drop_local_names(staging)
             write_json(staging / HISTORY_NAME, self.history)
+            if self.ending is not None:
+                write_json(staging / ENDING_NAME, asdict(self.ending))
             if self.fisher is not None:
                 write_json(staging / FISHER_CONFIG_NAME, self.fisher.config)
             self.config.save(staging / CONFIG_NAME)

@@ -155,7 +155,7 @@ class ZeroShotClassifier:
     def __init__(self, clip: Clip, names: Sequence[str], neighbours: Sequence[str] = ()) -> None:
         self.clip = clip
         self.name = f"{clip.name} (zero-shot)"
-        self.labels = list(dict.fromkeys(names))
+        self.labels = self.prompted = list(dict.fromkeys(names))
         self.neighbours = list(neighbours)
         self._embeds = clip.embed_texts([ZERO_SHOT_TEMPLATE.format(name) for name in self.labels])
         self._scale = clip.model.logit_scale.detach().float().exp().cpu()

@@ -72,8 +72,9 @@ def class_protocol(
         raise ValueError(_OF_PROMPTS)
     classifier.check_classes(labels, [pair.concept for pair in subject.pairs])
     groups = label_groups(
-        classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed
-    )
+        classifier.labels, subject.pairs, classifier.label_of, ["{}"], ["{}"], subject.count, subject.first_seed,
+        prompted=classifier.prompted,
+    )  # fmt: skip
     drawn = draw_both(subject, groups, classifier, (measures, measures), networks)
     if drawn is None:
         return None

@@ -58,7 +58,7 @@ class ConceptProtocol(Protocol):
         concepts = [pair.concept for pair in subject.pairs]
         surrogates = [pair.surrogate.value for pair in subject.pairs if pair.surrogate.kind == "prompt"]
         if classifier:
-            embed, candidates = picture_embeddings(subject, classifier), classifier.labels
+            embed, candidates = picture_embeddings(subject, classifier), classifier.prompted
         else:
             embed, candidates = self.clip.embed_texts if self.clip else text_embeddings(subject.base), []
         # All processes ask for the same images: those that the first has chosen.

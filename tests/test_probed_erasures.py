@@ -1,0 +1,228 @@
+"""Erasures that measure themselves: every kind of surrogate and precision, runs that stop where they find their
+settings, and how they say that they ended."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline, objective_for
+from sa_diffusers.commands.erase import main as erase
+from sa_diffusers.commands.evaluate import main as evaluate
+from sa_diffusers.erasure import Erasure
+from sa_diffusers.processes import Interrupted, watching
+
+from .conftest import as_flags, run_here
+from .test_class_models import tiny_diffusion
+from .test_probes import controlled, weights
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PROBED = {
+    "concept": ["brad pitt"], "surrogate": ["a middle aged man"], "num_surrogate_images": 6, "num_replay_images": 8,
+    "num_inference_steps": 2, "sample_batch_size": 8, "num_fisher_samples": 2, "fisher_timesteps": 2,
+    "max_train_steps": 10, "train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1,
+    "num_eval_images": 2, "num_probe_images": 8, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("surrogate") / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def config_of(base, folder, output="erased", **changes) -> SelectiveAmnesiaConfig:
+    places = {"pretrained_model_name_or_path": str(base), "output_dir": str(folder / output),
+              "artifacts_dir": str(folder / "artifacts")}  # fmt: skip
+    return SelectiveAmnesiaConfig(**{**PROBED, **places, **changes})
+
+
+def trained(erasure: Erasure):
+    """Everything up to the erased pipeline in its folder."""
+    with erasure.holding():
+        surrogates = erasure.timed(erasure.surrogate_stage)
+        return erasure.training_stage.run(surrogates, *erasure.products(surrogates))
+
+
+def dying(after: int):
+    """A builder of objectives that end the process's work in the middle of a training step."""
+
+    def build(*arguments):
+        objective = objective_for(*arguments)
+        loss, steps = objective.negative_elbo, []
+
+        def negative_elbo(*inputs):
+            steps.extend([None] if objective.module.training else [])
+            if len(steps) > after:
+                raise KeyboardInterrupt
+            return loss(*inputs)
+
+        objective.negative_elbo = negative_elbo
+        return objective
+
+    return build
+
+
+CASES = {
+    "bf16": {"mixed_precision": "bf16"},
+    "noise as target": {"target": "noise"},
+    "two concepts": {"concept": ["brad pitt", "tom cruise"], "surrogate": ["a middle aged man", "a woman"]},
+    "uniform noise": {"surrogate": ["uniform_noise"]},
+    "a prompt and images": {"concept": ["brad pitt", "tom cruise"], "surrogate": ["a middle aged man", "IMAGES"]},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_run_decides_is_the_same_where_it_died_in_the_search_for_its_settings(
+    tiny_folder, tmp_path, images, case
+):
+    changes = dict(CASES[case])
+    changes["surrogate"] = [str(images) if value == "IMAGES" else value
+                            for value in changes.get("surrogate", PROBED["surrogate"])]  # fmt: skip
+    whole = trained(Erasure(config_of(tiny_folder, tmp_path, "whole", **changes)))
+    state = whole.controller.state
+    assert state.rate > 0 and state.calibrated > 0
+    assert [reading["step"] for reading in state.readings] == [10]
+    (figures,) = state.readings
+    assert {"forgotten", "drift", "drift_p90", "drift_neighbours", "drift_empty"} <= set(figures)
+    assert all(math.isfinite(value) for value in figures.values())
+    reading = whole.controller.probes.read(whole.objective.module)
+    of_each = {**reading.forgotten_surrogate, **reading.forgotten}
+    assert set(of_each) == set(changes.get("concept", PROBED["concept"]))
+    assert reading.worst_forgotten == min([value for value in of_each.values() if not math.isnan(value)], default=1.0)
+    assert whole.ending.how == "limit"
+    with pytest.raises(KeyboardInterrupt):
+        trained(Erasure(config_of(tiny_folder, tmp_path, "broken", **changes), dying(after=7)))
+    again = trained(Erasure(config_of(tiny_folder, tmp_path, "broken", **changes)))
+    assert again.controller.state == state
+    assert again.history == whole.history
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def probes_of(erasure: Erasure):
+    probes, check = erasure.probe_stage.run(erasure.surrogates())
+    probes.prepare(erasure.objective.module)
+    return probes, check
+
+
+def test_noise_is_asked_for_on_the_concepts_own_samples_where_its_answer_is_known(tiny_folder, tmp_path, capsys):
+    tiny_diffusion().save_pretrained(tmp_path / "pixels")
+    pixels = config_of(tmp_path / "pixels", tmp_path, concept=["cat"], surrogate=["uniform_noise"])
+    probes, _ = probes_of(Erasure(pixels))
+    assert [part.role for part in probes.sets if part.name == "cat"] == ["surrogate", "concept"]
+    assert "cannot be told" not in capsys.readouterr().err
+    # In latents it is not: a model that had forgotten all would be told that it has forgotten nothing.
+    probes, _ = probes_of(Erasure(config_of(tiny_folder, tmp_path, surrogate=["uniform_noise"])))
+    assert [part.role for part in probes.sets if part.name == "brad pitt"] == ["surrogate"]
+    assert all(text is None for part in probes.sets if part.role == "surrogate" for text in part.wanted)
+
+
+def test_images_in_a_concepts_place_are_measured_by_what_the_model_errs_on_them(tmp_path, images):
+    config = config_of(
+        embedded_pipeline(), tmp_path, concept=["sneaker"], surrogate=[str(images)], replay_prompts="garments",
+        classifier=None, reference_features=None,
+    )  # fmt: skip
+    erasure = Erasure(config)
+    probes, check = probes_of(erasure)
+    reading = probes.read(erasure.objective.module)
+    assert reading.forgotten == {}
+    assert reading.worst_forgotten == pytest.approx(0, abs=1e-5)
+    assert len(reading.neighbours) == 5
+    # Nothing is forgotten: every image is like what the base model samples at its seed.
+    assert check() == (8, 8)
+
+
+# How it ended
+
+
+@pytest.fixture(scope="module")
+def limited(tiny_folder, tmp_path_factory):
+    """The whole command, up to its limit of steps."""
+    folder = tmp_path_factory.mktemp("limited")
+    arguments = as_flags({**PROBED, "pretrained_model_name_or_path": str(tiny_folder), "output_dir": "out"})
+    result = run_here(erase, arguments, folder)
+    assert result.returncode == 0, result.stderr
+    return folder, arguments, result
+
+
+def told(folder: Path) -> list[str]:
+    """What of an ending a reader finds in page and Markdown of a report."""
+    return [(folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")]
+
+
+def test_a_run_that_reached_its_limit_says_so_in_report_and_card(limited):
+    folder, _, result = limited
+    ending = json.loads((folder / "out" / "training_ending.json").read_text())
+    assert (ending["how"], ending["step"]) == ("limit", 10)
+    assert ending["sentence"].startswith("at the limit of 10 steps: forgotten is")
+    assert f"the probes: {ending['sentence']}" in result.stderr
+    assert f"training  stopped at its limit: {ending['sentence']}" in result.stdout
+    assert json.loads((folder / "out" / "report.json").read_text())["ending"] == ending
+    for text in (*told(folder / "out"), (folder / "out" / "README.md").read_text()):
+        assert "TRAINING STOPPED AT ITS LIMIT:" in text
+        assert "at the limit of 10 steps: forgotten is" in text
+
+
+def test_what_a_finished_run_said_is_kept_for_later_evaluations(limited, clip_folder, tiny_folder):
+    folder, arguments, _ = limited
+    (folder / "out" / "report.json").unlink()
+    again = run_here(erase, arguments, folder)
+    assert again.returncode == 0, again.stderr
+    assert "nothing is trained" in again.stderr
+    assert "training  stopped at its limit: at the limit of 10 steps" in again.stdout
+    assert "TRAINING STOPPED AT ITS LIMIT:" in told(folder / "out")[1]
+    flags = ["--base", tiny_folder, "--erased", "out", "--protocol", "concept", "--clip", clip_folder, "--images", 2,
+             "--neighbours", "a dog", "--unrelated", "a cat", "--batch_size", 4]  # fmt: skip
+    result = run_here(evaluate, flags, folder)
+    assert result.returncode == 0, result.stderr
+    later = folder / "out" / "evaluation-concept"
+    assert json.loads((later / "report.json").read_text())["ending"]["how"] == "limit"
+    assert all("TRAINING STOPPED AT ITS LIMIT:" in text for text in told(later))
+    assert (folder / "out" / "README.md").read_text().count("TRAINING STOPPED AT ITS LIMIT:") == 1
+
+
+def test_a_run_without_probes_is_silent_and_leaves_no_ending_of_an_earlier_one(limited):
+    folder, arguments, _ = limited
+    by_hand = ["--num_probe_images", "0", "--learning_rate", "1e-3", "--ewc_weight", "1", "--max_train_steps", "2"]
+    result = run_here(erase, [*arguments, *by_hand, "--overwrite_output_dir"], folder)
+    assert result.returncode == 0, result.stderr
+    assert "training  " not in result.stdout
+    assert not (folder / "out" / "training_ending.json").exists()
+    assert "ending" not in json.loads((folder / "out" / "report.json").read_text())
+    assert "TRAINING" not in "".join([*told(folder / "out"), (folder / "out" / "README.md").read_text()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [({"max_train_steps": 4}, "limit"), ({"forget_target": 0.01, "drift_tolerance": 900.0}, "done")],
+)
+def test_a_run_that_is_stopped_right_at_its_end_takes_no_further_step(tmp_path, settings, how):
+    settings = {"max_train_steps": 400, "learning_rate": 1e-3, "ewc": 0, **settings}
+    whole = controlled(tmp_path / "whole", **settings)
+    steps = whole.train()[-1]["step"]
+    assert (whole.ending.how, whole.ending.step) == (how, steps)
+    stopping = controlled(tmp_path / "broken", **settings)
+    stopping.callbacks = [lambda state: os.kill(os.getpid(), signal.SIGTERM) if state.step == steps else None]
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {steps}"), watching():
+        stopping.train()
+    again = controlled(tmp_path / "broken", **settings)
+    again.train()
+    assert again.ending == whole.ending
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    if how == "limit":
+        # With a later one it goes on, and says how that ends.
+        further = controlled(tmp_path / "broken", **{**settings, "max_train_steps": 6})
+        further.train()
+        assert further.ending.sentence.startswith("at the limit of 6 steps")
