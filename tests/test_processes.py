@@ -167,15 +167,13 @@ def probed(tiny_folder, tmp_path_factory):
 
 
 def controls(folder) -> dict[int, dict]:
-    """What the controller goes on from, at every checkpoint."""
-    found = {int(path.name.rpartition("-")[2]): json.loads((path / "state.json").read_text())["control"]
-             for path in (folder / "out").glob("checkpoint-*")}  # fmt: skip
-    return dict(sorted(found.items()))
+    """What the controller goes on from, after its readings but the last."""
+    return {step: json.loads((folder / "out" / f"checkpoint-{step}" / "state.json").read_text())["control"]
+            for step in (10, 20)}  # fmt: skip
 
 
 def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folder):
     first, second = controls(probed[1]), controls(probed[2])
-    assert list(first) == list(second) == [10, 20]
     for step, control in first.items():
         other = second[step]
         for name in ("rate", "calibrated", "ewc_scale", "balance", "pace", "target", "norms"):
