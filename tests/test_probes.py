@@ -225,7 +225,8 @@ def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
 def test_a_training_stops_when_both_wishes_hold_and_images_agree():
     calls = []
 
-    def check():
+    def check(turn):
+        assert turn == len(calls)
         calls.append(None)
         # The first time images disagree.
         return (20 if len(calls) == 1 else 0), 20
@@ -244,7 +245,8 @@ def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 20)
     seen = []
 
-    def check():
+    def check(turn):
+        assert turn == len(seen)
         seen.append(None)
         return (1 if len(seen) < 3 else 0), 20
 
@@ -260,7 +262,7 @@ def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
 
 def test_no_image_is_looked_at_while_the_rest_has_drifted_too_far(monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 10)
-    training = controlled(forget_target=0.01, drift_tolerance=1e-9, max_train_steps=20, check=lambda: (0, 20))
+    training = controlled(forget_target=0.01, drift_tolerance=1e-9, max_train_steps=20, check=lambda turn: (0, 20))
     training.train()
     assert not training.controller.state.checks and not training.controller.verdict.done
 

@@ -25,7 +25,11 @@ from .subject import Subject, describe, reused
 PROBE_TEMPLATES = ("a view of {}", "there is {} here", "{} as it looks today", "look, {}")
 _NEIGHBOURS = 5
 _CANDIDATES = 64
-_CHECKED = 20
+# Images of the check, and the passes for which there may be more of them: a VAE samples in one.
+_CHECKED, _MOST_CHECKED = 20, 200
+_CHECK_PASSES = 400
+# Seeds for the checks of a concept.
+_CHECK_SEEDS = 10_000
 # Samples on which neighbours are told apart.
 _COMPARED = 4
 
@@ -186,12 +190,31 @@ class ProbeStage(Stage):
             subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
             max(subject.config.sample_batch_size, subject.config.train_batch_size),
         )  # fmt: skip
-        checked = [CheckedConcept(pair.concept, *by_role[pair.concept, "concept"],
-                                  by_role.get((pair.concept, "surrogate"), (None,))[0])
-                   for pair in subject.pairs]  # fmt: skip
+        start = self._first + STREAMS["probe"].length // 3
+        checked = [
+            CheckedConcept(
+                pair.concept, *by_role[pair.concept, "concept"], by_role.get((pair.concept, "surrogate"), (None,))[0],
+                self._shown(pair, inputs[0]), start + number * _CHECK_SEEDS,
+            )
+            for number, pair in enumerate(subject.pairs)
+        ]  # fmt: skip
         return probes, SampledCheck(
-            subject.objective, subject.settings, subject.classifier, subject.accelerator, checked, _CHECKED
+            subject.objective, subject.settings, subject.classifier, subject.accelerator, checked, self._checked
         )
+
+    @property
+    def _checked(self) -> int:
+        """Images of a check."""
+        subject = self.subject
+        return min(_MOST_CHECKED, max(_CHECKED, _CHECK_PASSES // max(1, subject.sampling(1, subject.settings).forward)))
+
+    def _shown(self, pair: ErasurePair, surrogates: SampleSet) -> torch.Tensor | None:
+        """Surrogates that no prompt samples, as far as the model can show them."""
+        if pair.surrogate.kind == "prompt":
+            return None
+        samples = self._unsampled(pair, surrogates).samples
+        means_only = self.subject.objective.shows_means and pair.surrogate.kind == "noise"
+        return samples.mean().expand_as(samples[:1]).contiguous() if means_only else samples
 
     def _sampled(self, requests: Sequence[tuple[list[str], list[int]]], name: str) -> list[torch.Tensor]:
         prompts = [text for texts, _ in requests for text in texts]

@@ -12,9 +12,11 @@ from ..families.base import Objective, SamplingSettings
 
 # Of pictures without a surrogate to compare with: two that share more than this are of the same thing.
 _ALIKE = 0.5
-# An image of the surrogate is so many times nearer to the surrogate's than to the concept's. Of those that were not yet
-# twice as near, a classifier took every second one for the concept (coat into pullover).
-_NEARER = 2.0
+# An image of the surrogate is so many times nearer to the surrogate's than to the concept's. Of those that were not
+# yet, a classifier took every second one for the concept (coat into pullover).
+_NEARER = 1.5
+# A classifier that takes more of the surrogate for the concept does not tell them apart.
+_TELLS = 0.25
 
 
 class Scores(Protocol):
@@ -47,8 +49,10 @@ class CheckedConcept:
         prompts: One for each.
         seeds: One for each.
         surrogates: Samples of the surrogate at the same seeds; None where no prompt samples it.
+        shown: Samples that look as the surrogate does; None where there are none.
+        fresh: First of the seeds that nothing else is sampled at.
         label: The classifier's of the concept, where it tells the concept from its surrogate.
-        mistaken: How many of the surrogates it takes for the concept.
+        mistaken: The share of what looks as the surrogate does that it takes for the concept.
     """
 
     concept: str
@@ -56,8 +60,10 @@ class CheckedConcept:
     prompts: list[str]
     seeds: list[int]
     surrogates: torch.Tensor | None
+    shown: torch.Tensor | None = None
+    fresh: int = 0
     label: int | None = None
-    mistaken: int = 0
+    mistaken: float = 0.0
 
     def first(self, count: int) -> "CheckedConcept":
         """The first so many samples of it."""
@@ -68,20 +74,20 @@ class CheckedConcept:
     def labelled(self, classifier: Classifier | None, objective: Objective) -> "CheckedConcept":
         """With the classifier's label, if it can tell the concept from its surrogate."""
         label = None if classifier is None else classifier.label_of(self.concept)
-        if label is None or self.surrogates is None:
+        shown = self.surrogates if self.shown is None else self.shown
+        if label is None or shown is None:
             return replace(self, label=label)
-        mistaken = _called(classifier, objective, self.surrogates, label)
-        return self if mistaken > len(self.surrogates) / 4 else replace(self, label=label, mistaken=mistaken)
+        mistaken = _called(classifier, objective, shown, label) / len(shown)
+        return self if mistaken > _TELLS else replace(self, label=label, mistaken=mistaken)
 
 
 class SampledCheck:
-    """Samples each concept from the model in training, at seeds at which the base model's images of concept and
-    surrogate are at hand, and counts those that still show the concept.
+    """Samples each concept from the model in training, and counts the images that still show it.
 
-    Where a classifier is given and tells the concept from its surrogate, it decides; images of the base model's own
-    surrogates that it takes for the concept are not counted. Else an image shows the concept unless, as a sample, it is
-    twice as near to the base model's image of the surrogate at the same seed as to that of the concept (where no prompt
-    samples the surrogate: if it correlates with the former by more than one half).
+    Where a classifier is given and tells the concept from its surrogate, it decides, each time on other images; as many
+    as it takes the surrogate itself for the concept are not counted. Else an image shows the concept unless, as a
+    sample, it is one and a half times nearer to the base model's image of the surrogate at the same seed than to that
+    of the concept (where no prompt samples the surrogate: if it correlates with the latter by more than one half).
 
     Args:
         objective: The model; now it is the base model still.
@@ -89,7 +95,7 @@ class SampledCheck:
         classifier: What says what an image shows, if anything does.
         accelerator: Processes and precision.
         concepts: What is looked for.
-        count: Images, over all concepts.
+        count: Images, over all concepts, where a classifier decides; else of the samples at hand as many as there are.
     """
 
     def __init__(
@@ -103,20 +109,28 @@ class SampledCheck:
     ) -> None:
         self.objective, self.settings, self.classifier = objective, settings, classifier
         self.accelerator = accelerator
-        each = max(4, count // len(concepts))
-        self.parts = [concept.first(each).labelled(classifier, objective) for concept in concepts]
+        self.each = max(4, count // len(concepts))
+        self.parts = [concept.first(self.each).labelled(classifier, objective) for concept in concepts]
 
     @torch.no_grad()
-    def __call__(self) -> tuple[int, int]:
-        """How many images still show a concept, and of how many; the same on all processes."""
+    def __call__(self, turn: int) -> tuple[int, int]:
+        """How many images still show a concept, and of how many; the same on all processes.
+
+        Args:
+            turn: How many times it was asked before.
+        """
         showing = count = 0
         for part in self.parts:
+            prompts, seeds = part.prompts, part.seeds
+            if part.label is not None:
+                prompts = [prompts[place % len(prompts)] for place in range(self.each)]
+                seeds = list(range(part.fresh + turn * self.each, part.fresh + (turn + 1) * self.each))
             with self.accelerator.autocast():
-                samples = self.objective.sample(part.prompts, part.seeds, self.settings).float().cpu()
+                samples = self.objective.sample(prompts, seeds, self.settings).float().cpu()
             count += len(samples)
             if part.label is not None:
                 hits = _called(self.classifier, self.objective, samples, part.label)
-                showing += max(0, hits - part.mistaken)
+                showing += max(0, hits - int(part.mistaken * len(samples)))
             elif part.surrogates is not None:
                 own, other = ((samples - those).flatten(1).norm(dim=1) for those in (part.samples, part.surrogates))
                 showing += int((own < _NEARER * other).sum())

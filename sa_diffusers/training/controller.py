@@ -32,7 +32,7 @@ _FEWEST_BETWEEN = 10
 _WISHED_STEPS = 75
 _FASTEST = 8.0
 # Drift, in units of its tolerance, up to which the learning rate may rise, and from which it falls.
-_NEAR, _FAR = 1.0, 1.5
+_NEAR, _FAR = 0.5, 1.5
 # Gradients longer than so many times the median of the last norms are clipped to that.
 _CLIPPED = 3.0
 _REMEMBERED_NORMS = 25
@@ -108,7 +108,8 @@ class Controller:
     Args:
         probes: What is measured.
         config: Settings of the training.
-        check: Samples a few images and says how many still show a concept, and of how many; None leaves it out.
+        check: Samples a few images and says how many still show a concept, and of how many, given how many times it has
+            been asked before; None leaves it out.
         step_cost: Network evaluations of a step, backward passes counted twice.
     """
 
@@ -116,7 +117,7 @@ class Controller:
         self,
         probes: Probes,
         config: SelectiveAmnesiaConfig,
-        check: Callable[[], tuple[int, int]] | None,
+        check: Callable[[int], tuple[int, int]] | None,
         step_cost: int,
     ) -> None:
         self.probes = probes
@@ -280,7 +281,7 @@ class Controller:
         if self.check is None:
             return True
         state = self.state
-        showing, count = self.check()
+        showing, count = self.check(len(state.checks))
         state.checks.append({"step": step, "showing": showing, "images": count})
         state.look = math.ceil(_NEXT_LOOK * step)
         if not showing:

@@ -1,0 +1,62 @@
+"""The images that are looked at before a training stops."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from sa_diffusers import embedded_pipeline, objective_for
+from sa_diffusers.evaluation import ImageClassifier
+from sa_diffusers.families import SamplingSettings, load_pipeline
+from sa_diffusers.training.check import CheckedConcept, SampledCheck
+
+SETTINGS = SamplingSettings("dpmsolver++", 10, 3.0, 20)
+SEEDS = list(range(8))
+
+
+@pytest.fixture(scope="module")
+def objective():
+    return objective_for(load_pipeline(str(embedded_pipeline())))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return ImageClassifier(embedded_pipeline().parent / "classifier")
+
+
+@pytest.fixture(scope="module")
+def sampled(objective):
+    return {name: objective.sample([f"a {name}"] * 8, SEEDS, SETTINGS).cpu() for name in ("sneaker", "dress")}
+
+
+def check_of(objective, classifier, sampled, asked="a sneaker", count=8, **changes) -> SampledCheck:
+    values = {"surrogates": sampled["dress"], "fresh": 500, **changes}
+    concept = CheckedConcept("sneaker", sampled["sneaker"], [asked] * 8, SEEDS, **values)
+    return SampledCheck(objective, SETTINGS, classifier, Accelerator(cpu=True), [concept], count)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_base_model_shows_the_concept_and_its_surrogate_does_not(objective, classifier, sampled, knows):
+    judge = classifier if knows else None
+    assert check_of(objective, judge, sampled)(0) == (8, 8)
+    # Asked for a dress, it stands in for a model that has taken one for the other.
+    assert check_of(objective, judge, sampled, "a dress")(0) == (0, 8)
+
+
+def test_a_classifier_looks_at_other_images_each_time(objective, classifier, sampled, monkeypatch):
+    seen = []
+    sample = objective.sample
+    monkeypatch.setattr(objective, "sample", lambda prompts, seeds, s: seen.append(seeds) or sample(prompts, seeds, s))
+    check = check_of(objective, classifier, sampled, count=20)
+    assert [check(turn)[1] for turn in range(3)] == [20, 20, 20]
+    used = [seed for seeds in seen for seed in seeds]
+    assert len(set(used)) == 60 and not set(used) & set(SEEDS)
+
+
+def test_as_many_as_the_classifier_takes_the_surrogate_for_the_concept_are_not_counted(objective, classifier, sampled):
+    mixed = torch.cat([sampled["sneaker"][:1], sampled["dress"][:7]])
+    assert check_of(objective, classifier, sampled, surrogates=None, shown=mixed)(0) == (7, 8)
+    # One that takes half of them for it tells nothing: the samples themselves are compared.
+    mixed = torch.cat([sampled["sneaker"][:4], sampled["dress"][:4]])
+    check = check_of(objective, classifier, sampled, surrogates=None, shown=mixed)
+    assert check.parts[0].label is None
+    assert check(0) == (8, 8)
