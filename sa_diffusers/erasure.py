@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .data.sample_set import SampleSet
 from .data.sensitive import must_blur
 from .environment import create_accelerator
 from .evaluation import Comparison
-from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
+from .families import SUPPORTED_PIPELINES, Objective, family_in, family_of, load_pipeline, objective_for
 from .families.digests import digested_once, fingerprint_module
 from .fisher import FisherInformation
 from .hub import repository_name
@@ -88,7 +88,7 @@ class Erasure:
                 f"config: what is of type {type(config).__name__} is no configuration: give a SelectiveAmnesiaConfig"
             )
         # A copy: what is written into the given one afterwards changes nothing.
-        self.config = config = config.over_base_defaults()
+        self.config = config = config.over_base_defaults(_usual(config, pipeline))
         surrogates, replay = taken("surrogates", surrogates), taken("replay", replay)
         step_functions(callbacks)
         self._builder = build_objective or objective_for
@@ -332,6 +332,15 @@ class Erasure:
                 "the pipeline was changed after it was handed in (trained, moved to another precision): load it anew, "
                 "and make a new one"
             )
+
+
+def _usual(config: SelectiveAmnesiaConfig, pipeline: DiffusionPipeline | None) -> Mapping[str, Any]:
+    """How models of the base's kind are sampled where nobody says otherwise."""
+    if pipeline is not None:
+        family = family_of(type(pipeline).__name__)
+    else:
+        family = family_in(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+    return family.defaults if family is not None else {}
 
 
 def _told_of(surrogates: Any, replay: Any, fisher: Any) -> dict[str, str]:

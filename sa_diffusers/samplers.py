@@ -11,4 +11,6 @@ SAMPLERS: dict[str, tuple[str, dict[str, bool]]] = {
     # On pixels, steps equal in time end where much noise is left: what comes out is duller than the data.
     "dpmsolver++_logsnr": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    # Of models of rectified flow, and theirs alone.
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }

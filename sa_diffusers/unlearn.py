@@ -61,7 +61,12 @@ def erase(
     """
     if "pretrained_model_name_or_path" in settings:
         raise ValueError("pretrained_model_name_or_path is the first argument of erase: leave it out")
-    given = load_pipeline(str(pipeline)) if isinstance(pipeline, (str, Path)) else checked_pipeline(pipeline)
+    if isinstance(pipeline, (str, Path)):
+        given = load_pipeline(
+            str(pipeline), no_t5=bool(settings.get("no_t5")), undistilled=not settings.get("train_distilled")
+        )
+    else:
+        given = checked_pipeline(pipeline)
     name = pipeline_name(given)
     settings = {**settings, "pretrained_model_name_or_path": name, "concept": concept, "surrogate": surrogate}
     settings.setdefault("report_to", "none")

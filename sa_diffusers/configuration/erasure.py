@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,15 +114,18 @@ class SelectiveAmnesiaConfig(
         """Whether the training ends by what it measures."""
         return self.probes and not self.naive and None not in (self.forget_target, self.drift_tolerance)
 
-    def over_base_defaults(self) -> "SelectiveAmnesiaConfig":
+    def over_base_defaults(self, usual: Mapping[str, Any] | None = None) -> "SelectiveAmnesiaConfig":
         """These settings over those that the base model's own folder recommends: what was written wins, even where it
         is the general default.
+
+        Args:
+            usual: What is usual for models of this kind (`Family.defaults`): the folder's recommendations win.
 
         Raises:
             ValueError: As of `base_defaults`, or the two contradict each other.
         """
         defaults = base_defaults({"pretrained_model_name_or_path": self.pretrained_model_name_or_path})
-        settings = defaults | self.written
+        settings = {**(usual or {}), **defaults, **self.written}
         if all(getattr(self, name) == value for name, value in settings.items()):
             # Not built again: its doubts have been told.
             return copy.deepcopy(self)

@@ -86,6 +86,14 @@ class ModelSettings(Settings):
     prediction_type: Prediction | None = flag(
         None, "what the denoiser predicts (default: as the base model's scheduler says)"
     )
+    no_t5: bool = flag(
+        False, "load Stable Diffusion 3 without its T5 text encoder, the largest of its parts, and save it so"
+    )
+    train_distilled: bool = flag(
+        False,
+        "train a model that is distilled to few steps (Turbo, Lightning, schnell), which blurs what it draws in few",
+        own=True,
+    )
     train_method: str = flag(
         "full",
         "parameters to train: full, xattn (cross-attention only), noxattn (unconditional layers only), or a regular "
@@ -121,10 +129,12 @@ class SampleSettings(Settings):
         below=1,
     )
     sampler: Sampler = flag(
-        "ddim", "sampler; with _logsnr its steps are equal in log-SNR, not in time, which suits pixels"
+        "ddim",
+        "sampler; with _logsnr its steps are equal in log-SNR, not in time, which suits pixels (rectified flow: "
+        "flow_euler)",
     )
-    num_inference_steps: int = flag(50, "steps of the sampler", at_least=1, at_most=10_000)
-    guidance_scale: float = flag(7.5, "classifier-free guidance", at_least=0, at_most=10_000)
+    num_inference_steps: int = flag(50, "steps of the sampler (SD3, FLUX: 28)", at_least=1, at_most=10_000)
+    guidance_scale: float = flag(7.5, "classifier-free guidance (SDXL: 5, SD3: 7, FLUX: 1)", at_least=0, at_most=10_000)
     surrogate_guidance_scale: float | None = flag(
         None, "guidance of the surrogate images (default: as above)", at_least=0, at_most=10_000
     )

@@ -75,7 +75,7 @@ def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
     def load(role: str, name: str) -> Objective:
         revision, variant = places.get(role, (None, None))
         try:
-            pipeline = load_pipeline(name, revision, variant, kinds=SUPPORTED_PIPELINES)
+            pipeline = load_pipeline(name, revision, variant, kinds=SUPPORTED_PIPELINES, no_t5=config.no_t5)
         except (ValueError, OSError) as error:
             # In the words of this program's flags.
             told = one_line(error).replace("--pretrained_model_name_or_path", f"--{role}")

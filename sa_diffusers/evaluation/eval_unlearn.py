@@ -59,12 +59,12 @@ class SelectiveAmnesiaTechnique:
                  "resolution": resolution}  # fmt: skip
         known = {name: erasure[name] if value is None else value for name, value in given.items()
                  if value is not None or name in erasure}  # fmt: skip
-        self.settings = SamplingSettings(**known, batch_size=batch_size)
         self._autocast = _autocast(mixed_precision or erasure.get("mixed_precision"))
         self.objective = objective_for(
             load_pipeline(model_id, revision, variant, kinds=SUPPORTED_PIPELINES),
             prediction_type or erasure.get("prediction_type"),
         ).to(launched().device)
+        self.settings = SamplingSettings(**{**self.objective.defaults, **known}, batch_size=batch_size)
         if self.objective.labels is not None:
             raise ValueError(
                 f"model_id={model_id} takes classes, not prompts: the benchmark needs a text-to-image model"

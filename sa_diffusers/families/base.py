@@ -3,10 +3,9 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,54 +14,12 @@ from torch import nn
 from ..parameter_selection import select_parameters
 from .digests import digest_of, fingerprint_module
 from .paths import Path, draw_timesteps
+from .values import Conditions, Denoiser, SamplingSettings, TextEncoder, index_conditions, match_channels
 
 __all__ = [
-    "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "digest_of", "draw_timesteps",
-    "fingerprint_module", "index_conditions",
+    "Conditions", "Denoiser", "Family", "Objective", "SamplingSettings", "TextEncoder", "digest_of", "draw_timesteps",
+    "fingerprint_module", "index_conditions", "match_channels",
 ]  # fmt: skip
-
-Conditions = dict[str, torch.Tensor]
-
-
-class Denoiser(Protocol):
-    """The trainable module, or anything that is called as it is (a wrapped module, a frozen copy)."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How images are sampled from a model.
-
-    Attributes:
-        sampler: Name of the sampler, one of `sa_diffusers.samplers.SAMPLERS`.
-        num_inference_steps: Its steps.
-        guidance_scale: Classifier-free guidance as diffusers defines it; 1 samples without.
-        batch_size: Images sampled at once. It changes rounding, nothing else.
-        resolution: Height and width in pixels; None is the model's own.
-    """
-
-    sampler: str = "ddim"
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    batch_size: int = 8
-    resolution: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """A handle on a model's text for attacks.
-
-    Attributes:
-        tokenizer: Takes new tokens.
-        encoder: Its text encoder; the new token's row is added to its input embeddings.
-    """
-
-    tokenizer: Any
-    encoder: nn.Module
 
 
 class Family(ABC):
@@ -85,6 +42,9 @@ class Family(ABC):
         own_models: Name -> class of the pipeline's parts that are not of diffusers nor of transformers.
         title: What the family is called in messages, if its pipeline's name does not say.
         script: The script in `examples/` that erases from it, for the card; None where it is the user's own.
+        optional_parts: Parts of its pipeline that it also works without: a T5, which `no_t5` leaves out.
+        undistilled: A model to train in place of one that is distilled to few steps.
+        defaults: Settings that its models are sampled with where nobody says otherwise, by name.
     """
 
     kind: str
@@ -99,6 +59,9 @@ class Family(ABC):
     own_models: Mapping[str, type] = {}
     title: str = ""
     script: str | None = None
+    optional_parts: Sequence[str] = ()
+    undistilled: str | None = None
+    defaults: Mapping[str, Any] = {}
 
     @classmethod
     def from_pipeline(
@@ -128,6 +91,15 @@ class Family(ABC):
             ValueError: A part is missing, or parts do not fit each other.
         """
         return
+
+    @classmethod
+    def why_distilled(cls, read: Callable[[str], Mapping[str, Any]]) -> str | None:
+        """What in the configurations of a pipeline's parts says that it is distilled to few steps; None if nothing.
+
+        Args:
+            read: As of `check_parts`.
+        """
+        return None
 
     @classmethod
     def card_snippet(cls, condition: str | int) -> str:
@@ -390,17 +362,3 @@ class Objective(Family):
         error = error.sum(1) if self.reduction == "sum" else error.mean(1)
         weights = self.path.weights(timesteps)
         return error if weights is None else error * weights
-
-
-def index_conditions(conditions: Conditions, index: torch.Tensor) -> Conditions:
-    """Rows of conditions."""
-    return {name: values[index] for name, values in conditions.items()}
-
-
-def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """Images `[batch, 3 or channels, height, width]` as a model of so many channels takes them: themselves, or grey."""
-    if channels == images.shape[1]:
-        return images
-    if channels == 1:
-        return images.mean(1, keepdim=True)
-    raise ValueError(f"images have {images.shape[1]} channels, the model takes {channels}")

@@ -7,16 +7,15 @@ from typing import Any
 
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
-from ..messages import shown_error
 from ..samplers import SAMPLERS
-from .base import Objective, SamplingSettings
 from .paths import PREDICTION_TYPES, DiscretePath
-from .samplers import check_scheduler, rescales, sampler_class
+from .samplers import check_scheduler, is_of_flow, rescales, sampler_class, samplers_for
+from .scheduled import ScheduledObjective
 
 __all__ = ["PREDICTION_TYPES", "DiffusionObjective", "check_scheduler"]
 
 
-class DiffusionObjective(Objective):
+class DiffusionObjective(ScheduledObjective):
     """The (reweighted) ELBO of a discrete-time diffusion model (paper, section 2.1).
 
     Args:
@@ -53,11 +52,6 @@ class DiffusionObjective(Objective):
     def zero_terminal_snr(self) -> bool:
         return self.path.zero_terminal_snr
 
-    def schedule_facts(self, scheduler: SchedulerMixin) -> list[str]:
-        """What a digest of the model holds of its scheduler."""
-        # Names with an underscore are diffusers' own book-keeping, in no fixed order.
-        return [repr(sorted((name, value) for name, value in scheduler.config.items() if name[0] != "_"))]
-
     def make_sampler(self, name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The sampler of a name, on the betas of the model's own scheduler.
 
@@ -67,6 +61,11 @@ class DiffusionObjective(Objective):
             ValueError: The sampler does not exist, or cannot follow these betas.
         """
         kind, options = sampler_class(name)
+        if is_of_flow(kind):
+            raise ValueError(
+                f'sampler="{name}" is for models of rectified flow, and this one predicts {self.prediction_type}: use '
+                f"one of {samplers_for(flow=False)}"
+            )
         if self.zero_terminal_snr and not rescales(kind):
             able = ", ".join(other for other in SAMPLERS if rescales(sampler_class(other)[0]))
             raise ValueError(
@@ -78,35 +77,6 @@ class DiffusionObjective(Objective):
             raise ValueError(
                 f'sampler="{name}" cannot follow the model\'s scheduler ({error}): use another sampler'
             ) from error
-
-    def check_sampling(self, settings: SamplingSettings, scheduler: SchedulerMixin) -> None:
-        """Refuse, before anything is sampled, a sampler that cannot follow the model's betas, or steps that it lacks.
-
-        Raises:
-            ValueError: As `make_sampler`, or there are more steps than the model was trained with.
-        """
-        super().check_sampling(settings)
-        sampler = self.make_sampler(settings.sampler, scheduler)
-        if settings.num_inference_steps > self.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps={settings.num_inference_steps} is more than the {self.num_train_timesteps} "
-                "timesteps that the model was trained with: give fewer"
-            )
-        try:
-            sampler.set_timesteps(settings.num_inference_steps)
-        except Exception as error:  # samplers fail at their least number of steps in ways of their own
-            raise ValueError(
-                f'sampler="{settings.sampler}" cannot make num_inference_steps={settings.num_inference_steps} steps '
-                f"({shown_error(error)}): give more"
-            ) from error
-
-    def passes_of_sample(self, settings: SamplingSettings, scheduler: SchedulerMixin = None) -> int:
-        if scheduler is None:
-            return super().passes_of_sample(settings)
-        # Some samplers call the network more than once in a step.
-        sampler = self.make_sampler(settings.sampler, scheduler)
-        sampler.set_timesteps(settings.num_inference_steps)
-        return len(sampler.timesteps) * self.rows_of_step(settings)
 
     def own_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The model's scheduler with the prediction type in use, as a saved pipeline must carry it."""

@@ -1,5 +1,6 @@
 """From a name or a folder to the pipeline in it."""
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..files import read_json
 from ..messages import near_paths, shown, shown_error
 from ..weights import find_broken_weights
 from .base import Family, Objective
+from .distilled import check_undistilled
 from .names import check_name, expanded, why_unreachable
 from .registry import family_of, objective_for, rebuilt, unsupported
 from .weight_files import chosen_files, list_files, only_variant
@@ -25,6 +27,8 @@ def load_pipeline(
     variant: str | None = None,
     cache_dir: str | None = None,
     kinds: Collection[str] | None = None,
+    no_t5: bool = False,
+    undistilled: bool = False,
 ) -> DiffusionPipeline:
     """Load a pipeline in float32 from a folder, the Hub, or, when the Hub does not answer, the Hub's local cache.
 
@@ -37,20 +41,22 @@ def load_pipeline(
             that one, with a warning.
         cache_dir: Where models of the Hub are kept.
         kinds: Names of the pipeline classes that are accepted, such as `SUPPORTED_PIPELINES`. Default: all.
+        no_t5: Leave out a T5 text encoder that the pipeline also works without.
+        undistilled: Refuse what is distilled to few steps, as what is trained must not be.
 
     Raises:
         ValueError: There is no such model, no leave to read it, it is of another kind, its parts do not fit each other,
-            or its weights are missing or damaged.
+            its weights are missing or damaged, it has no T5 to leave out, or it is distilled.
         ConnectionError: The Hub does not answer within seconds and the cache does not hold the model.
     """
     name_or_path = expanded(name_or_path)
     check_name(name_or_path)
     if Path(name_or_path).is_dir():
-        return _load(name_or_path, {}, variant, kinds)
+        return _load(name_or_path, {}, variant, kinds, no_t5, undistilled)
     unreachable = why_unreachable(name_or_path, revision)
     place = {"revision": revision, "cache_dir": cache_dir, "local_files_only": unreachable is not None}
     try:
-        return _load(name_or_path, place, variant, kinds)
+        return _load(name_or_path, place, variant, kinds, no_t5, undistilled)
     except _NotThere as error:
         if unreachable is None:
             raise ValueError(f'the model "{shown(name_or_path)}" {error}') from error
@@ -66,15 +72,15 @@ class _NotThere(ValueError):
 
 
 def _load(
-    name_or_path: str, place: dict[str, Any], variant: str | None, kinds: Collection[str] | None
-) -> DiffusionPipeline:
+    name_or_path: str, place: dict[str, Any], variant: str | None, kinds: Collection[str] | None, no_t5: bool,
+    undistilled: bool,
+) -> DiffusionPipeline:  # fmt: skip
     place = {name: value for name, value in place.items() if value is not None}
     index = _settings(name_or_path, None, place)
-    kind = index.get("_class_name")
-    kind = kind[1] if isinstance(kind, list) and len(kind) == 2 else kind
+    kind = _class_name(index)
     parts = {name: value for name, value in index.items()
              if name[:1] != "_" and isinstance(value, list) and len(value) == 2 and value[0] is not None}  # fmt: skip
-    if not isinstance(kind, str) or not parts:
+    if kind is None or not parts:
         raise ValueError(
             f"{_place(name_or_path)}: {DiffusionPipeline.config_name} is not that of a pipeline: save or download the "
             "pipeline again"
@@ -82,8 +88,20 @@ def _load(
     if kinds is not None and kind not in kinds:
         raise ValueError(unsupported(kind))
     family = family_of(kind)
+    optional = family.optional_parts if family is not None else ()
+    if no_t5 and not optional:
+        raise ValueError(f"no_t5 has no meaning for {shown(kind)}, which does not work without: leave it out")
+    absent: dict[str, None] = {part: None for part in optional if no_t5 or part not in parts}
+    parts = {name: value for name, value in parts.items() if name not in absent}
     if family is not None:
-        family.check_parts(_place(name_or_path), parts, lambda part: _settings(name_or_path, part, place))
+
+        def read(part: str) -> dict[str, Any]:
+            return _settings(name_or_path, part, place)
+
+        family.check_parts(_place(name_or_path), parts, read)
+        if undistilled:
+            names = [name_or_path, index.get("_name_or_path")]
+            check_undistilled(family, _place(name_or_path), names, read)
     files = list_files(name_or_path, place)
     if variant is None:
         variant = only_variant(_place(name_or_path), parts, files)
@@ -98,7 +116,8 @@ def _load(
             if not Path(name_or_path).is_dir():
                 folder = snapshot_download(name_or_path, **place)
             return _load_own(family, Path(folder), index, options)
-        return DiffusionPipeline.from_pretrained(name_or_path, **options, **place)
+        # diffusers takes no word of the index for it that such a part is left out.
+        return DiffusionPipeline.from_pretrained(name_or_path, **options, **absent, **place)
     except Exception as error:  # each library has kinds of its own for files that are missing or damaged
         known = try_to_load_from_cache(
             name_or_path, DiffusionPipeline.config_name, place.get("cache_dir"), place.get("revision")
@@ -153,6 +172,28 @@ def _load_own(family: type[Family], folder: Path, index: dict[str, Any], options
         is_model = issubclass(kind, torch.nn.Module)
         components[name] = kind.from_pretrained(folder, subfolder=name, **(options if is_model else {}))
     return rebuilt(family, components, index)
+
+
+def family_in(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> type[Family] | None:
+    """The family of a saved pipeline, by its index alone, or of a pipeline's class; None where neither is known."""
+    place = {name: value for name, value in (("revision", revision), ("cache_dir", cache_dir)) if value is not None}
+    with contextlib.suppress(ValueError, OSError):
+        # Loading says what is wrong with it.
+        folder = expanded(name_or_path)
+        if (found := family_of(folder)) is not None:
+            return found
+        known = None if Path(folder).is_dir() else try_to_load_from_cache(
+            folder, DiffusionPipeline.config_name, cache_dir, revision
+        )  # fmt: skip
+        index = read_json(Path(known)) if isinstance(known, str) else _settings(folder, None, place)
+        return family_of(_class_name(index) or "")
+    return None
+
+
+def _class_name(index: dict[str, Any]) -> str | None:
+    kind = index.get("_class_name")
+    kind = kind[1] if isinstance(kind, list) and len(kind) == 2 else kind
+    return kind if isinstance(kind, str) else None
 
 
 def objective_of(model: Any) -> tuple[Objective, DiffusionPipeline | None]:

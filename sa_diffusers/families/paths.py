@@ -3,10 +3,10 @@
 import math
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 
-from .samplers import check_scheduler
+from .samplers import check_flow_scheduler, check_scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -49,6 +49,10 @@ class Path:
         width = edges[1:] - edges[:-1]
         places = edges[:-1] + width * torch.rand(count, generator=generator, dtype=torch.float64)
         return places.long().clamp(max=total - 1)
+
+    def shares(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """How often timesteps `[batch]` are drawn, in units of a uniform draw; None is once each."""
+        return None
 
     def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The noise of one ELBO estimate, on the samples' device; `generator` is on the CPU."""
@@ -162,6 +166,88 @@ class PixelPath(DiscretePath):
         mean = truncated_normal_mean(noisy / signal.where(left, 1), spread / signal.where(left, 1)) * left
         noise = (noisy - signal * mean) / spread
         return (signal * noise - spread * mean if self.prediction_type == "v_prediction" else noise).float()
+
+
+class FlowPath(Path):
+    """Rectified flow (Liu et al., 2023): samples `x` become `(1 - s) x + s noise`, and `noise - x` is predicted.
+
+    Timesteps are places in the scheduler's own table of `s`, from the least noise to the most. The table holds the
+    static shift, `s = shift u / (1 + (shift - 1) u)`; a shift that goes by the resolution is for sampling alone: `s` is
+    `u` then.
+
+    A density `p(s)` and a weight `v(s)` of the velocity's error make the loss a bound on the ELBO of noised data, up to
+    a constant, if `p(s) v(s) s / (1 - s)`, the weight of the noise's error over log-SNR, nowhere falls with `s` (Kingma
+    and Gao, 2023: a monotonic weighting). It does not for the uniform density without weight, at any shift of 1 or
+    more. For the logit-normal density it falls towards pure noise, weighted or not: what Stable Diffusion 3 was trained
+    with is a reweighted ELBO, as the unweighted loss of noise prediction is (paper, section 2.1). Training, probes and
+    Fisher information all take the loss that the model was trained with.
+
+    Args:
+        scheduler: The model's own.
+        density: Of `u`: `"uniform"`, or `"logit_normal"` with mean 0 and deviation 1 (Esser et al., 2024).
+        weighting: `"sigma_squared"` weighs the velocity's error by `s^2`, which makes it the error of the sample that
+            the prediction stands for; None leaves it.
+
+    Attributes:
+        sigmas: `s` of each timestep, float32.
+        times: What the model's scheduler calls each timestep, float32.
+
+    Raises:
+        ValueError: The scheduler is not one of rectified flow.
+    """
+
+    prediction_type = "velocity"
+
+    def __init__(self, scheduler: SchedulerMixin, density: str = "uniform", weighting: str | None = None) -> None:
+        check_flow_scheduler(type(scheduler).__name__, scheduler.config)
+        table = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        self.num_train_timesteps = table.config.num_train_timesteps
+        self.density = density
+        self.weighting = weighting
+        # The table begins with noise.
+        self.sigmas, self.times = table.sigmas[: self.num_train_timesteps].flip(0), table.timesteps.flip(0)
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        if self.density == "uniform":
+            return super().draw_timesteps(count, generator)
+        half = self._places(torch.randn((count + 1) // 2, generator=generator, dtype=torch.float64).sigmoid())
+        return torch.cat([half, self.num_train_timesteps - 1 - half])[:count]
+
+    def strata(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        if self.density == "uniform" or count == self.num_train_timesteps:
+            return super().strata(count, generator)
+        parts = torch.arange(count, dtype=torch.float64) + torch.rand(count, generator=generator, dtype=torch.float64)
+        return self._places(torch.special.ndtri(parts / count).sigmoid())
+
+    def _places(self, u: torch.Tensor) -> torch.Tensor:
+        total = self.num_train_timesteps
+        return (u * total).long().clamp(max=total - 1)
+
+    def shares(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        if self.density == "uniform":
+            return None
+        total = self.num_train_timesteps
+        below, above = (torch.special.ndtr((place.double() / total).logit()) for place in (timesteps, timesteps + 1))
+        return (total * (above - below)).float()
+
+    def sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`s` at timesteps `[batch]`, to be multiplied with samples `[batch, ...]`."""
+        return self.sigmas.to(like.device)[timesteps].view(-1, *[1] * (like.dim() - 1))
+
+    def draw_noise(self, samples: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(samples.shape, generator=generator).to(samples.device)
+
+    def add_noise(self, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        sigma = self.sigma(timesteps, samples)
+        return (1 - sigma) * samples + sigma * noise
+
+    def target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return noise - samples
+
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        if self.weighting is None:
+            return None
+        return self.sigmas.to(timesteps.device)[timesteps].square()
 
 
 class OneStepPath(Path):

@@ -42,18 +42,31 @@ def objective_for(
     """The objective of a pipeline.
 
     Raises:
-        ValueError: No family knows this kind of pipeline, it has adapters loaded, or its weights are not in float32.
+        ValueError: No family knows this kind of pipeline, its parts do not fit each other, it has adapters loaded, or
+            its weights are not in float32.
     """
     _check_modules(pipeline)
     name = type(pipeline).__name__
     family = family_of(name)
     if family is None:
         raise ValueError(unsupported(name))
+    parts = {
+        part: [type(value).__module__.split(".")[0], type(value).__name__]
+        for part, value in pipeline.components.items()
+        if value is not None
+    }
+    family.check_parts(f"the {name}", parts, lambda part: configuration_of(getattr(pipeline, part)))
     own = family.own_pipeline
     if own and type(pipeline) is not own:
         # Loaded with the copy of the code that lies beside the weights.
         pipeline = rebuilt(family, pipeline.components, pipeline.config)
     return family.from_pipeline(pipeline, prediction_type, snr_gamma, noise_offset)  # type: ignore[return-value]
+
+
+def configuration_of(part: Any) -> Mapping[str, Any]:
+    """The configuration of a part of a pipeline in memory."""
+    config = getattr(part, "config", {})
+    return config if isinstance(config, Mapping) else config.to_dict()
 
 
 def rebuilt(family: type[Family], parts: Mapping[str, Any], config: Mapping[str, Any]) -> DiffusionPipeline:
@@ -64,9 +77,10 @@ def rebuilt(family: type[Family], parts: Mapping[str, Any], config: Mapping[str,
 
 def unsupported(pipeline: str) -> str:
     """What is said of a pipeline's class that no family knows."""
-    # Those of diffusers first.
-    families = sorted(_FAMILIES.items(), key=lambda item: item[1].own_pipeline is not None)
-    known = [f"{name} ({family.title})" if family.title else name for name, family in families]
+    # Of each family the pipeline that draws from a prompt alone; those of diffusers first.
+    named = {family: name for name, family in reversed(_FAMILIES.items())}
+    families = sorted(named, key=lambda family: (family.own_pipeline is not None, family.title or named[family]))
+    known = [f"{named[family]} ({family.title})" if family.title else named[family] for family in families]
     return (
         f"{shown(pipeline)} is not supported yet; supported: {', '.join(known)}. For another kind of model, write a "
         "subclass of Objective"

@@ -20,6 +20,8 @@ _KNOWN_SCHEDULERS = {
     )
 }  # fmt: skip
 
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+
 
 def sampler_class(name: str) -> tuple[type, dict[str, bool]]:
     """The scheduler's class behind a sampler's name, and its settings.
@@ -59,6 +61,38 @@ def check_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
             f"the model's {kind} ignores rescale_betas_zero_snr, which its configuration sets: save the model with a "
             "DDIMScheduler"
         )
+
+
+def check_flow_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a scheduler that does not say by its shift which noise a model of rectified flow was trained with.
+
+    Args:
+        kind: Name of its class.
+        settings: Its configuration.
+
+    Raises:
+        ValueError: It is of another kind, or its noise runs the other way.
+    """
+    if kind not in _FLOW_SCHEDULERS:
+        raise ValueError(
+            f"{shown(kind)}, the model's scheduler, does not say by a shift which noise the model was trained with: "
+            "save the model with a FlowMatchEulerDiscreteScheduler"
+        )
+    if settings.get("invert_sigmas"):
+        raise ValueError(
+            f"the model's {kind} sets invert_sigmas, so that its noise shrinks as time grows, which is not supported: "
+            "use a model without"
+        )
+
+
+def is_of_flow(kind: type) -> bool:
+    """Whether a scheduler samples from models of rectified flow."""
+    return kind.__name__ in _FLOW_SCHEDULERS
+
+
+def samplers_for(flow: bool) -> str:
+    """Names of the samplers for models of rectified flow, or for the others."""
+    return ", ".join(name for name in SAMPLERS if is_of_flow(sampler_class(name)[0]) == flow)
 
 
 def rescales(kind: type) -> bool:

@@ -160,7 +160,7 @@ class FisherEstimator:
         ]
         if not are_prompts(given):
             return given_samples("samples", given, objective, prompts)
-        settings = settings or _recommended(self._name)
+        settings = settings or _recommended(self._name, objective)
         first = first_seed("concept", self.seed)
         seeds = list(range(first, first + len(prompts)))
         if self._scheduler is not None:
@@ -222,9 +222,10 @@ class FisherEstimator:
                 name: value.expand(len(part), *value.shape[1:]) for name, value in conditions.items()
             }
             with self.accelerator.autocast():
-                loss = objective.negative_elbo(
-                    objective.module, repeated, repeated_conditions, part.to(device), noise
-                ).sum()
+                loss = objective.negative_elbo(objective.module, repeated, repeated_conditions, part.to(device), noise)
+            # Those that were drawn count alike; all of them, each as often as it would be drawn.
+            shares = objective.path.shares(part) if len(timesteps) == objective.num_train_timesteps else None
+            loss = loss.sum() if shares is None else (loss * shares.to(device)).sum()
             gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
             for accumulated, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
@@ -240,9 +241,9 @@ class FisherEstimator:
         return total
 
 
-def _recommended(name: str | None) -> SamplingSettings:
+def _recommended(name: str | None, objective: Objective) -> SamplingSettings:
     """How a model is sampled without guidance, as its own folder recommends if it does."""
-    own = base_defaults({"pretrained_model_name_or_path": name}) if name else {}
+    own = {**objective.defaults, **(base_defaults({"pretrained_model_name_or_path": name}) if name else {})}
     known = {key: own[key] for key in ("sampler", "num_inference_steps", "resolution") if key in own}
     if "sample_batch_size" in own:
         known["batch_size"] = own["sample_batch_size"]

@@ -204,6 +204,10 @@ class _Card:
     def snippet(self) -> str:
         facts = self.facts
         options = ", trust_remote_code=True" if facts.brings_code else ""
+        for part in facts.family.optional_parts if facts.family else ():
+            # diffusers takes no word of the index for it.
+            if (facts.index[part] or [None])[0] is None:
+                options += f", {part}=None"
         name = json.dumps(facts.name, ensure_ascii=False)
         lines = ["from diffusers import DiffusionPipeline", "",
                  f"pipeline = DiffusionPipeline.from_pretrained({name}{options})"]  # fmt: skip

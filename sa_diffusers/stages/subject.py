@@ -26,12 +26,14 @@ from ..evaluation.measures.clip import Clip, ZeroShotClassifier, local_clip
 from ..evaluation.neighbours import near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
 from ..families.digests import digested_once, fingerprint_module
+from ..families.distilled import check_given
 from ..families.names import resolved_revision
 from ..passes import Passes, counted
 from ..training.settings import sampling_settings
 
 # What every sample depends on, and every figure: the model, and how it is sampled.
-MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32")
+MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32",
+         "no_t5")  # fmt: skip
 SAMPLING = ("concept", "seed", "sampler", "num_inference_steps", "guidance_scale", "resolution")
 
 
@@ -168,12 +170,16 @@ def prepare(
         ValueError: The model cannot be had or is of an unknown kind, or the settings do not fit it.
         ConnectionError: The Hub cannot be reached and the model is not in its cache.
     """
-    revision = None
+    revision, given = None, pipeline
     if pipeline is None:
         place = (config.pretrained_model_name_or_path, config.revision)
-        pipeline = load_pipeline(*place, config.variant, config.cache_dir, known)
+        pipeline = load_pipeline(
+            *place, config.variant, config.cache_dir, known, config.no_t5, not config.train_distilled
+        )
         revision = resolved_revision(*place, config.cache_dir)
     objective = build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
+    if given is not None:
+        check_given(given, config.no_t5, not config.train_distilled)
     pairs = _pairs(config, objective)
     classifier = _classifier(config, objective, pairs, accelerator.device)
     names = _named(config, objective, classifier)

@@ -20,6 +20,8 @@ _PASSES = 2
 # Images are looked at after so many steps at the latest, and again when there are so many times as many.
 _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
+# The share of them that may show the concept: none of 20.
+_SHOWING = 0.02
 # What protects may be weighed so many times heavier, or lighter, than at first.
 _HEAVIEST = 8.0
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
@@ -284,7 +286,7 @@ class Controller:
         showing, count = self.check(len(state.checks))
         state.checks.append({"step": step, "showing": showing, "images": count})
         state.look = math.ceil(_NEXT_LOOK * step)
-        if not showing:
+        if showing <= _SHOWING * count:
             return True
         state.passes = 0
         if is_content:
@@ -297,7 +299,10 @@ class Controller:
 
     def _seen(self) -> str:
         checks = self.state.checks
-        return f", none of {checks[-1]['images']:g} images shows it" if checks else ""
+        if not checks:
+            return ""
+        showing, count = checks[-1]["showing"], checks[-1]["images"]
+        return f", {showing or 'none'} of {count} images {'show' if showing > 1 else 'shows'} it"
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self.state))

@@ -1,0 +1,227 @@
+"""Write `docs/families.md` from the families themselves, and from the configurations of real denoisers.
+
+python docs/families.py
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+from accelerate import init_empty_weights
+
+from sa_diffusers.configuration import SelectiveAmnesiaConfig
+from sa_diffusers.families import (
+    FluxObjective,
+    LatentDiffusionObjective,
+    StableDiffusion3Objective,
+    StableDiffusionXLObjective,
+    TextToImageObjective,
+    registry,
+)
+from sa_diffusers.families.flow import FlowObjective
+from sa_diffusers.parameter_selection import PRESETS, select_parameters
+
+CONFIGURATIONS = Path(__file__).with_name("configurations")
+# Float32 numbers that training keeps of each trained parameter beside its value, by default: gradient, four of Prodigy,
+# the average, theta* and the Fisher information.
+KEPT = 1 + 4 + 1 + 1 + 1
+
+
+class Base(NamedTuple):
+    """A published base model: its family, and on what terms its owner gives it."""
+
+    family: type[TextToImageObjective]
+    name: str
+    licence: str
+
+
+BASES = {
+    "stable-diffusion-v1-4": Base(LatentDiffusionObjective, "CompVis/stable-diffusion-v1-4", "CreativeML OpenRAIL-M"),
+    "stable-diffusion-2-1-base": Base(
+        LatentDiffusionObjective, "stabilityai/stable-diffusion-2-1-base", "CreativeML OpenRAIL++-M; no longer offered "
+        "by its owner"
+    ),
+    "stable-diffusion-xl-base-1.0": Base(
+        StableDiffusionXLObjective, "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML OpenRAIL++-M"
+    ),
+    "stable-diffusion-3-medium": Base(
+        StableDiffusion3Objective, "stabilityai/stable-diffusion-3-medium-diffusers", "Stability AI Community; gated"
+    ),
+    "stable-diffusion-3.5-medium": Base(
+        StableDiffusion3Objective, "stabilityai/stable-diffusion-3.5-medium", "Stability AI Community; gated"
+    ),
+    "stable-diffusion-3.5-large": Base(
+        StableDiffusion3Objective, "stabilityai/stable-diffusion-3.5-large", "Stability AI Community; gated"
+    ),
+    "FLUX.1-dev": Base(FluxObjective, "black-forest-labs/FLUX.1-dev", "FLUX.1 dev, non-commercial; gated"),
+}  # fmt: skip
+FAMILIES = list(dict.fromkeys(base.family for base in BASES.values()))
+CONDITIONS = {
+    LatentDiffusionObjective: "CLIP's hidden states (77 tokens)",
+    StableDiffusionXLObjective: "two CLIPs' hidden states (77 tokens), pooled embedding of the second; sizes: the "
+    "image's own, not cut",
+    StableDiffusion3Objective: "hidden states of two CLIPs (77 tokens) and, behind them, T5 (256), the CLIPs' pooled "
+    "embeddings; T5 may be absent (`--no_t5`)",
+    FluxObjective: "T5's hidden states (512 tokens), CLIP's pooled embedding, guidance as a number "
+    f"({FluxObjective.embedded_guidance:g})",
+}
+EMPTY = {
+    LatentDiffusionObjective: "the words of the empty prompt",
+    StableDiffusionXLObjective: "zeros, where the pipeline says `force_zeros_for_empty_prompt`, as SDXL's does",
+    StableDiffusion3Objective: "the words of the empty prompt",
+    FluxObjective: "the words of the empty prompt, with classifier-free guidance",
+}
+SCRIPTS = {
+    LatentDiffusionObjective: "train_text_to_image.py",
+    StableDiffusionXLObjective: "train_text_to_image_sdxl.py",
+    StableDiffusion3Objective: "train_dreambooth_lora_sd3.py",
+    FluxObjective: "train_dreambooth_lora_flux.py",
+}
+HEAD = """\
+# Families
+
+Written by `python docs/families.py` from the families themselves. None of these models' own weights has been trained
+here yet; `tests/test_every_family.py` takes a tiny model of each one's real classes through the same steps.
+"""
+SIBLINGS = """\
+An erasure from a sibling (image to image, inpainting by the same network, ControlNet) is one from the pipeline of its
+parts that draws from a prompt alone, and that is what is saved: `from_pipe` of diffusers makes the sibling of it again.
+Networks with further channels, for inpainting or for outlines, are refused, and so are SDXL's refiner and schedulers
+whose noise is not known (EDM).
+"""
+GUIDANCE = f"""\
+FLUX.1 dev takes guidance as a number, {FluxObjective.embedded_guidance:g} in sampling, training, replay, probes and
+Fisher information alike: what is trained is what is used. Others train with 1 or 3; there is no consensus.
+`--guidance_scale` is classifier-free guidance, which it does not need: above 1 it is the pipeline's `true_cfg_scale`,
+at twice the cost.
+
+Without T5 (`--no_t5`) Stable Diffusion 3 is sampled, trained and saved without, and its folder loads by
+`DiffusionPipeline.from_pretrained(FOLDER, tokenizer_3=None, text_encoder_3=None)`. What was forgotten so was forgotten
+under the two CLIPs' words alone: with a T5 beside them the concept may be back.
+"""
+SIZES = """\
+## Sizes
+
+Parameters of the denoiser, counted on models without weights; their configurations, in `docs/configurations`, were
+written down by hand from what is known of the publishers' files. The memory is that of the denoiser and of what
+training keeps, all in float32; activations and text encoders come on top. By default eight further numbers are kept of
+a trained parameter (gradient, Prodigy's four, average, theta\\*, Fisher information).
+"""
+DISTILLED = """\
+## Distilled models
+
+A model that is distilled to few steps (FLUX.1-schnell, SDXL-Turbo, Lightning, LCM) is refused, with the name of the
+base to train in its place: ordinary training takes the few steps from it. It is told by its name (that of the folder or
+on the Hub, or the one that its index holds) and by its configuration: a FLUX transformer that takes no guidance, a UNet
+that takes it as a number, the scheduler of SDXL-Turbo, those of LCM and TCD. `--train_distilled` trains it all the
+same, but for the last two, whose noise is not known. What comes of it is to be judged at the few steps of use.
+"""
+LOSSES = """\
+## Which losses bound the ELBO
+
+The paper's argument is about the ELBO. Kingma and Gao (*Understanding diffusion objectives as the ELBO with simple data
+augmentation*, 2023) show that a weighted loss of diffusion is, up to a constant, a bound on the ELBO of noised data if
+the weight of the noise's error over log-SNR nowhere falls as the noise grows. With `s` the share of noise, `p(s)` the
+density and `v(s)` the weight of the velocity's error, that weight is `p(s) v(s) s / (1 - s)`:
+
+| density and weight | bounds the ELBO |
+| --- | --- |
+| uniform, no weight, with any static shift from 1 on | yes |
+| logit-normal, no weight | no: it falls towards pure noise |
+| logit-normal, weighted by the square of the noise's share | no, for the same reason |
+| noise prediction, unweighted (Stable Diffusion 1 and 2, SDXL) | no; the reweighted ELBO of the paper's section 2.1 |
+
+Each family trains the loss that its model was trained with, and the Fisher information and the probes take the same:
+its strata hold equal shares of the density, and over all timesteps (`--fisher_timesteps 0`) each timestep counts as
+often as it would be drawn.
+"""
+MEANINGS = [
+    ["Stable Diffusion 1 and 2, SDXL", "cross-attention: `attn2`",
+     "all but cross-attention, time embedding and output block"],
+    ["Stable Diffusion 3 and 3.5", "what projects the text's stream into the joint attention and out of it: "
+     "`add_q_proj`, `add_k_proj`, `add_v_proj`, `to_add_out`, their norms", "the image's own stream: its projections, "
+     "its feed-forward layers, `attn2` of 3.5 medium, the patches"],
+    ["FLUX.1 dev", "the same, of the double blocks", "the image's stream of the double blocks, the patches"],
+]  # fmt: skip
+SELECTIONS = """\
+Transformers of two streams have no cross-attention, and there is no agreement on what stands for it. In neither
+selection are what embeds text as a whole (`context_embedder`, the pooled embedding), the modulation of norms, which
+depends on the prompt as well as on time, the text's feed-forward layers, and the output. FLUX's single blocks have one
+set of weights for text and image: what they do to the text alone cannot be selected by parameters, and training them
+trains both; a regular expression such as `^single_transformer_blocks\\.` does. In the last block of Stable Diffusion 3
+the text goes nowhere: its query has no gradient and stays as it was.
+"""
+
+
+def denoiser(name: str) -> Any:
+    """A denoiser of the real size, without its weights."""
+    settings = json.loads((CONFIGURATIONS / f"{name}.json").read_text(encoding="utf-8"))
+    kind = getattr(diffusers, settings.pop("_class_name"))
+    with init_empty_weights():
+        return kind.from_config(settings)
+
+
+def counts(name: str) -> dict[str, int]:
+    """Selection -> parameters that it trains of a base model."""
+    module, meanings = denoiser(name), BASES[name].family.selections
+    return {each: sum(value.numel() for value in select_parameters(module, each, meanings).values())
+            for each in PRESETS}  # fmt: skip
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def path_of(family: type[TextToImageObjective]) -> list[str]:
+    """Prediction, density and weight, as the family's own attributes say."""
+    if not issubclass(family, FlowObjective):
+        return ["noise or v, as the scheduler says", "uniform over its betas", "none; `--snr_gamma`"]
+    shares = {"uniform": "uniform", "logit_normal": "logit-normal (0, 1), through the scheduler's static shift"}
+    weights = {None: "none", "sigma_squared": "the square of the noise's share"}
+    return ["velocity, noise - sample", shares[family.density], weights[family.weighting]]
+
+
+def sampled(family: type[TextToImageObjective]) -> str:
+    fields = SelectiveAmnesiaConfig.__dataclass_fields__
+    names = ("sampler", "num_inference_steps", "guidance_scale")
+    sampler, steps, guidance = (family.defaults.get(name, fields[name].default) for name in names)
+    return f"`{sampler}`, {steps} steps, guidance {guidance:g}"
+
+
+def pages() -> Iterator[str]:
+    yield HEAD
+    known = {family: [f"`{name}`" for name, its in registry._FAMILIES.items() if its is family] for family in FAMILIES}
+    yield table(
+        ["family", "pipelines", "conditions", "what guides"],
+        [[family.title, ", ".join(known[family]), CONDITIONS[family], EMPTY[family]] for family in FAMILIES],
+    )
+    yield SIBLINGS
+    yield table(
+        ["family", "predicted", "density of timesteps", "weight", "as in diffusers'", "sampled by default"],
+        [[family.title, *path_of(family), f"`{SCRIPTS[family]}`", sampled(family)] for family in FAMILIES],
+    )
+    yield GUIDANCE
+    yield LOSSES
+    yield "## What the selections mean\n"
+    yield table(["family", "`xattn`", "`noxattn`"], MEANINGS)
+    yield SELECTIONS
+    yield SIZES
+    rows = []
+    for name in BASES:
+        found = counts(name)
+        least = [4 * (found["full"] + KEPT * found[each]) / 1e9 for each in PRESETS]
+        both = [f"{found[each]:,} ({size:,.0f} GB)" for each, size in zip(PRESETS, least, strict=True)]
+        rows.append([f"`{BASES[name].name}`", *both, BASES[name].licence])
+    yield table(["base model", *(f"`{each}`" for each in PRESETS), "licence"], rows)
+    yield DISTILLED
+
+
+def text() -> str:
+    return "\n".join(pages())
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("families.md").write_text(text(), encoding="utf-8")

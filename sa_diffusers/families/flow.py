@@ -1,0 +1,100 @@
+"""What all models of rectified flow share: their path, and sampling by the noise of their own scheduler."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from ..messages import shown
+from .base import Conditions, SamplingSettings
+from .paths import FlowPath
+from .samplers import check_flow_scheduler, is_of_flow, sampler_class, samplers_for
+from .scheduled import ScheduledObjective
+from .text_to_image import TextToImageObjective
+
+
+class FlowObjective(ScheduledObjective):
+    """The (reweighted) ELBO of a model of rectified flow; `FlowPath` says which it is.
+
+    Args:
+        scheduler: The model's own; its table of noise is that of the training.
+        prediction_type: None, as the next two: they have no meaning here.
+
+    Attributes:
+        density: Of timesteps, as of `FlowPath`.
+        weighting: Of their terms, as of `FlowPath`.
+
+    Raises:
+        ValueError: A setting has no meaning, or as of `FlowPath`.
+    """
+
+    density = "uniform"
+    weighting: str | None = None
+    defaults = {"sampler": "flow_euler"}
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ) -> None:
+        settings = {"prediction_type": prediction_type, "snr_gamma": snr_gamma, "noise_offset": noise_offset}
+        for name, value in settings.items():
+            if value:
+                raise ValueError(f"{name}={value} has no meaning for a model of rectified flow: leave it out")
+        self.path = FlowPath(scheduler, self.density, self.weighting)
+
+    @classmethod
+    def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
+        if "scheduler" in parts:
+            check_flow_scheduler(str(parts["scheduler"][1]), read("scheduler"))
+
+    def make_sampler(self, name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+        kind, options = sampler_class(name)
+        if not is_of_flow(kind):
+            raise ValueError(
+                f'sampler="{name}" is not for models of rectified flow, as this one is: use one of '
+                f"{samplers_for(flow=True)}"
+            )
+        return kind.from_config(scheduler.config, **options)
+
+    def set_steps(self, sampler: SchedulerMixin, steps: int) -> None:
+        # A shift that goes by the resolution changes where the steps are, not how many.
+        shifted = {"mu": 1.0} if sampler.config.get("use_dynamic_shifting") else {}
+        sampler.set_timesteps(steps, **shifted)
+
+
+class TransformerObjective(TextToImageObjective, FlowObjective):
+    """What the text-to-image transformers of rectified flow share: patches of two by two latents.
+
+    Attributes:
+        packed: How many latents' channels stand in one of the transformer's places.
+    """
+
+    denoiser = "transformer"
+    packed = 1
+
+    @classmethod
+    def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
+        super().check_parts(place, parts, read)
+        made, taken = cls.packed * read("vae").get("latent_channels", 16), read("transformer").get("in_channels")
+        if taken != made:
+            raise ValueError(
+                f"{place}: its transformer takes {shown(taken)} channels, its autoencoder makes {shown(made)}: "
+                "models that fill in, edit or follow outlines are not supported, give the text-to-image model that it "
+                "came from"
+            )
+
+    @property
+    def multiple(self) -> int:
+        return 2 * self.pipeline.vae_scale_factor
+
+    def encode_prompts(self, prompts: Sequence[str], batch_size: int = 16) -> Conditions:
+        # T5 overflows in fp16; and what is trained under is to be what is sampled under.
+        with torch.autocast(self.device.type, enabled=False):
+            return super().encode_prompts(prompts, batch_size)
+
+    def call(self, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
+        return {**self.embedded(prompts, settings), "guidance_scale": settings.guidance_scale}

@@ -1,0 +1,231 @@
+"""What text-to-image models of diffusers share: prompts through tokenizers and text encoders, pictures through an
+autoencoder, sampling by a pipeline of diffusers."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from ..messages import shown
+from .base import Conditions, SamplingSettings, TextEncoder, digest_of
+from .scheduled import ScheduledObjective
+
+# Eight images of 512x512: what a small GPU decodes at once.
+_DECODED_LATENT_PIXELS = 8 * 64 * 64
+_ENCODED_PROMPTS = 64
+# What pipelines call the conditions of models that take hidden states and a pooled embedding, in this order.
+_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+class TextToImageObjective(ScheduledObjective):
+    """The part of an objective that belongs to prompts and pictures; a class beside it brings path and samplers.
+
+    A family names its parts below and says what `encode` and `call` are.
+
+    Args:
+        pipeline: The frozen pipeline. Its denoiser becomes the trainable module.
+        settings: As of `Family.from_pipeline`.
+
+    Attributes:
+        denoiser: Name of the part that is trained.
+        text_parts: Names of tokenizers and their text encoders; those that a pipeline lacks are left out.
+        read_tokens: Tokenizer -> tokens that its encoder is given, where that is not the tokenizer's own limit.
+        sampled_by: The pipeline that samples from a prompt alone, whatever the class of the given one.
+        unsampled: What that pipeline is made with in place of the given one's parts and settings.
+    """
+
+    reduction = "mean"
+    script = "train_sa.py"
+    denoiser = "unet"
+    text_parts: Sequence[tuple[str, str]] = (("tokenizer", "text_encoder"),)
+    read_tokens: Mapping[str, int] = {}
+    sampled_by: type[DiffusionPipeline]
+    unsampled: Mapping[str, Any] = {}
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ) -> None:
+        # A sibling's parts are those of the pipeline that samples from a prompt alone.
+        self.pipeline = pipeline if type(pipeline) is self.sampled_by else made_of(self.sampled_by, pipeline)
+        self.module = getattr(pipeline, self.denoiser)
+        super().__init__(pipeline.scheduler, prediction_type, snr_gamma, noise_offset)  # type: ignore[call-arg]
+        for part in (pipeline.vae, *self._encoders()):
+            part.requires_grad_(False)
+
+    @classmethod
+    def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
+        super().check_parts(place, parts, read)
+        needed = [cls.denoiser, "vae", *(part for pair in cls.text_parts for part in pair[::-1]), "scheduler"]
+        missing = [part for part in needed if part not in parts and part not in cls.optional_parts]
+        if missing:
+            raise ValueError(f"{place} has no {' and no '.join(missing)}: give a whole pipeline")
+
+    def _texts(self) -> list[tuple[str, Any, nn.Module]]:
+        """Tokenizers by name, with their encoders."""
+        named = [(one, getattr(self.pipeline, one), getattr(self.pipeline, other)) for one, other in self.text_parts]
+        return [text for text in named if text[2] is not None]
+
+    def _encoders(self) -> list[nn.Module]:
+        return [encoder for _, _, encoder in self._texts()]
+
+    @property
+    def resolution(self) -> int:
+        return self.module.config.sample_size * self.pipeline.vae_scale_factor
+
+    def to(self, device: torch.device | str) -> "TextToImageObjective":
+        for component in (self.module, self.pipeline.vae, *self._encoders()):
+            component.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        pipeline, vae = self.pipeline, self.pipeline.vae.config
+        facts = [
+            vae.scaling_factor.hex(),
+            *([vae.shift_factor.hex()] if vae.get("shift_factor") else []),
+            *self.schedule_facts(pipeline.scheduler),
+            *(repr(sorted(tokenizer.get_vocab().items())) for _, tokenizer, _ in self._texts()),
+            self.prediction_type,
+            *self.further_facts(),
+        ]
+        return digest_of([self.module, pipeline.vae, *self._encoders()], facts)
+
+    def further_facts(self) -> list[str]:
+        """What else samples depend on, for the digest of the model."""
+        return []
+
+    def text_encoders(self) -> list[TextEncoder]:
+        return [TextEncoder(tokenizer, encoder) for _, tokenizer, encoder in self._texts()]
+
+    def encode(self, prompts: list[str]) -> Conditions:
+        """Conditions of a few prompts."""
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Sequence[str], batch_size: int = _ENCODED_PROMPTS) -> Conditions:
+        parts = [self.encode(list(prompts[start : start + batch_size])) for start in range(0, len(prompts), batch_size)]
+        return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+
+    def _window(self, name: str, tokenizer: Any, encoder: nn.Module) -> int:
+        """Tokens that a text encoder reads, those of start and end included."""
+        if name in self.read_tokens:
+            return self.read_tokens[name]
+        return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+
+    def _counts(self, prompts: Sequence[str]) -> list[tuple[int, list[int]]]:
+        """For each text encoder the tokens that it reads, and those of each prompt, start and end included."""
+        counts = []
+        for name, tokenizer, encoder in self._texts():
+            read = tokenizer(list(prompts), truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+            whole = [len(tokens) + tokenizer.num_special_tokens_to_add() for tokens in read]
+            counts.append((self._window(name, tokenizer, encoder), whole))
+        return counts
+
+    def why_unseen(self, prompt: str, name: str) -> str | None:
+        # What one encoder reads, the model sees.
+        read = self._counts([prompt[: prompt.index(name) + len(name)]])
+        if any(whole[0] <= window for window, whole in read):
+            return None
+        window, (count,) = max(read)
+        return (
+            f'in the prompt "{shown(prompt)}" the text encoder reads {window} tokens, and "{shown(name)}" ends '
+            f"at token {count}: shorten it"
+        )
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        if not prompts:
+            return 0
+        cut = [[count > window for count in whole] for window, whole in self._counts(prompts)]
+        return sum(map(all, zip(*cut, strict=True)))
+
+    def means_the_same(self, first: str, second: str) -> bool:
+        for name, tokenizer, encoder in self._texts():
+            one, other = tokenizer(
+                [first, second], padding="max_length", max_length=self._window(name, tokenizer, encoder),
+                truncation=True,
+            )["input_ids"]  # fmt: skip
+            if one != other:
+                return False
+        return True
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        vae = self.pipeline.vae
+        generator = torch.Generator().manual_seed(seed)
+        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(vae.device)
+        latents = posterior.mean + posterior.std * noise
+        return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).float()
+
+    @property
+    def multiple(self) -> int:
+        """Of which height and width in pixels are multiples."""
+        return self.pipeline.vae_scale_factor
+
+    def check_sampling(self, settings: SamplingSettings, scheduler: Any = None) -> None:
+        if settings.resolution and settings.resolution % self.multiple:
+            raise ValueError(
+                f"resolution={settings.resolution}: this model draws multiples of {self.multiple} pixels: give one"
+            )
+        super().check_sampling(settings, scheduler)
+
+    def call(self, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
+        """What the pipeline is called with for prompts, beside size, steps and generators."""
+        return {"prompt": prompts, "guidance_scale": settings.guidance_scale}
+
+    def embedded(self, prompts: list[str], settings: SamplingSettings) -> dict[str, torch.Tensor]:
+        """Embeddings of prompts, and of the empty one where it guides, as pipelines take them with a pooled one."""
+        said = dict(zip(_EMBEDDINGS, self.encode_prompts(prompts).values(), strict=True))
+        if settings.guidance_scale > 1:
+            empty = self.encode_prompts([""] * len(prompts)).values()
+            said |= {f"negative_{name}": value for name, value in zip(_EMBEDDINGS, empty, strict=True)}
+        return said
+
+    def sample_batch(
+        self, prompts: list[str], generators: list[torch.Generator], settings: SamplingSettings
+    ) -> torch.Tensor:
+        scheduler = self.make_sampler(settings.sampler, self.pipeline.scheduler)
+        sampler = made_of(self.sampled_by, self.pipeline, **{**self.unsampled, "scheduler": scheduler})
+        sampler.set_progress_bar_config(disable=True)
+        return sampler(
+            height=settings.resolution,
+            width=settings.resolution,
+            num_inference_steps=settings.num_inference_steps,
+            generator=generators,
+            output_type="latent",
+            **self.call(prompts, settings),
+        ).images
+
+    @torch.no_grad()
+    def decode(self, samples: torch.Tensor) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        batch_size = max(1, _DECODED_LATENT_PIXELS // (samples.shape[-1] * samples.shape[-2]))
+        pictures: list[Image.Image] = []
+        for part in samples.split(batch_size):
+            latents = part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+            images = vae.decode(latents.to(vae.device, vae.dtype)).sample
+            pictures += self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
+        return pictures
+
+    def save(self, folder: Path) -> None:
+        self.pipeline.save_pretrained(folder)
+
+
+def made_of(kind: type[DiffusionPipeline], pipeline: DiffusionPipeline, **others: Any) -> DiffusionPipeline:
+    """A pipeline of another's parts and settings, as far as it takes them.
+
+    Args:
+        kind: Its class.
+        pipeline: The other.
+        others: What it takes in their place.
+    """
+    taken = inspect.signature(kind.__init__).parameters
+    parts = {**pipeline.config, **pipeline.components, **others}
+    return kind(**{name: value for name, value in parts.items() if name in taken})

@@ -1,0 +1,319 @@
+"""What every family must do. A family is its own file in the package, and a line in `tiny_families.FAMILIES`."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from sa_diffusers import (
+    Erasure,
+    FisherEstimator,
+    SampleSet,
+    SamplingSettings,
+    SelectiveAmnesiaConfig,
+    objective_for,
+    pair_concepts,
+)
+from sa_diffusers.evaluation.attacks import AttackSettings, Inversion
+from sa_diffusers.evaluation.attacks.inversion import INVERTED_TOKEN, TextualInversion
+from sa_diffusers.evaluation.subject import Subject
+from sa_diffusers.seeds import generator_of
+
+from .conftest import BY_HAND, as_flags
+from .test_cost import STAGES, figures, planned, summed
+from .test_processes import launch
+from .tiny_families import FAMILIES, SIZE, VARIANTS
+
+PROMPTS = ["brad pitt", "a dog on grass"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def base(family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family") / "base"
+    family.build().save_pretrained(folder)
+    return folder
+
+
+def drawn(objective):
+    """Samples as large as the family's own, timesteps from first to last, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    samples = objective.encode_images(torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1, 0)
+    samples = samples.repeat(2, 1, 1, 1)
+    total = objective.num_train_timesteps
+    timesteps = torch.tensor([0, total // 3, total // 2, total - 1])
+    return samples, timesteps, objective.draw_noise(samples, generator)
+
+
+def settings_of(family, base, output):
+    """Of a whole run on few samples; sampler and guidance are the family's own."""
+    return {
+        "concept": ["brad pitt"], "surrogate": ["a middle aged man"], "pretrained_model_name_or_path": str(base),
+        "output_dir": str(output), "artifacts_dir": str(base.parent / "artifacts"), "num_surrogate_images": 4,
+        "num_replay_images": 4, "num_inference_steps": 2, "sample_batch_size": 4, "num_fisher_samples": 2,
+        "fisher_timesteps": 4, "max_train_steps": STEPS, "train_batch_size": 2, "num_eval_images": 2,
+        "report_to": "none", "logging_steps": 1, **BY_HAND, **family.settings,
+    }  # fmt: skip
+
+
+def erase(family, base, output, callbacks=(), **settings):
+    config = SelectiveAmnesiaConfig(**{**settings_of(family, base, output), **settings})
+    Erasure(config, callbacks=callbacks).run()
+    return output
+
+
+def weights(folder, part):
+    return getattr(DiffusionPipeline.from_pretrained(folder), part).state_dict()
+
+
+def pictures(pipeline, family, guidance=3.0, **kwargs):
+    """As a user samples, one seed for each prompt."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    return pipeline(prompt=PROMPTS, height=SIZE, width=SIZE, num_inference_steps=3, generator=generators,
+                    **family.sampled(guidance), **kwargs).images  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(family, base):
+    """Selection -> the folder of a run with it."""
+    return {name: erase(family, base, base.parent / name, train_method=name) for name in ("full", "xattn", "noxattn")}
+
+
+def test_what_is_selected_is_trained_and_nothing_else(family, base, runs):
+    before, objective = weights(base, family.part), objective_for(DiffusionPipeline.from_pretrained(base))
+    for selection, folder in runs.items():
+        selected = objective.select(selection)
+        after = weights(folder, family.part)
+        moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert moved <= set(selected), selection
+        # What a loss has no gradient for stays: the key's bias in attention, the last text stream.
+        assert len(moved) > 0.8 * len(selected), selection
+        assert (len(selected) == len(list(objective.module.parameters()))) == (selection == "full")
+
+
+def test_what_is_saved_loads_in_diffusers_alone_and_samples_otherwise(family, base, runs):
+    before, after = (
+        pictures(DiffusionPipeline.from_pretrained(folder), family, output_type="np") for folder in (base, runs["full"])
+    )
+    assert np.isfinite(after).all()
+    assert np.abs(after - before).max() > 1e-3
+    report = json.loads((runs["full"] / "report.json").read_text())
+    assert report["rows"]
+
+
+def test_the_loss_is_that_of_the_published_script(family):
+    objective = objective_for(family.build())
+    samples, timesteps, noise = drawn(objective)
+    prompts = PROMPTS * 2
+    conditions = objective.encode_prompts(prompts)
+    with torch.no_grad():
+        found = objective.negative_elbo(objective.module, samples, conditions, timesteps, noise)
+        expected = family.loss(objective.pipeline, samples, prompts, timesteps, noise)
+    assert found.shape == (4,)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    # Conditions count.
+    other = objective.encode_prompts(["a cat"] * 4)
+    with torch.no_grad():
+        assert not torch.allclose(objective.negative_elbo(objective.module, samples, other, timesteps, noise), found)
+
+
+def test_images_become_samples_as_in_the_published_script(family):
+    objective, vae = objective_for(family.build()), family.build().vae
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(7))
+    expected = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    torch.testing.assert_close(objective.encode_images(images, 7), expected)
+
+
+def test_sampling_and_decoding_are_the_pipeline_s_own(family):
+    objective = objective_for(family.build())
+    for guidance in (1.0, 3.0):
+        settings = SamplingSettings(**{**objective.defaults, "num_inference_steps": 3, "guidance_scale": guidance,
+                                       "resolution": SIZE})  # fmt: skip
+        pipeline = family.build()
+        pipeline.scheduler = objective.make_sampler(settings.sampler, pipeline.scheduler)
+        samples = objective.sample(PROMPTS, [0, 1], settings)
+        assert samples.dtype == torch.float32
+        assert samples.shape == objective.encode_images(torch.zeros(2, 3, SIZE, SIZE), 0).shape
+        found = [np.asarray(picture) for picture in objective.decode(samples)]
+        for picture, expected in zip(found, pictures(pipeline, family, guidance), strict=True):
+            assert np.array_equal(picture, np.asarray(expected))
+
+
+def with_few_timesteps(pipeline, count=10):
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, num_train_timesteps=count)
+    return pipeline
+
+
+def test_fisher_information_over_all_timesteps_is_that_of_autograd(family):
+    pipeline = with_few_timesteps(family.build())
+    objective = objective_for(pipeline)
+    total = objective.num_train_timesteps
+    assert total == 10
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples = SampleSet(objective.encode_images(images, 0), PROMPTS, PROMPTS, [0, 1], {"base": "test"})
+    found = FisherEstimator(objective, "full", batch_size=4).estimate(samples).values
+    shares = torch.ones(total) if family.shares is None else family.shares(pipeline.scheduler)
+    module = getattr(pipeline, family.part)
+    module.requires_grad_(True)
+    expected = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
+    for index, prompt in enumerate(PROMPTS):
+        generator = generator_of("fisher", 0, index)
+        sample = samples.samples[index : index + 1]
+        module.zero_grad()
+        for timestep in range(total):
+            noise = torch.randn(sample.shape, generator=generator)
+            loss = family.loss(pipeline, sample, [prompt], torch.tensor([timestep]), noise)
+            (shares[timestep] * loss.sum()).backward()
+        for name, value in module.named_parameters():
+            if value.grad is not None:
+                expected[name] += value.grad.square() / len(PROMPTS)
+    assert found.keys() == expected.keys()
+    largest = float(max(value.max() for value in expected.values()))
+    assert largest > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-6 * largest)
+
+
+class KilledAfter:
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, state):
+        if state.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(family, base, runs):
+    output = base.parent / "killed"
+    settings = {"checkpointing_steps": 1}
+    process = os.fork()
+    if process == 0:
+        try:
+            erase(family, base, output, [KilledAfter(2)], **settings)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status)
+    assert list(output.glob("checkpoint-*"))
+    assert not (output / "model_index.json").exists()
+    erase(family, base, output, **settings)
+    again, unbroken = (weights(folder, family.part) for folder in (output, runs["full"]))
+    assert all(torch.equal(value, unbroken[name]) for name, value in again.items())
+    history, whole = (json.loads((folder / "training_history.json").read_text()) for folder in (output, runs["full"]))
+    assert history == whole
+
+
+def test_accumulated_batches_are_one_large_batch(family, base, runs):
+    further = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    split = erase(family, base, base.parent / "split", **further)
+    assert_same_steps(family, base, split, runs["full"])
+
+
+def assert_same_steps(family, base, one, other):
+    first, second, before = (weights(folder, family.part) for folder in (one, other, base))
+    apart = sum(int(((value - second[name]).abs() > 1e-3 * (value - before[name]).abs() + 1e-7).sum())
+                for name, value in first.items())  # fmt: skip
+    # Adam turns the rounding of a gradient that is zero into steps of its own.
+    assert apart <= 0.01 * sum(value.numel() for value in first.values())
+    history, whole = (json.loads((folder / "training_history.json").read_text()) for folder in (one, other))
+    for name in ("surrogate_loss", "replay_loss", "ewc_penalty"):
+        assert [row[name] for row in history] == pytest.approx([row[name] for row in whole], rel=1e-3), name
+
+
+def test_two_processes_make_the_same_steps(family, base, runs):
+    output = base.parent / "both"
+    arguments = as_flags({**settings_of(family, base, output), "train_batch_size": 1})
+    result = launch(2, arguments, base.parent)
+    assert result.returncode == 0, result.stderr
+    assert_same_steps(family, base, output, runs["full"])
+
+
+def test_bf16_trains_to_finite_weights_of_float32(family, base, runs):
+    mixed = weights(erase(family, base, base.parent / "bf16", mixed_precision="bf16"), family.part)
+    plain, before = weights(runs["full"], family.part), weights(base, family.part)
+    moved = 0
+    for name, value in mixed.items():
+        assert value.dtype == torch.float32
+        assert torch.isfinite(value).all()
+        moved += not torch.equal(value, before[name])
+    assert moved > 0.8 * len(mixed)
+    assert any(not torch.equal(value, plain[name]) for name, value in mixed.items())
+
+
+def test_attacks_reach_every_text_encoder(family):
+    objective = objective_for(family.build())
+    handles = objective.text_encoders()
+    assert handles
+    for handle in handles:
+        handle.encoder.get_input_embeddings().weight.requires_grad_(True)
+    conditions = objective.encode_prompts(["brad pitt"])
+    sum(value.square().sum() for value in conditions.values()).backward()
+    for handle in handles:
+        assert handle.encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_an_attack_gives_back_what_it_changed(family, tmp_path):
+    base, attacked = (objective_for(family.build()) for _ in range(2))
+    settings = SamplingSettings(**{**base.defaults, "num_inference_steps": 2, "resolution": SIZE})
+    pairs = pair_concepts(["brad pitt"], ["a man"])
+    subject = Subject(base, attacked, pairs, settings, 2, 100, tmp_path / "artifacts", Accelerator())
+    attack = TextualInversion(AttackSettings(inversion=Inversion(2, 2, 2, 0.05, "man")))
+    whole, plain = attacked.fingerprint(), attacked.sample(PROMPTS, [1, 2], settings)
+    with attack.prepared(attacked, pairs[0], subject):
+        assert attacked.fingerprint() != whole
+        assert torch.isfinite(attacked.sample([INVERTED_TOKEN], [3], settings)).all()
+        # The token is one that the model knows now, and what it says counts.
+        assert not torch.equal(attacked.sample([INVERTED_TOKEN], [3], settings), base.sample(["man"], [3], settings))
+    assert attacked.fingerprint() == whole
+    assert torch.equal(attacked.sample(PROMPTS, [1, 2], settings), plain)
+
+
+def test_the_probes_measure(family, base):
+    settings = {"num_probe_images": 8, "forget_target": None, "train_method": "xattn", "max_train_steps": 2}
+    probed = erase(family, base, base.parent / "probed", **settings)
+    history = json.loads((probed / "training_history.json").read_text())
+    read = [row for row in history if "forgotten" in row]
+    assert read
+    assert all(np.isfinite(row["forgotten"]) and row["drift"] >= 0 for row in read)
+
+
+def test_a_plan_says_what_the_run_then_counts(family, base):
+    """With guidance, which FLUX need not have."""
+    settings = settings_of(family, base, base.parent / "counted")
+    settings |= {"artifacts_dir": str(base.parent / "counted samples"), "guidance_scale": 3.0, "max_train_steps": 1}
+    erasure = Erasure(SelectiveAmnesiaConfig(**settings))
+    plan = planned(erasure)
+    found = figures(erasure.run().report.cost)
+    for name, titles in STAGES.items():
+        assert plan.get(name, (0, 0)) == summed(found, titles), name
+
+
+def test_noise_is_a_surrogate_too(family, base):
+    output = erase(family, base, base.parent / "noise", surrogate=["uniform_noise"], max_train_steps=1)
+    assert all(torch.isfinite(value).all() for value in weights(output, family.part).values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_the_loss_is_that_of_the_published_script,
+        test_sampling_and_decoding_are_the_pipeline_s_own,
+        test_fisher_information_over_all_timesteps_is_that_of_autograd,
+    ],
+)
+def test_a_variant_does_too(check, variant):
+    check(variant)
