@@ -37,6 +37,8 @@ STREAMS = {
     "replay order": Stream(3_513_704_038, 10_000_000),
     # Timesteps and noise of the Fisher information, a seed a sample.
     "fisher": Stream(2_500_000_000, 10_000_000),
+    # Signs of the Fisher information's predictions, a seed a sample.
+    "fisher signs": Stream(2_510_000_000, 10_000_000),
     # Timesteps and noise of the probes, a seed a set.
     "probe noise": Stream(2_600_000_000, 1_000_000),
     # Dropout inside the network.

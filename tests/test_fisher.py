@@ -52,7 +52,7 @@ def brute_force(objective, parameters, samples, seed=0):
 def test_exact_mode_equals_the_brute_force_loop(objective, samples, batch_size):
     parameters = select_parameters(objective.module, "full")
     expected = brute_force(objective, parameters, samples)
-    found = FisherEstimator(objective, parameters, None, batch_size).estimate(samples).values
+    found = FisherEstimator(objective, parameters, None, batch_size, kind="gradient").estimate(samples).values
     assert found.keys() == expected.keys()
     largest = max(value.max() for value in expected.values())
     for name, value in expected.items():
@@ -60,10 +60,11 @@ def test_exact_mode_equals_the_brute_force_loop(objective, samples, batch_size):
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-6 * float(largest))
 
 
-def test_subset_of_timesteps_keeps_the_scale(objective, samples):
+@pytest.mark.parametrize("kind", ["gradient", "jacobian"])
+def test_subset_of_timesteps_keeps_the_scale(objective, samples, kind):
     parameters = select_parameters(objective.module, "xattn")
-    exact = FisherEstimator(objective, parameters).estimate(samples).values
-    half = FisherEstimator(objective, parameters, timesteps=TIMESTEPS // 2).estimate(samples).values
+    exact = FisherEstimator(objective, parameters, kind=kind).estimate(samples).values
+    half = FisherEstimator(objective, parameters, TIMESTEPS // 2, kind=kind).estimate(samples).values
     ratio = sum(value.sum() for value in half.values()) / sum(value.sum() for value in exact.values())
     assert 0.5 < ratio < 3
 

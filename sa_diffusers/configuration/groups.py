@@ -19,6 +19,7 @@ Tracker = Literal["tensorboard", "wandb", "none"]
 Precision = Literal["no", "fp16", "bf16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Blur = Literal["auto", "yes", "no"]
+FisherKind = Literal["gradient", "jacobian"]
 SAMPLERS = tuple(_SAMPLERS)
 LR_SCHEDULERS = get_args(Schedule)
 
@@ -160,13 +161,16 @@ class FisherSettings(Settings):
     """Fisher information and elastic weight consolidation."""
 
     fisher: str | None = flag(None, "saved Fisher information to use: a folder or a name on the Hub", path=True)
+    fisher_kind: FisherKind = flag(
+        "gradient", "what is squared: the gradient of the ELBO (the paper), or the jacobian of the predictions"
+    )
     num_fisher_samples: int = flag(
         50, "samples that the Fisher information is averaged over", at_least=1, at_most=1_000_000
     )
     fisher_timesteps: int | None = flag(
-        10, "timesteps of each sample whose gradients are summed; 0 takes all (exact)", at_least=0, at_most=100_000
+        5, "timesteps of each sample whose gradients are summed; 0 takes all", at_least=0, at_most=100_000
     )
-    fisher_batch_size: int = flag(10, "timesteps of one sample in one backward pass", at_least=1, at_most=65_536)
+    fisher_batch_size: int = flag(10, "timesteps in one backward pass", at_least=1, at_most=65_536)
     fisher_concept_share: float | None = flag(
         0.1,
         "share of the Fisher samples that are the concept's own; null (the paper) is uniform over all classes, or, "

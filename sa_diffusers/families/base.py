@@ -362,3 +362,24 @@ class Objective(Family):
         error = error.sum(1) if self.reduction == "sum" else error.mean(1)
         weights = self.path.weights(timesteps)
         return error if weights is None else error * weights
+
+    @property
+    def weighs_predictions(self) -> bool:
+        """Whether it has `root_weights`: the loss is a squared error, or the family says them itself."""
+        own = type(self)
+        squared = own.negative_elbo is Objective.negative_elbo and own.deviation is Objective.deviation
+        return squared or own.root_weights is not Objective.root_weights
+
+    def root_weights(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Factors of a prediction's elements, which broadcast to it: for small changes, `deviation(prediction + change,
+        prediction)` is the sum of `(factor * change)^2`.
+
+        Args:
+            prediction: `[batch, ...]`, as from `predict`.
+            timesteps: `int64` `[batch]`.
+        """
+        weights = self.path.weights(timesteps)
+        roots = torch.ones_like(timesteps, dtype=torch.float32) if weights is None else weights.float().sqrt()
+        if self.reduction == "mean":
+            roots = roots / prediction[0].numel() ** 0.5
+        return roots.view(-1, *[1] * (prediction.dim() - 1))

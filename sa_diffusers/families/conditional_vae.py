@@ -128,5 +128,10 @@ class ConditionalVAEObjective(Objective):
         entropies = [F.binary_cross_entropy(mean, target, reduction="none") for mean in (prediction, target)]
         return (entropies[0] - entropies[1]).clamp(min=0).flatten(1).sum(1)
 
+    def root_weights(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Those of the pixels' means, decoded from codes of the samples; the divergence of the code takes no part."""
+        mean = prediction.float().clamp(1e-6, 1 - 1e-6)
+        return (2 * mean * (1 - mean)).rsqrt()
+
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """Diagonal Fisher information: estimating, saving, loading."""
 
-from .estimator import FisherEstimator, fisher_identity
+from .estimator import FisherEstimator, check_kind, fisher_identity
 from .information import FisherInformation
 
-__all__ = ["FisherEstimator", "FisherInformation", "fisher_identity"]
+__all__ = ["FisherEstimator", "FisherInformation", "check_kind", "fisher_identity"]

@@ -22,9 +22,10 @@ from ..data.given import Samples, are_prompts, given_prompts, given_samples, tak
 from ..data.sample_set import SampleSet
 from ..environment import launched, precision_in_use
 from ..families import SamplingSettings, modules_of, objective_of, pipeline_name
-from ..families.base import Objective
+from ..families.base import Conditions, Objective, index_conditions
 from ..families.digests import digested_once, fingerprint_module
 from ..files import write_bytes
+from ..messages import shown
 from ..moved import renamed
 from ..parameter_selection import evaluating, only_trainable
 from ..passes import Passes, counted, over_processes
@@ -32,13 +33,24 @@ from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
 from ..seeds import first_seed, generator_of
 from .information import FisherInformation
 
+KINDS = ("gradient", "jacobian")
+# A square of the Jacobian's holds as many samples as have so many timesteps together; one at the least.
+_SQUARED = 8
+
 
 class FisherEstimator:
-    """Estimates `F_i = E[(d ELBO(x | theta, c) / d theta_i)^2]` (paper, section 2.2).
+    """Estimates how much a model's loss depends on each of its parameters, in one of two ways.
 
-    The ELBO of one sample is a sum over timesteps, so the gradients of its timesteps are summed *before* squaring;
-    the squares are then averaged over samples. The batch dimension of a backward pass holds timesteps of the same
-    sample, which gives the same sum in fewer passes.
+    The gradient's is the paper's (section 2.2): `F_i = E[(d ELBO(x | theta, c) / d theta_i)^2]`. The ELBO of one sample
+    is a sum over timesteps, so the gradients of its timesteps are summed *before* squaring; the squares are then
+    averaged over samples. The batch dimension of a backward pass holds timesteps of the same sample, which gives the
+    same sum in fewer passes.
+
+    The Jacobian's is `F_i = E[sum_o w_o (d prediction_o / d theta_i)^2]`, with the weights `w` that the loss gives
+    squared errors of a prediction's elements: the diagonal of what the loss of the model's own samples rises by, to
+    second order, of one timestep. It is estimated by random signs `s` (Bekas, Kokiopoulou and Saad, 2007): products of
+    different ones vanish on average, and the square of `d (sum_o s_o sqrt(w_o) prediction_o) / d theta_i` leaves `F_i`.
+    So a square may hold several samples, and what the drawn noise leaves as an error plays no part.
 
         information = FisherEstimator(pipeline, "xattn").estimate(["a photo of a dog", "a red car"])
         information.save_pretrained("fisher")
@@ -51,16 +63,17 @@ class FisherEstimator:
         selection: What is to be trained: a name or regular expression as of `train_method`, or name and parameter.
             Nothing else takes memory.
         timesteps: Number of timesteps of each sample, or None (or 0) for all (exact). Fewer are sampled one from each
-            of as many strata of the path, and their sum is scaled by `num_train_timesteps / timesteps`, so that the EWC
-            weight keeps its meaning. The square of a scaled sum has the noise of fewer terms in it and comes out
-            larger.
+            of as many strata of the path, and the gradient's sum is scaled by `num_train_timesteps / timesteps`, so
+            that the EWC weight keeps its meaning. The square of a scaled sum has the noise of fewer terms in it and
+            comes out larger.
         batch_size: Timesteps in one backward pass. It changes rounding and speed only.
-        seed: Seed of timesteps and noise. Each sample has a stream of its own, whatever the number of processes.
+        seed: Seed of timesteps, noise and signs. Each sample has a stream of its own, whatever the number of processes.
         accelerator: Processes that share the samples, and the precision of the forward pass. Default: this one.
+        kind: `"gradient"` or `"jacobian"`. The EWC weight of one means nothing to the other.
 
     Raises:
         ValueError: `timesteps` or `batch_size` is out of range, the selection matches nothing, or the model is of an
-            unknown kind, in half precision or has adapters.
+            unknown kind, in half precision, has adapters, or has no Fisher information of this kind.
     """
 
     @renamed(objective="model", parameters="selection")
@@ -72,6 +85,7 @@ class FisherEstimator:
         batch_size: int = 10,
         seed: int = 0,
         accelerator: Accelerator | None = None,
+        kind: str = "gradient",
     ) -> None:
         objective, pipeline = objective_of(model)
         self._name = pipeline and pipeline_name(pipeline)
@@ -83,6 +97,8 @@ class FisherEstimator:
             raise ValueError(f"timesteps={timesteps} must be between 1 and {total}, or 0 for all of them")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
+        check_kind(kind, objective)
+        self.kind = kind
         self.objective = objective
         self._train_method = selection if isinstance(selection, str) else None
         self.parameters = objective.select(selection) if isinstance(selection, str) else dict(selection)
@@ -135,6 +151,7 @@ class FisherEstimator:
             values[name] = self.accelerator.reduce(values[name], reduction="sum") / len(samples)
         config = {
             **recorded,
+            "fisher_kind": self.kind,
             "timesteps": self.timesteps,
             "num_samples": len(samples),
             "seed": self.seed,
@@ -175,22 +192,25 @@ class FisherEstimator:
     ) -> Passes | None:
         """Add the squared gradients of this process's samples, and say what they took, in earlier runs too."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(range(rank, len(samples), processes))
+        # Of the ELBO's gradient, a square is of one sample.
+        size = max(1, _SQUARED // self.timesteps) if self.kind == "jacobian" else 1
+        groups = [range(first, min(first + size, len(samples))) for first in range(0, len(samples), size)]
+        mine = groups[rank::processes]
         partial = _PartialSum(partial_dir, rank, processes, self.batch_size)
         first = partial.read(values, len(mine))
         passes = Passes() if first == 0 else partial.passes
         pace = Pace()
         with (
-            tqdm(mine, initial=first, total=len(mine), desc="Fisher information", unit="sample",
-                 disable=rank > 0) as bar,
+            tqdm(initial=sum(map(len, mine[:first])), total=sum(map(len, mine)), desc="Fisher information",
+                 unit="sample", disable=rank > 0) as bar,
             counted(self.objective.module, passes),
             finishing(),
         ):  # fmt: skip
-            for done, index in enumerate(mine[first:], start=first + 1):
-                gradient = self._gradient_that_fits(samples, index, device)
+            for done, group in enumerate(mine[first:], start=first + 1):
+                gradient = self._gradient_that_fits(samples, group, device)
                 for value, part in zip(values.values(), gradient, strict=True):
                     value.addcmul_(part, part)
-                bar.update()
+                bar.update(len(group))
                 began = time.monotonic()
                 stopping = stop_requested() is not None
                 if done < len(mine) and (stopping or pace.due()):
@@ -200,45 +220,81 @@ class FisherEstimator:
                     check_stop()
         return passes
 
-    def _gradient_that_fits(self, samples: SampleSet, index: int, device: torch.device) -> list[torch.Tensor]:
+    def _gradient_that_fits(self, samples: SampleSet, group: range, device: torch.device) -> list[torch.Tensor]:
         def gradient(batch_size: int) -> list[torch.Tensor]:
             self.batch_size = batch_size
-            return self._summed_gradient(samples, index, device)
+            return self._summed_gradient(samples, group, device)
 
         return shrinking(gradient, self.batch_size, "fisher_batch_size", self.accelerator.num_processes)
 
-    def _summed_gradient(self, samples: SampleSet, index: int, device: torch.device) -> list[torch.Tensor]:
+    def _summed_gradient(self, samples: SampleSet, group: range, device: torch.device) -> list[torch.Tensor]:
         objective = self.objective
-        generator = generator_of("fisher", self.seed, index)
-        sample = samples.samples[index : index + 1].to(device)
-        conditions = objective.encode_prompts([samples.conditions[index]])
-        timesteps = objective.path.strata(self.timesteps, generator)
+        # One draw a timestep, from its sample's own stream: noise and signs do not depend on how they are batched.
+        generators = {index: generator_of("fisher", self.seed, index) for index in group}
+        signs = {index: generator_of("fisher signs", self.seed, index) for index in group}
+        conditions = objective.encode_prompts([samples.conditions[index] for index in group])
+        timesteps = torch.cat([objective.path.strata(self.timesteps, generators[index]) for index in group])
+        rows = torch.arange(group.start, group.stop).repeat_interleave(self.timesteps)
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters.values()]
-        for part in timesteps.split(self.batch_size):
-            repeated = sample.expand(len(part), *sample.shape[1:])
-            # One draw a timestep, so that the noise does not depend on how the timesteps are batched.
-            noise = torch.cat([objective.draw_noise(sample, generator) for _ in part])
-            repeated_conditions = {
-                name: value.expand(len(part), *value.shape[1:]) for name, value in conditions.items()
-            }
+        for part, places in zip(timesteps.split(self.batch_size), rows.split(self.batch_size), strict=True):
+            given = samples.samples[places].to(device)
+            drawn_from = [generators[index] for index in places.tolist()]
+            noise = torch.cat([objective.draw_noise(*one) for one in zip(given.split(1), drawn_from, strict=True)])
+            own = index_conditions(conditions, (places - group.start).to(device))
             with self.accelerator.autocast():
-                loss = objective.negative_elbo(objective.module, repeated, repeated_conditions, part.to(device), noise)
-            # Those that were drawn count alike; all of them, each as often as it would be drawn.
-            shares = objective.path.shares(part) if len(timesteps) == objective.num_train_timesteps else None
-            loss = loss.sum() if shares is None else (loss * shares.to(device)).sum()
+                loss = self._scalar(given, own, part.to(device), noise, [signs[index] for index in places.tolist()])
             gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
             for accumulated, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     accumulated += gradient.float()
-        scale = objective.num_train_timesteps / self.timesteps
+        scale = self.timesteps**-0.5 if self.kind == "jacobian" else objective.num_train_timesteps / self.timesteps
         for name, accumulated in zip(self.parameters, total, strict=True):
             if not torch.isfinite(accumulated).all():
+                told = ", ".join(f'{index} ("{samples.conditions[index]}")' for index in group)
                 raise FloatingPointError(
-                    f'the gradient of {name} is not finite for sample {index} ("{samples.conditions[index]}"): compute '
-                    "the Fisher information without mixed precision, or in bf16"
+                    f"the gradient of {name} is not finite for sample {told}: compute the Fisher information without "
+                    "mixed precision, or in bf16"
                 )
             accumulated *= scale
         return total
+
+    def _scalar(
+        self,
+        samples: torch.Tensor,
+        conditions: Conditions,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        signs: list[torch.Generator],
+    ) -> torch.Tensor:
+        """What is differentiated; arguments as of `Objective.negative_elbo`, and what draws each row's signs."""
+        objective = self.objective
+        # Those that were drawn count alike; all of them, each as often as it would be drawn.
+        every = self.timesteps == objective.num_train_timesteps
+        shares = objective.path.shares(timesteps) if every else None
+        if self.kind == "gradient":
+            loss = objective.negative_elbo(objective.module, samples, conditions, timesteps, noise)
+            return loss.sum() if shares is None else (loss * shares).sum()
+        prediction = objective.predict(objective.module, samples, conditions, timesteps, noise).float()
+        drawn = torch.stack([torch.randint(2, prediction.shape[1:], generator=one) for one in signs])
+        roots = objective.root_weights(prediction.detach(), timesteps)
+        if shares is not None:
+            roots = roots * shares.sqrt().view(-1, *[1] * (prediction.dim() - 1))
+        return ((2 * drawn - 1).to(prediction.device) * roots * prediction).sum()
+
+
+def check_kind(kind: str, objective: Objective) -> None:
+    """Refuse a kind of Fisher information that there is not, or that a model does not have.
+
+    Raises:
+        ValueError: It is such a one.
+    """
+    if kind not in KINDS:
+        raise ValueError(f'kind="{shown(kind)}" is not one of "gradient", "jacobian"')
+    if kind == "jacobian" and not objective.weighs_predictions:
+        raise ValueError(
+            'fisher_kind="jacobian": the loss of this model is no squared error, and its family does not say how '
+            'changes of its predictions weigh: use "gradient"'
+        )
 
 
 def _recommended(name: str | None, objective: Objective) -> SamplingSettings:

@@ -33,6 +33,7 @@ _BINDING = {
     "trained_module": "the weights that it was computed from",
     "base": "the model's other parts (text encoder, tokenizer, autoencoder, noise schedule)",
     "kind": "the kind of model",
+    "fisher_kind": "the kind of Fisher information",
     "prediction_type": "the prediction type",
     "reduction": "the reduction of the loss",
     "num_train_timesteps": "the number of timesteps in the ELBO's sum",
@@ -202,10 +203,12 @@ The numbers say how much each weight matters to what the model draws, and hold n
             ValueError: It belongs to another model, another loss, or does not cover the parameters; the message says
                 what differs, and how.
         """
+        # Before there were two kinds it was the gradient's.
+        own = {"fisher_kind": "gradient", **self.config}
         differences = [
-            f"{meaning} ({field}: {self.config.get(field)!r}, this run: {expected[field]!r})"
+            f"{meaning} ({field}: {own.get(field)!r}, this run: {expected[field]!r})"
             for field, meaning in _BINDING.items()
-            if field in expected and self.config.get(field) != expected[field]
+            if field in expected and own.get(field) != expected[field]
         ]
         if differences:
             raise ValueError(

@@ -49,8 +49,8 @@ _SHOWN_SETTINGS = (
     "guidance_scale", "surrogate_guidance_scale", "replay_guidance_scale", "resolution", "mixed_precision", "seed",
 )  # fmt: skip
 _SHOWN_FISHER = (
-    "base_model", "revision", "train_method", "num_samples", "timesteps", "num_train_timesteps", "seed", "reduction",
-    "prediction_type", "trained_module",
+    "base_model", "revision", "train_method", "fisher_kind", "num_samples", "timesteps", "num_train_timesteps", "seed",
+    "reduction", "prediction_type", "trained_module",
 )  # fmt: skip
 _OWN_SCRIPT = "YOUR_SCRIPT.py"
 _LONGEST = 300

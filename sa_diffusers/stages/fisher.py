@@ -10,7 +10,7 @@ from ..data.generation import surrogate_requests
 from ..data.sample_set import SampleSet
 from ..environment import precision_in_use
 from ..files import DamagedArtefact, load_kept
-from ..fisher import FisherEstimator, FisherInformation, fisher_identity
+from ..fisher import FisherEstimator, FisherInformation, check_kind, fisher_identity
 from ..fisher.information import FISHER_CONFIG_NAME, FORMAT_VERSION, digest_of_values
 from ..identity import Identity, fingerprint
 from ..passes import Passes, together
@@ -34,8 +34,8 @@ class FisherStage(Stage):
     """
 
     title = "fisher"
-    depends_on = ReplayStage.depends_on | {"concept_templates", "num_fisher_samples", "fisher_timesteps",
-                                           "fisher_concept_share", "train_method", "snr_gamma",
+    depends_on = ReplayStage.depends_on | {"concept_templates", "fisher_kind", "num_fisher_samples",
+                                           "fisher_timesteps", "fisher_concept_share", "train_method", "snr_gamma",
                                            "noise_offset"}  # fmt: skip
 
     def __init__(
@@ -45,7 +45,9 @@ class FisherStage(Stage):
         self.replay = replay
         self._prompted = PromptedSamples(subject)
         self._first = first_seed("concept", subject.config.seed)
-        self.facts = fisher_identity(subject.objective, subject.module, subject.config.train_method, subject.base)
+        check_kind(subject.config.fisher_kind, subject.objective)
+        own = fisher_identity(subject.objective, subject.module, subject.config.train_method, subject.base)
+        self.facts = {**own, "fisher_kind": subject.config.fisher_kind}
         self.given: FisherInformation | None = None
         self._source = given if given is not None else subject.config.fisher
         if self._source is not None and self.is_needed:
@@ -145,7 +147,8 @@ class FisherStage(Stage):
                     f"fisher    reused: {self._source}"]  # fmt: skip
         steps = self._timesteps() or self.subject.objective.num_train_timesteps
         note = reused(self.folder, FISHER_CONFIG_NAME)
-        return [f"fisher    {self.subject.config.num_fisher_samples} samples x {steps} timesteps{note}"]
+        config = self.subject.config
+        return [f"fisher    {config.num_fisher_samples} samples x {steps} timesteps, {config.fisher_kind}{note}"]
 
     def cost(self) -> Passes:
         config = self.subject.config
@@ -199,7 +202,7 @@ class FisherStage(Stage):
         subject, config = self.subject, self.subject.config
         estimator = FisherEstimator(
             subject.objective, subject.parameters, self._timesteps(), config.fisher_batch_size, config.seed,
-            subject.accelerator,
+            subject.accelerator, config.fisher_kind,
         )  # fmt: skip
         recorded = {"base_model": config.pretrained_model_name_or_path, "revision": subject.revision, **self.facts,
                     "identity": identity.digest}  # fmt: skip
