@@ -141,12 +141,14 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_pat
     assert steps == list(range(1, newest + 3))
 
 
-# A run that finds its settings in twenty steps, reads its probes after 10, 20 and 30, and is at its limit then.
+# A run that finds its settings in twenty steps and reads its probes after 10, 20 and 30: in the first two readings they
+# are content with little, images say otherwise, and at the third it is at its limit.
 PROBED = {
     "concept": "brad pitt", "surrogate": "a middle aged man", "num_surrogate_images": 12, "num_replay_images": 12,
     "num_inference_steps": 2, "sample_batch_size": 4, "num_fisher_samples": 2, "fisher_timesteps": 2,
     "num_eval_images": 2, "num_probe_images": 8, "max_train_steps": 30, "logging_steps": 1, "checkpointing_steps": 10,
     "gradient_accumulation_steps": 1, "checkpoints_total_limit": 9, "output_dir": "out", "report_to": "none",
+    "forget_target": 0.001, "drift_tolerance": 900,
 }  # fmt: skip
 
 
@@ -163,6 +165,7 @@ def probed(tiny_folder, tmp_path_factory):
         result = launch(count, probed_flags(tiny_folder, count), folders[count])
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("the probes: at the limit of 30 steps: forgotten is") == 1
+        assert result.stderr.count("the probes are content after step 20, but 8 of 8 images still show") == 1
     return folders
 
 
@@ -174,6 +177,7 @@ def controls(folder) -> dict[int, dict]:
 
 def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folder):
     first, second = controls(probed[1]), controls(probed[2])
+    assert first[20]["checks"] == [{"step": 20, "showing": 8, "images": 8}]
     for step, control in first.items():
         other = second[step]
         for name in ("rate", "calibrated", "ewc_scale", "balance", "pace", "target", "norms"):
