@@ -265,19 +265,18 @@ class Controller:
             state.at_bound += self.every
 
     def _hurry(self, excess: float) -> None:
-        """The learning rate: up while the concept is forgotten too slowly and nothing drifts away, down where it
-        does."""
+        """The learning rate: up while the concept is forgotten too slowly and nothing drifts, down where it does."""
         state = self.state
-        if self.config.learning_rate is not None or len(state.readings) < 2:
+        if self.config.learning_rate is not None:
             return
-        before, now = state.readings[-2:]
-        step = 2 ** min(self.every / _BALANCE_STEPS, 1.0)
-        left = state.target - now["forgotten"]
-        is_slow = (now["forgotten"] - before["forgotten"]) * _WISHED_STEPS < left * self.every
         if excess > _FAR:
-            state.pace = max(state.pace / step, 1 / _FASTEST)
-        elif left > 0 and is_slow and excess < _NEAR:
-            state.pace = min(state.pace * step, _FASTEST)
+            state.pace = max(state.pace / min(excess / _FAR, 2.0), 1 / _FASTEST)
+        elif excess < _NEAR and len(state.readings) > 1:
+            before, now = state.readings[-2:]
+            left = state.target - now["forgotten"]
+            is_slow = (now["forgotten"] - before["forgotten"]) * _WISHED_STEPS < left * self.every
+            if left > 0 and is_slow:
+                state.pace = min(state.pace * 2 ** min(self.every / _BALANCE_STEPS, 1.0), _FASTEST)
 
     def _images_agree(self, step: int, forgotten: float, is_content: bool) -> bool:
         if self.check is None:
