@@ -1,6 +1,5 @@
 """What a training measures itself by, and what it does about it."""
 
-import itertools
 import json
 import math
 
@@ -236,28 +235,31 @@ def test_a_training_stops_when_both_wishes_hold_and_images_agree():
     assert history[-1]["step"] < 400
     assert training.controller.verdict.done
     assert "forgotten" in training.controller.verdict.sentence
-    assert len(calls) == 2
-    first, second = training.controller.state.checks
-    assert first["showing"] == 20 and second["showing"] == 0 and second["step"] > first["step"]
+    assert len(calls) == 3
+    first, second, third = training.controller.state.checks
+    assert first["showing"] == 20 and second["showing"] == third["showing"] == 0
+    # Each on other weights.
+    assert first["step"] < second["step"] < third["step"] == history[-1]["step"]
 
 
 def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
-    monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 20)
+    monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 10)
     seen = []
 
     def check(turn):
         assert turn == len(seen)
         seen.append(None)
-        return (1 if len(seen) < 3 else 0), 20
+        # One agreement alone is chance.
+        return (1 if len(seen) in (1, 2, 4) else 0), 20
 
-    training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=100, check=check)
+    training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=200, check=check)
     training.train()
     steps = [check["step"] for check in training.controller.state.checks]
-    # Few of them, farther and farther apart.
-    assert len(steps) == 3 and all(later >= 1.5 * earlier for earlier, later in itertools.pairwise(steps))
-    assert training.history[-1]["step"] == steps[-1] < 100
+    # Few of them, farther and farther apart, until one agrees.
+    assert len(steps) == 6 and steps[1] >= 1.5 * steps[0] and steps[2] >= 1.5 * steps[1] and steps[4] >= 1.5 * steps[3]
+    assert training.history[-1]["step"] == steps[-1] < 200
     assert training.controller.verdict.done
-    assert "none of 20 images shows it" in training.controller.verdict.sentence
+    assert "none of 40 images shows it" in training.controller.verdict.sentence
 
 
 def test_no_image_is_looked_at_while_the_rest_has_drifted_too_far(monkeypatch):

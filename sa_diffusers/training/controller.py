@@ -20,8 +20,9 @@ _PASSES = 2
 # Images are looked at after so many steps at the latest, and again when there are so many times as many.
 _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
-# The share of them that may show the concept: none of 20.
+# The share of them that may show the concept, none of 20, in so many looks in a row.
 _SHOWING = 0.02
+_LOOKS = 2
 # What protects may be weighed so many times heavier, or lighter, than at first.
 _HEAVIEST = 8.0
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
@@ -77,6 +78,7 @@ class Control:
         passes: Readings in a row for which both wishes held.
         target: Of forgetting; it rises when images disagree with the probes.
         look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
+        agreed: Looks in a row in which no image, or next to none, showed the concept.
         least: The least drift at the heaviest weight so far.
         at_bound: Steps in a row at the heaviest weight in which it has not become less.
         norms: Gradient norms of the last steps.
@@ -92,6 +94,7 @@ class Control:
     passes: int = 0
     target: float = 0.0
     look: int = 0
+    agreed: int = 0
     least: float | None = None
     at_bound: int = 0
     norms: list[float] = field(default_factory=list)
@@ -219,7 +222,7 @@ class Controller:
         self._hurry(reading.worst_drift / tolerate)
         state.passes = state.passes + 1 if forgotten and kept else 0
         is_content = state.passes >= _PASSES
-        looks = self.check is not None and kept and step >= state.look
+        looks = self.check is not None and kept and (step >= state.look or state.agreed > 0)
         if (is_content or looks) and self._images_agree(step, reading.worst_forgotten, is_content):
             self.verdict = Verdict(
                 True,
@@ -286,8 +289,9 @@ class Controller:
         state.checks.append({"step": step, "showing": showing, "images": count})
         state.look = math.ceil(_NEXT_LOOK * step)
         if showing <= _SHOWING * count:
-            return True
-        state.passes = 0
+            state.agreed += 1
+            return state.agreed >= _LOOKS
+        state.passes = state.agreed = 0
         if is_content:
             # The probes were too easily content: half of what is left must go.
             state.target = max(state.target, forgotten)
@@ -300,7 +304,7 @@ class Controller:
         checks = self.state.checks
         if not checks:
             return ""
-        showing, count = checks[-1]["showing"], checks[-1]["images"]
+        showing, count = (sum(check[name] for check in checks[-_LOOKS:]) for name in ("showing", "images"))
         return f", {showing or 'none'} of {count} images {'show' if showing > 1 else 'shows'} it"
 
     def state_dict(self) -> dict[str, Any]:
