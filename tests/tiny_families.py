@@ -46,6 +46,7 @@ class Tiny:
         sampled: Guidance -> what a user calls the pipeline with.
         shares: A scheduler -> how often the script draws each timestep, in units of a uniform draw; None is alike.
         settings: Of an erasure, beside those of every family.
+        in_processes: Whether two processes are tried: each takes seconds to start, and two kinds of network are enough.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -54,6 +55,7 @@ class Tiny:
     sampled: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
     shares: Callable[[Any], torch.Tensor] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    in_processes: bool = False
 
 
 def stable_diffusion_loss(pipeline, samples, prompts, timesteps, noise):
@@ -237,8 +239,8 @@ def flux_call(guidance):
 # Everything is tried with these.
 FAMILIES = {
     "stable diffusion": Tiny(build_tiny_pipeline, "unet", stable_diffusion_loss),
-    "SDXL": Tiny(build_xl, "unet", xl_loss),
-    "SD3": Tiny(build_sd3, "transformer", sd3_loss, shares=logit_normal_shares),
+    "SDXL": Tiny(build_xl, "unet", xl_loss, in_processes=True),
+    "SD3": Tiny(build_sd3, "transformer", sd3_loss, shares=logit_normal_shares, in_processes=True),
     "FLUX": Tiny(build_flux, "transformer", flux_loss, flux_call, settings={"resolution": SIZE}),
 }
 # Loss, sampling and Fisher information alone with these.
