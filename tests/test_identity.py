@@ -22,7 +22,7 @@ OTHER = {
     "surrogate_guidance_scale": 2.0, "replay_guidance_scale": 2.0, "sample_batch_size": 3,
     "fisher_kind": "jacobian", "num_fisher_samples": 4,
     "fisher_timesteps": 5, "fisher_batch_size": 3, "fisher_concept_share": 0.9, "ewc": 2.0, "ewc_weight": 2.0,
-    "num_probe_images": 9, "forget_target": 0.5, "drift_tolerance": 0.5, "replay_weight": 2.0, "seed": 1,
+    "num_probe_images": 9, "forget_target": 0.6, "drift_tolerance": 0.5, "replay_weight": 2.0, "seed": 1,
     "max_train_steps": 5, "train_batch_size": 3, "gradient_accumulation_steps": 2,
     "gradient_checkpointing": True, "target": "noise", "condition_dropout": 0.1, "naive": True, "snr_gamma": 5.0,
     "noise_offset": 0.1, "learning_rate": 1e-4, "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
