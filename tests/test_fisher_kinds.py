@@ -1,6 +1,8 @@
 """The Jacobian's Fisher information against the whole Jacobian, and what both kinds have in common."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sa_diffusers.processes import Interrupted
 
 from .conftest import build_tiny_pipeline
 from .test_class_models import tiny_diffusion, tiny_vae
+from .test_processes import environment
 from .test_theorem import Categorical
 
 TIMESTEPS = 4
@@ -190,6 +193,39 @@ def test_an_estimate_that_was_stopped_goes_on_to_the_same_bits(samples, kind, tm
     assert all(torch.equal(again.values[name], value) for name, value in whole.values.items())
     assert again.passes == whole.passes
     assert whole.passes.backward == 5 * 4
+
+
+ESTIMATE = """
+import os, sys
+from sa_diffusers import FisherEstimator, SampleSet
+
+model, folder, *kinds = sys.argv[1:]
+for kind in kinds:
+    for count in (2, 5):
+        samples = SampleSet.load(f"{folder}/samples").subset(list(range(count)))
+        information = FisherEstimator(model, "xattn", 4, 3, kind=kind).estimate(samples)
+        if os.environ.get("RANK", "0") == "0":
+            information.save_pretrained(f"{folder}/{os.environ.get('WORLD_SIZE', '1')}-{kind}-{count}")
+"""
+
+
+def test_processes_share_the_squares_also_where_there_are_fewer(tiny_folder, tmp_path):
+    """Of two samples the Jacobian's timesteps have one square in common: two of three processes have nothing to do."""
+    generator = torch.Generator().manual_seed(2)
+    SampleSet(torch.randn(5, 4, 8, 8, generator=generator), PROMPTS, PROMPTS, list(range(5))).save(tmp_path / "samples")
+    script = tmp_path / "estimate.py"
+    script.write_text(ESTIMATE)
+    arguments = [str(script), str(tiny_folder), str(tmp_path), "gradient", "jacobian"]
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]):
+        command = [sys.executable, *launcher, *arguments]
+        result = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr
+    for name in ("gradient-2", "gradient-5", "jacobian-2", "jacobian-5"):
+        alone, together = (FisherInformation.from_pretrained(tmp_path / f"{count}-{name}") for count in (1, 3))
+        assert alone.passes == together.passes
+        assert alone.passes.backward == 4 * int(name[-1])
+        for key, value in alone.values.items():
+            torch.testing.assert_close(together.values[key], value, rtol=1e-4, atol=1e-6 * float(value.max()))
 
 
 def test_the_kind_is_on_record_and_another_is_refused(tiny_settings, tmp_path):
