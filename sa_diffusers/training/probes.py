@@ -87,8 +87,8 @@ class Reading:
 
     @property
     def worst_drift(self) -> float:
-        """The largest of what must not drift: remembered prompts, and neighbours, which may drift twice as far."""
-        return max([self.drift_p90, *(value / 2 for value in self.neighbours.values())])
+        """The largest of what must not drift: nine of ten remembered prompts, and each neighbour."""
+        return max([self.drift_p90, *self.neighbours.values()])
 
     def values(self) -> dict[str, float]:
         """Figures by name, for history and trackers."""
