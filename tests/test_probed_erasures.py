@@ -141,7 +141,7 @@ def test_images_in_a_concepts_place_are_measured_by_what_the_model_errs_on_them(
     assert reading.worst_forgotten == pytest.approx(0, abs=1e-5)
     assert len(reading.neighbours) == 5
     # Nothing is forgotten: every image is like what the base model samples at its seed.
-    assert check() == (8, 8)
+    assert check(0) == (8, 8)
 
 
 # How it ended
