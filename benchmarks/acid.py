@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa_diffusers.configuration import HISTORY_NAME, SelectiveAmnesiaConfig, base_defaults
+from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.data.captions import load_vocabulary
 from sa_diffusers.data.phrasings import fill_template
 from sa_diffusers.erasure import Erasure
@@ -143,7 +143,6 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
             frechet_distance(moments(torch.cat([found[label]["features"] for label in others])), reference)
             for found in (before, after, again)
         ]
-    write_json(args.work_dir / "acid" / name / "history.json", read_json(Path(config.output_dir) / HISTORY_NAME))
     return result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -130,6 +131,27 @@ def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "forgetting" not in again.stderr
     assert [line for line in again.stdout.splitlines() if line.startswith("| bag → ")] == table[-4:]
+
+
+@pytest.mark.parametrize("name, flags, figures", [
+    ("acid", ["--base", "icons=x", "--seeds", "0", "--pairs", "penguin:rabbit"],
+     "| penguin → rabbit | {3} | {5} | {8} | {9} | {10} | {11} | {13} |"),
+    ("probes", ["--base", "sa_diffusers/models/coloured/pipeline", "--pairs", "fox:dog", "pizza:hamburger", "--rates",
+                "1e-5", "3e-5", "1e-4", "3e-4"], None),
+])  # fmt: skip
+def test_the_page_has_the_figures_that_its_commands_print_of_what_was_measured(tmp_path, name, flags, figures):
+    shutil.copy(REPOSITORY / "benchmarks" / "results" / f"{name}.json", tmp_path / "kept.json")
+    result = run_script(REPOSITORY / "benchmarks" / f"{name}.py", [*flags, "--output", "kept.json"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    page = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    if figures:
+        (row,) = (line for line in result.stdout.splitlines() if "penguin → rabbit" in line)
+        cells = [cell.strip().removeprefix("174 to ") for cell in row.strip("| ").split(" | ")]
+        assert figures.format(*cells) in page
+    else:
+        assert "| icons, 80 | 72 | 0.81 | 0.81 | 0.47 |" in page
+        assert "80 models, 72 of them with 2 to 98 % sampled: forgotten 0.81, forgotten_surrogate 0.81, " \
+               "forgotten_unguided 0.47" in result.stdout  # fmt: skip
 
 
 def test_no_path_of_a_machine_is_shipped():

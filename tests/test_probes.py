@@ -262,6 +262,16 @@ def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
     assert "none of 40 images shows it" in training.controller.verdict.sentence
 
 
+def test_a_run_whose_images_still_show_the_concept_says_so_at_its_limit():
+    training = controlled(forget_target=0.01, drift_tolerance=900, max_train_steps=40, check=lambda turn: (3, 20))
+    training.train()
+    assert not training.controller.verdict.done
+    # The target that images raised is not what was asked for.
+    step = training.controller.state.checks[-1]["step"]
+    sentence = training.controller.verdict.sentence
+    assert sentence.startswith(f"at the limit of 40 steps: 3 of 20 images still showed it after step {step}. Try a sur")
+
+
 def test_no_image_is_looked_at_while_the_rest_has_drifted_too_far(monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 10)
     training = controlled(forget_target=0.01, drift_tolerance=1e-9, max_train_steps=20, check=lambda turn: (0, 20))

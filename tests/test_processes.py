@@ -116,21 +116,27 @@ def test_several_processes_agree_on_what_is_finished(runs, tiny_folder):
     assert "sampling" not in again.stderr
 
 
-def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
-    """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
-    settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
-               *quick(tiny_folder, **settings, train_batch_size=3, checkpointing_steps=3)]  # fmt: skip
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+def stopped_after_a_checkpoint(command: list[str], folder) -> str:
+    """What two processes write that are asked to stop, once there is a checkpoint."""
+    with subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
         deadline = time.monotonic() + 300
-        while not list((tmp_path / "out").glob("checkpoint-*")):
+        while not list((folder / "out").glob("checkpoint-*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert output.count("stopped: SIGTERM after step") == 1
+    return output
+
+
+def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
+    """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
+    settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
+               *quick(tiny_folder, **settings, train_batch_size=3, checkpointing_steps=3)]  # fmt: skip
+    output = stopped_after_a_checkpoint(command, tmp_path)
     assert "The same command goes on from there" in output
     newest = max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "out").glob("checkpoint-*"))
     arguments = quick(tiny_folder, **{**settings, "max_train_steps": newest + 2}, train_batch_size=6)
@@ -195,15 +201,7 @@ def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folde
 def test_two_processes_go_on_from_a_checkpoint_as_if_nothing_had_been(probed, tiny_folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
                *probed_flags(tiny_folder, 2)]  # fmt: skip
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
-        deadline = time.monotonic() + 300
-        while not list((tmp_path / "out").glob("checkpoint-*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-    assert output.count("stopped: SIGTERM after step") == 1
+    output = stopped_after_a_checkpoint(command, tmp_path)
     assert "goes on after step" not in output
     result = launch(2, probed_flags(tiny_folder, 2), tmp_path)
     assert result.returncode == 0, result.stderr

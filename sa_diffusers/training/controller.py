@@ -241,10 +241,14 @@ class Controller:
         return False
 
     def _open(self, reading: Reading, when: str) -> str:
-        state, config = self.state, self.config
+        config, checks = self.config, self.state.checks
         wishes, advice = [], []
-        if not reading.worst_forgotten >= state.target:
-            wishes.append(f"forgotten is {reading.worst_forgotten:.2f}, {state.target:.2f} was asked for")
+        if not reading.worst_forgotten >= config.forget_target:
+            wishes.append(f"forgotten is {reading.worst_forgotten:.2f}, {config.forget_target:.2f} was asked for")
+        if checks and _still_shows(checks[-1]):
+            seen = checks[-1]
+            wishes.append(f"{seen['showing']} of {seen['images']} images still showed it after step {seen['step']}")
+        if wishes:
             advice.append("a surrogate that is less like the concept")
         if not reading.worst_drift <= config.drift_tolerance:
             wishes.append(f"drift is {reading.worst_drift:.3f}, {config.drift_tolerance:g} is tolerated")
@@ -288,9 +292,10 @@ class Controller:
             return True
         state = self.state
         showing, count = self.check(len(state.checks))
-        state.checks.append({"step": step, "showing": showing, "images": count})
+        seen = {"step": step, "showing": showing, "images": count}
+        state.checks.append(seen)
         state.look = math.ceil(_NEXT_LOOK * step)
-        if showing <= _SHOWING * count:
+        if not _still_shows(seen):
             state.agreed += 1
             return state.agreed >= _LOOKS
         state.passes = state.agreed = 0
@@ -314,3 +319,7 @@ class Controller:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         self.state = Control(**values)
+
+
+def _still_shows(check: Mapping[str, float]) -> bool:
+    return check["showing"] > _SHOWING * check["images"]
