@@ -233,9 +233,9 @@ def assert_same_steps(family, base, one, other):
         assert [row[name] for row in history] == pytest.approx([row[name] for row in whole], rel=1e-3), name
 
 
+# A run of two processes takes long, and what differs between families is the same in each.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].in_processes], indirect=True)
 def test_two_processes_make_the_same_steps(family, base, runs):
-    if not family.in_processes:
-        pytest.skip("two families are enough")
     output = base.parent / "both"
     arguments = as_flags({**settings_of(family, base, output), "train_batch_size": 1})
     result = launch(2, arguments, base.parent)
