@@ -170,7 +170,7 @@ def probed(tiny_folder, tmp_path_factory):
         folders[count] = tmp_path_factory.mktemp(f"probed-{count}")
         result = launch(count, probed_flags(tiny_folder, count), folders[count])
         assert result.returncode == 0, result.stderr
-        assert result.stderr.count("the probes: at the limit of 30 steps: forgotten is") == 1
+        assert result.stderr.count("the probes: at the limit of 30 steps: 8 of 8 images still showed it") == 1
         assert result.stderr.count("after step 20 8 of 8 images still show the concept: on") == 1
     return folders
 
