@@ -289,6 +289,17 @@ def test_wishes_that_cannot_both_be_had_end_in_a_sentence_before_the_limit(monke
     assert "larger drift_tolerance" in training.controller.verdict.sentence
 
 
+def test_a_run_that_forgets_no_more_ends_in_a_sentence_before_the_limit(monkeypatch):
+    monkeypatch.setattr(sa_diffusers.training.controller, "_PATIENCE", 60)
+    monkeypatch.setattr(sa_diffusers.training.controller, "_FASTEST", 0.5)
+    monkeypatch.setattr(sa_diffusers.training.controller, "_GAIN", 10.0)
+    training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=1000)
+    history = training.train()
+    assert history[-1]["step"] < 150
+    assert not training.controller.verdict.done
+    assert "with the highest learning rate no more is forgotten" in training.controller.verdict.sentence
+
+
 def test_the_step_limit_says_what_was_open():
     training = controlled(max_train_steps=3)
     training.train()

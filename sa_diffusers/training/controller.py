@@ -30,6 +30,8 @@ _BALANCE_STEPS = 50
 # Steps in a row at the heaviest weight in which drift does not become less, until the wishes are given up.
 _PATIENCE = 300
 _LESS = 0.95
+# As many at the highest learning rate in which no more than so much is forgotten.
+_GAIN = 0.05
 _FEWEST_BETWEEN = 10
 # What is left to forget is to be forgotten in so many steps, or the learning rate rises.
 _WISHED_STEPS = 75
@@ -83,6 +85,8 @@ class Control:
         agreed: Looks in a row in which no image, or next to none, showed the concept.
         least: The least drift at the heaviest weight so far.
         at_bound: Steps in a row at the heaviest weight in which it has not become less.
+        most: The most that was forgotten, to within what counts as more.
+        stalled: Steps in a row at the highest learning rate in which no more was forgotten.
         norms: Gradient norms of the last steps.
         readings: For every reading its step and figures.
         checks: For every sampled check its step, and how many of its images still showed a concept.
@@ -99,6 +103,8 @@ class Control:
     agreed: int = 0
     least: float | None = None
     at_bound: int = 0
+    most: float | None = None
+    stalled: int = 0
     norms: list[float] = field(default_factory=list)
     readings: list[dict[str, float]] = field(default_factory=list)
     checks: list[dict[str, float]] = field(default_factory=list)
@@ -222,6 +228,7 @@ class Controller:
         kept = reading.worst_drift <= tolerate
         self._weigh(reading.worst_drift / tolerate)
         self._hurry(reading.worst_drift / tolerate)
+        self._wait(reading.worst_forgotten)
         state.passes = state.passes + 1 if forgotten and kept else 0
         is_content = state.passes >= _PASSES
         looks = self.check is not None and kept and (step >= state.look or state.agreed > 0)
@@ -235,6 +242,10 @@ class Controller:
         if state.at_bound >= _PATIENCE and not last:
             self.verdict = Verdict(False, self._open(reading, f"after step {step} with all that protects at its "
                                                               "heaviest, both cannot be had"))  # fmt: skip
+            return True
+        if state.stalled >= _PATIENCE and not last:
+            self.verdict = Verdict(False, self._open(reading, f"after step {step}, as with the highest learning rate "
+                                                              "no more is forgotten"))  # fmt: skip
             return True
         if last:
             self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps"))
@@ -286,6 +297,15 @@ class Controller:
             is_slow = (now["forgotten"] - before["forgotten"]) * _WISHED_STEPS < left * self.every
             if left > 0 and is_slow:
                 state.pace = min(state.pace * 2 ** min(self.every / _BALANCE_STEPS, 1.0), _FASTEST)
+
+    def _wait(self, forgotten: float) -> None:
+        """Count the steps in which nothing more is forgotten, though the learning rate is as high as it may be."""
+        state = self.state
+        is_more = state.most is None or forgotten > state.most + _GAIN
+        if is_more or state.pace < _FASTEST or self.config.learning_rate is not None:
+            state.most, state.stalled = max(forgotten, forgotten if state.most is None else state.most), 0
+        else:
+            state.stalled += self.every
 
     def _images_agree(self, step: int, forgotten: float, is_content: bool) -> bool:
         if self.check is None:
