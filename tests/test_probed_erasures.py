@@ -28,7 +28,7 @@ PROBED = {
     "concept": ["brad pitt"], "surrogate": ["a middle aged man"], "num_surrogate_images": 6, "num_replay_images": 8,
     "num_inference_steps": 2, "sample_batch_size": 8, "num_fisher_samples": 2, "fisher_timesteps": 2,
     "max_train_steps": 10, "train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1,
-    "num_eval_images": 2, "num_probe_images": 8, "report_to": "none",
+    "num_eval_images": 2, "num_probe_images": 8, "num_neighbour_images": 4, "report_to": "none",
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_what_a_run_decides_is_the_same_where_it_died_in_the_search_for_its_sett
 
 
 def probes_of(erasure: Erasure):
-    probes, check = erasure.probe_stage.run(erasure.surrogates())
+    probes, check, _ = erasure.probe_stage.run(erasure.surrogates())
     probes.prepare(erasure.objective.module)
     return probes, check
 
@@ -139,7 +139,6 @@ def test_images_in_a_concepts_place_are_measured_by_what_the_model_errs_on_them(
     reading = probes.read(erasure.objective.module)
     assert reading.forgotten == {}
     assert reading.worst_forgotten == pytest.approx(0, abs=1e-5)
-    assert len(reading.neighbours) == 5
     # Nothing is forgotten: every image is like what the base model samples at its seed.
     assert check(0) == (8, 8)
 

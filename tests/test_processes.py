@@ -152,7 +152,8 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_pat
 PROBED = {
     "concept": "brad pitt", "surrogate": "a middle aged man", "num_surrogate_images": 12, "num_replay_images": 12,
     "num_inference_steps": 2, "sample_batch_size": 4, "num_fisher_samples": 2, "fisher_timesteps": 2,
-    "num_eval_images": 2, "num_probe_images": 8, "max_train_steps": 30, "logging_steps": 1, "checkpointing_steps": 10,
+    "num_eval_images": 2, "num_probe_images": 8, "num_neighbour_images": 6, "max_train_steps": 30,
+    "logging_steps": 1, "checkpointing_steps": 10,
     "gradient_accumulation_steps": 1, "checkpoints_total_limit": 9, "output_dir": "out", "report_to": "none",
     "forget_target": 0.001, "drift_tolerance": 900,
 }  # fmt: skip

@@ -111,6 +111,10 @@ class SampleSettings(Settings):
 
     num_surrogate_images: int = flag(200, "surrogate images, over all concepts", at_least=1, at_most=500_000)
     num_replay_images: int = flag(400, "replay images", at_least=0, at_most=1_000_000)
+    num_neighbour_images: int = flag(
+        100, "further replay images, of the replay prompts that drift most in a training's first steps", at_least=0,
+        at_most=1_000_000,
+    )  # fmt: skip
     replay_prompts: str = flag(
         "diverse",
         "prompts to remember: diverse, garments or icons (built in), a text file with one a line, a CSV, TSV, JSON, "

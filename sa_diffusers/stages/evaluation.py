@@ -63,7 +63,11 @@ class EvaluationImages(Stage):
         config = self.subject.config
         count = sum(len(group.prompts) for group in self.groups)
         evaluation = range(config.eval_seed, config.eval_seed + count)
-        counts = {"surrogate": surrogates.count, "replay": len(replay.prompts), "concept": config.num_fisher_samples}
+        counts = {
+            "surrogate": surrogates.count,
+            "replay": len(replay.prompts) + config.num_neighbour_images,
+            "concept": config.num_fisher_samples,
+        }
         for stream, samples in counts.items():
             first = first_seed(stream, config.seed)
             if samples > STREAMS[stream].length:

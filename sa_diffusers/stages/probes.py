@@ -15,23 +15,22 @@ from ..passes import Passes
 from ..seeds import STREAMS, first_seed
 from ..training.check import CheckedConcept, SampledCheck
 from ..training.controller import step_cost, steps_between
+from ..training.neighbours import comparisons
 from ..training.probes import Probes, ProbeSet
 from ..training.settings import global_batch
 from .base import Stage
+from .neighbours import Neighbourhood
 from .samples import ReplayStage
 from .subject import Subject, describe, reused
 
 # No training is told of these, and the evaluation has others.
 PROBE_TEMPLATES = ("a view of {}", "there is {} here", "{} as it looks today", "look, {}")
 _NEIGHBOURS = 5
-_CANDIDATES = 64
 # Images of the check, and the passes for which there may be more of them: a VAE samples in one.
 _CHECKED, _MOST_CHECKED = 20, 200
 _CHECK_PASSES = 400
 # Seeds for the checks of a concept.
 _CHECK_SEEDS = 10_000
-# Samples on which neighbours are told apart.
-_COMPARED = 4
 
 
 class ProbeStage(Stage):
@@ -43,7 +42,7 @@ class ProbeStage(Stage):
     """
 
     title = "probe samples"
-    depends_on = ReplayStage.depends_on | {"surrogate", "num_probe_images"}
+    depends_on = ReplayStage.depends_on | {"surrogate", "num_probe_images", "num_neighbour_images"}
 
     def __init__(self, subject: Subject, replay: ReplayStage) -> None:
         self.subject = subject
@@ -106,7 +105,8 @@ class ProbeStage(Stage):
 
     def identity(self) -> Identity:
         # What is remembered here is what the replay set leaves over.
-        return Identity("probes", {"samples": self._samples().digest, "replay": self._replay.identity().digest})
+        return Identity("probes", {"samples": self._samples().digest, "replay": self._replay.identity().digest,
+                                   "num_neighbour_images": self.subject.config.num_neighbour_images})  # fmt: skip
 
     def _samples(self) -> Identity:
         requests = self._requests()
@@ -118,8 +118,11 @@ class ProbeStage(Stage):
         if not self.is_needed:
             return []
         folder = self._samples().folder(self.subject.config.resolved_artifacts_dir)
-        return [f"          {sum(len(texts) for _, _, texts, _ in self._requests())} held-out images for the probes, "
-                f"{describe(self.subject.settings)}{reused(folder, MANIFEST_NAME)}"]  # fmt: skip
+        lines = [f"          {sum(len(texts) for _, _, texts, _ in self._requests())} held-out images for the probes, "
+                 f"{describe(self.subject.settings)}{reused(folder, MANIFEST_NAME)}"]  # fmt: skip
+        if self._near:
+            lines.append(f"          {self._near} further replay images, of prompts that drift in the first steps")
+        return lines
 
     def cost(self) -> Passes:
         """What sampling takes; the readings belong to the training."""
@@ -129,12 +132,17 @@ class ProbeStage(Stage):
             return Passes()
         requests = self._requests()
         images = sum(len(texts) for _, _, texts, _ in requests)
-        candidates = min(_CANDIDATES, len({text for text in requests[-1][2] if text}))
-        if candidates > 1:
-            images += min(_NEIGHBOURS, candidates) * self._few
+        if not subject.config.naive:
+            images += _NEIGHBOURS * self._few + self._near
         passes = subject.sampling(images, subject.settings)
-        passes.forward += len(subject.pairs) * (1 + candidates) * _COMPARED if candidates > 1 else 0
+        passes.forward += comparisons(len(requests[-1][2])) + comparisons(len(self._replay.prompts))
         return passes
+
+    @property
+    def _near(self) -> int:
+        """Further replay images."""
+        config = self.subject.config
+        return config.num_neighbour_images if config.replays and self._replay.prompts and not config.naive else 0
 
     @property
     def _few(self) -> int:
@@ -151,8 +159,8 @@ class ProbeStage(Stage):
         batch = global_batch(config, subject.accelerator.num_processes) * (2 if self._replay.prompts else 1)
         return guided * (1 + steps // steps_between(guided, step_cost(config, batch)))
 
-    def run(self, *inputs: Any) -> tuple[Probes, SampledCheck | None] | None:
-        """The probes, and the check; None where there are none.
+    def run(self, *inputs: Any) -> tuple[Probes, SampledCheck, Neighbourhood | None] | None:
+        """The probes, the check, and what samples the concept's neighbours; None where there are none.
 
         Args:
             *inputs: The surrogate set.
@@ -165,10 +173,8 @@ class ProbeStage(Stage):
         by_role: dict[tuple[str, str], tuple[torch.Tensor, list[str], list[int]]] = {}
         for (name, role, texts, seeds), samples in zip(self._requests(), sampled, strict=True):
             by_role[name, role] = (samples, texts, seeds)
-        concepts: list[ProbeSet] = []
         for pair in subject.pairs:
             samples, texts, _ = by_role[pair.concept, "concept"]
-            concepts.append(ProbeSet(pair.concept, "concept", samples, texts, list(texts)))
             if pair.surrogate.kind == "prompt":
                 surrogates, wanted, _ = by_role[pair.concept, "surrogate"]
                 sets.append(ProbeSet(pair.concept, "concept", samples, texts, list(wanted)))
@@ -185,7 +191,6 @@ class ProbeStage(Stage):
         if subject.objective.unconditional:
             empty = [""] * (len(remembered) // 2)
             sets.append(ProbeSet("", "empty", remembered[: len(empty)], empty, list(empty)))
-        sets += self._neighbours(concepts, prompts)
         probes = Probes(
             subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
             max(subject.config.sample_batch_size, subject.config.train_batch_size),
@@ -198,9 +203,11 @@ class ProbeStage(Stage):
             )
             for number, pair in enumerate(subject.pairs)
         ]  # fmt: skip
-        return probes, SampledCheck(
+        check = SampledCheck(
             subject.objective, subject.settings, subject.classifier, subject.accelerator, checked, self._checked
         )
+        near = None if subject.config.naive else Neighbourhood(subject, len(self._replay.prompts), self._few)
+        return probes, check, near
 
     @property
     def _checked(self) -> int:
@@ -240,24 +247,6 @@ class ProbeStage(Stage):
         images = surrogates.subset(rows)
         return SampleSet(images.samples, [prompt] * len(rows), images.sources, images.seeds)
 
-    def _neighbours(self, concepts: Sequence[ProbeSet], remembered: Sequence[str]) -> list[ProbeSet]:
-        """Of the remembered prompts, those for which the model's predictions lie nearest to the concept's."""
-        objective = self.subject.objective
-        candidates = list(dict.fromkeys(prompt for prompt in remembered if prompt))[:_CANDIDATES]
-        chosen: dict[str, float] = {}
-        for part in concepts if len(candidates) > 1 else ():
-            for prompt, distance in zip(candidates, _distances(objective, part, candidates), strict=True):
-                chosen[prompt] = min(distance, chosen.get(prompt, distance))
-        nearest = sorted(chosen, key=chosen.__getitem__)[:_NEIGHBOURS]
-        count = self._few
-        start = self._first + STREAMS["probe"].length // 4
-        requests = [([prompt] * count, list(range(start + number * count, start + (number + 1) * count)))
-                    for number, prompt in enumerate(nearest)]  # fmt: skip
-        if not requests:
-            return []
-        return [ProbeSet(prompt, "neighbour", samples, [prompt] * count, [prompt] * count)
-                for prompt, samples in zip(nearest, self._sampled(requests, "probe"), strict=True)]  # fmt: skip
-
 
 def _knows_noise(objective: Objective, samples: torch.Tensor) -> bool:
     """Whether an objective knows what a model answers, on average, whose samples are uniform noise."""
@@ -266,24 +255,3 @@ def _knows_noise(objective: Objective, samples: torch.Tensor) -> bool:
     timesteps = torch.full((len(samples),), objective.num_train_timesteps // 2, device=samples.device)
     answers = [of(samples, timesteps, noise).float() for of in (objective.answer_of_noise, objective.target)]
     return not torch.equal(*answers)
-
-
-@torch.no_grad()
-def _distances(objective: Objective, concept: ProbeSet, candidates: Sequence[str]) -> list[float]:
-    """How far the frozen model's predictions under other prompts lie from those under the concept's, on its samples."""
-    device = objective.device
-    samples = concept.samples[:_COMPARED].to(device)
-    generator = torch.Generator().manual_seed(0)
-    timesteps = objective.path.strata(min(_COMPARED, objective.num_train_timesteps), generator)
-    timesteps = timesteps.repeat(_COMPARED)[: len(samples)].to(device)
-    noise = objective.draw_noise(samples, generator)
-    training = objective.module.training
-    objective.module.eval()
-    own, *others = (
-        objective.answer(
-            objective.module, samples, objective.encode_prompts([prompt] * len(samples)), timesteps, noise
-        ).float()
-        for prompt in [concept.prompts[0], *candidates]
-    )  # fmt: skip
-    objective.module.train(training)
-    return [objective.deviation(other, own, timesteps).mean().item() for other in others]

@@ -77,6 +77,22 @@ class BatchPolicy:
         with torch.no_grad():
             self._conditions = self.objective.encode_prompts(prompts)
         self._drawn: _Draws | None = None
+        # Of each replay sample; None for epochs of all.
+        self._shares: torch.Tensor | None = None
+
+    def replay_too(self, further: SampleSet, share: float) -> None:
+        """Replay further samples, of prompts that are replayed already.
+
+        Args:
+            further: The samples.
+            share: Of the replayed samples that they are, in (0, 1).
+        """
+        assert self.replay is not None
+        before = len(self.replay)
+        self.replay = self.replay + further
+        self._shares = torch.full((len(self.replay),), (1 - share) / before)
+        self._shares[before:] = share / len(further)
+        self._drawn = None
 
     def batch(self, step: int, part: slice, teacher: Denoiser | None = None) -> Batch:
         """A part of a step's global batch.
@@ -165,8 +181,11 @@ class BatchPolicy:
         dropped = torch.rand(len(sets) * size, generator=generator) < self.condition_dropout
         like = self.surrogates.samples[:1].expand(len(sets) * size, *self.surrogates.samples.shape[1:])
         noise = objective.draw_noise(like, generator).cpu()
+        rows = [self.order(len(samples), step, name) for samples, name in sets]
+        if self._shares is not None:
+            rows[1] = torch.multinomial(self._shares, size, replacement=True, generator=generator).tolist()
         self._drawn = _Draws(
-            step, [self.order(len(samples), step, name) for samples, name in sets], timesteps,
+            step, rows, timesteps,
             list(dropped.split(size)), list(noise.split(size)),
         )  # fmt: skip
         return self._drawn

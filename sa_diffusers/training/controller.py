@@ -92,6 +92,8 @@ class Control:
         checks: For every sampled check its step, and how many of its images still showed a concept.
         rate: The learning rate that the excursion found; None where it is given.
         pace: What it is multiplied by: more while nothing drifts and the concept is not forgotten.
+        near: Prompts of the replay set that drifted most in the excursion.
+        probed: The same of the probes' prompts.
     """
 
     calibrated: float | None = None
@@ -110,6 +112,8 @@ class Control:
     checks: list[dict[str, float]] = field(default_factory=list)
     rate: float | None = None
     pace: float = _FIRST_PACE
+    near: list[str] = field(default_factory=list)
+    probed: list[str] = field(default_factory=list)
 
 
 class Controller:
@@ -138,7 +142,12 @@ class Controller:
         self.check = check
         self.state = Control(target=config.forget_target or 1.0, look=_FIRST_LOOK)
         self.verdict: Verdict | None = None
-        self.every = steps_between(probes.predictions, step_cost)
+        self._step_cost = step_cost
+
+    @property
+    def every(self) -> int:
+        """Steps between two readings."""
+        return steps_between(self.probes.predictions, self._step_cost)
 
     @property
     def loss_scale(self) -> float:

@@ -34,6 +34,7 @@ from .checkpoints import (
 )
 from .controller import Controller
 from .ewc import ElasticWeightConsolidation
+from .neighbours import Neighbours, drifts, farthest
 from .progress import Progress
 from .settings import fixed_replay_weight, make_average, part_of_a_run, rate_of, restart_optimizer, set_pace
 from .trainable import FullWeights
@@ -44,6 +45,9 @@ _MICRO_BATCHES = 4096
 _ENDING = "ending"
 # Steps in which the learning rate and the EWC term's weight are found.
 _EXCURSION = 20
+# Prompts whose drift is told for each, and the share of the replayed samples that is near.
+_PROBED = 5
+_NEAR_SHARE = 0.3
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Loop:
         output_dir: Where checkpoints go; None writes none.
         identity: What they are bound to.
         controller: Measures the training, tunes and ends it; None leaves all to the settings.
+        neighbours: Samples what drifts most in the excursion; None leaves it out.
         stopped: The step after which a callback or the controller ended the training; None if none did.
         stopped_by_caller: Whether it was a callback.
         ending: What the controller says of the end; None where it says nothing.
@@ -82,6 +87,7 @@ class Loop:
     output_dir: Path | None = None
     identity: Identity | None = None
     controller: Controller | None = None
+    neighbours: Neighbours | None = None
     stopped: int | None = field(default=None, init=False)
     stopped_by_caller: bool = field(default=False, init=False)
     ending: Ending | None = field(default=None, init=False)
@@ -229,7 +235,7 @@ class Loop:
         """Find the learning rate and the EWC term's weight on some steps without that term, which are undone."""
         controller, config = self.controller, self.config
         is_weighed = self.ewc is None or config.ewc_weight is not None
-        if controller is None or (is_weighed and config.learning_rate is not None):
+        if controller is None or (is_weighed and config.learning_rate is not None and self.neighbours is None):
             return
         for step in range(_EXCURSION):
             self.backward(step)
@@ -248,12 +254,40 @@ class Loop:
             controller.calibrate(module, self.ewc.unweighted().item())
         if config.learning_rate is None:
             controller.state.rate = rate_of(self.optimizer)
+        if self.neighbours is not None:
+            self._find_neighbours(controller)
         module.train()
         with torch.no_grad():
             for name, parameter in self.trainable.parameters.items():
                 parameter.copy_(self.trainable.anchor[name])
         restart_optimizer(self.optimizer, controller.state.rate)
         controller.state.norms = []
+        self._add_neighbours(controller)
+
+    def _find_neighbours(self, controller: Controller) -> None:
+        """What the excursion moved most."""
+        replay, probed = self.batches.replay, controller.probes.remembered
+        known = {source for source in self.batches.surrogates.sources if source}
+        of = self.objective, self.objective.module, self.trainable.teacher
+        if replay is not None:
+            rows = [row for row, prompt in enumerate(replay.conditions) if prompt not in known]
+            found = drifts(*of, replay.samples[rows], [replay.conditions[row] for row in rows], self.accelerator)
+            controller.state.near = farthest(found)
+        found = drifts(*of, probed.samples, probed.prompts, self.accelerator)
+        if len(found) > 1:
+            controller.state.probed = farthest(found, _PROBED)
+
+    def _add_neighbours(self, controller: Controller) -> None:
+        """Replay and probe what was found to lie near; the module is at theta*."""
+        if self.neighbours is None:
+            return
+        state, module = controller.state, self.objective.module
+        module.eval()
+        further = self.neighbours.replay(state.near)
+        if further is not None and self.batches.replay is not None:
+            self.batches.replay_too(further, _NEAR_SHARE)
+        controller.probes.add(self.neighbours.probes(state.probed), self.trainable.teacher)
+        module.train()
 
     def _controlled(self, done: int, bar: tqdm) -> bool:
         """Read the probes if it is time, of the weights that would be saved; whether the training is to end."""
@@ -340,15 +374,17 @@ class Loop:
         return self.optimizer, self.schedule, self.average, self.accelerator.scaler
 
     def _resume(self, folder: Path) -> int:
-        state = read_checkpoint(folder)
-        state.restore(self.trainable.parameters, *self._kept())
-        self.progress.history, self.progress.skipped = state.history, state.skipped
+        state, ending = read_checkpoint(folder), None
         if self.controller and state.control:
             ending = state.control.pop(_ENDING, None)
             self.controller.load_state_dict(state.control)
-            # The limit may be another one now.
-            if ending and not (ending["how"] == LIMIT and state.step < self.config.max_train_steps):
-                self.ending = Ending(**ending)
+            # What lies near is sampled from the base model, if it is not kept.
+            self._add_neighbours(self.controller)
+        state.restore(self.trainable.parameters, *self._kept())
+        self.progress.history, self.progress.skipped = state.history, state.skipped
+        # The limit may be another one now.
+        if ending and not (ending["how"] == LIMIT and state.step < self.config.max_train_steps):
+            self.ending = Ending(**ending)
         self.progress.go_on_from(state.passes)
         if state.step and self.output_dir and self.accelerator.is_main_process:
             # The run may have ended before it did.

@@ -207,6 +207,17 @@ class Probes:
                 noised.floor = floor
                 self._say_if_unknown(noised)
 
+    @property
+    def remembered(self) -> ProbeSet:
+        """Prompts to remember, with samples of them."""
+        return next(part for part in self.sets if part.role == "remembered")
+
+    def add(self, sets: Sequence[ProbeSet], teacher: Denoiser) -> None:
+        """Probe further sets, of prompts that are remembered: the frozen model predicts for them now."""
+        first = len(self.sets)
+        self.sets += sets
+        self._noised += [self._with_teacher(first + place, part, teacher) for place, part in enumerate(sets)]
+
     def weakest(self) -> tuple[str, float]:
         """The concept whose surrogate differs least from it, and by how much, in units of drift.
 

@@ -39,6 +39,7 @@ from .check import SampledCheck
 from .checkpoints import Choice, choose_checkpoint
 from .controller import Controller, step_cost
 from .loop import Loop
+from .neighbours import Neighbours
 from .probes import Probes
 from .progress import Progress
 from .settings import dropped_conditions, global_batch, make_optimizer, training_identity
@@ -95,6 +96,7 @@ class Training:
         callbacks: Sequence[Callback] = (),
         probes: Probes | None = None,
         check: SampledCheck | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self.objective = objective
         self.config = config
@@ -135,6 +137,7 @@ class Training:
         # What every part of the erasure took of the network when it was made, by the name of its stage.
         self.made: dict[str, Passes | None] = {}
         self.ending: Ending | None = None
+        self._neighbours = neighbours
         self._has_trained = False
 
     @property
@@ -225,7 +228,7 @@ class Training:
         loop = Loop(
             self.objective, self.config, self.accelerator, self.parameters, self._optimizer(), self.batches(),
             self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
-            self.controller,
+            self.controller, self._neighbours,
         )  # fmt: skip
         with counted(self.objective.module, self.progress.passes):
             loop.run(checkpoint, self.checkpoint_bytes())
