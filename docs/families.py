@@ -3,6 +3,7 @@
 python docs/families.py
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,19 @@ from accelerate import init_empty_weights
 
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
 from sa_diffusers.families import (
+    Flux2KleinObjective,
     FluxObjective,
     LatentDiffusionObjective,
+    QwenImageObjective,
+    SanaObjective,
     StableDiffusion3Objective,
     StableDiffusionXLObjective,
     TextToImageObjective,
+    ZImageObjective,
     registry,
 )
 from sa_diffusers.families.flow import FlowObjective
-from sa_diffusers.parameter_selection import PRESETS, select_parameters
+from sa_diffusers.parameter_selection import PEER_PRESETS, PRESETS, select_parameters
 
 CONFIGURATIONS = Path(__file__).with_name("configurations")
 # Float32 numbers that training keeps of each trained parameter beside its value, by default: gradient, four of Prodigy,
@@ -56,6 +61,15 @@ BASES = {
         StableDiffusion3Objective, "stabilityai/stable-diffusion-3.5-large", "Stability AI Community; gated"
     ),
     "FLUX.1-dev": Base(FluxObjective, "black-forest-labs/FLUX.1-dev", "FLUX.1 dev, non-commercial; gated"),
+    "Z-Image": Base(ZImageObjective, "Tongyi-MAI/Z-Image", "Apache 2.0"),
+    "Sana_1600M_1024px": Base(
+        SanaObjective, "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "NVIDIA License, non-commercial"
+    ),
+    "Qwen-Image": Base(QwenImageObjective, "Qwen/Qwen-Image", "Apache 2.0"),
+    "FLUX.2-klein-base-4B": Base(Flux2KleinObjective, "black-forest-labs/FLUX.2-klein-base-4B", "Apache 2.0"),
+    "FLUX.2-klein-base-9B": Base(
+        Flux2KleinObjective, "black-forest-labs/FLUX.2-klein-base-9B", "FLUX, non-commercial; gated"
+    ),
 }  # fmt: skip
 FAMILIES = list(dict.fromkeys(base.family for base in BASES.values()))
 CONDITIONS = {
@@ -66,18 +80,30 @@ CONDITIONS = {
     "embeddings; T5 may be absent (`--no_t5`)",
     FluxObjective: "T5's hidden states (512 tokens), CLIP's pooled embedding, guidance as a number "
     f"({FluxObjective.embedded_guidance:g})",
+    ZImageObjective: "Qwen3's hidden states, as many as a prompt has tokens in the chat template (512 at most)",
+    SanaObjective: "Gemma's hidden states (300 tokens) of the prompt behind the pipeline's instruction to enhance it",
+    QwenImageObjective: "Qwen2.5-VL's hidden states, as many as a prompt has tokens (512 at most)",
+    Flux2KleinObjective: "hidden states of three layers of Qwen3 (512 tokens, padding among them)",
 }
 EMPTY = {
     LatentDiffusionObjective: "the words of the empty prompt",
     StableDiffusionXLObjective: "zeros, where the pipeline says `force_zeros_for_empty_prompt`, as SDXL's does",
     StableDiffusion3Objective: "the words of the empty prompt",
     FluxObjective: "the words of the empty prompt, with classifier-free guidance",
+    ZImageObjective: "the words of the empty prompt",
+    SanaObjective: "the empty prompt, without the instruction",
+    QwenImageObjective: "a space, as its authors do; the result is scaled to the length that it has without",
+    Flux2KleinObjective: "the words of the empty prompt",
 }
 SCRIPTS = {
     LatentDiffusionObjective: "train_text_to_image.py",
     StableDiffusionXLObjective: "train_text_to_image_sdxl.py",
     StableDiffusion3Objective: "train_dreambooth_lora_sd3.py",
     FluxObjective: "train_dreambooth_lora_flux.py",
+    ZImageObjective: "train_dreambooth_lora_z_image.py",
+    SanaObjective: "train_dreambooth_lora_sana.py",
+    QwenImageObjective: "train_dreambooth_lora_qwen_image.py",
+    Flux2KleinObjective: "train_dreambooth_lora_flux2_klein.py",
 }
 HEAD = """\
 # Families
@@ -88,14 +114,27 @@ here yet; `tests/test_every_family.py` takes a tiny model of each one's real cla
 SIBLINGS = """\
 An erasure from a sibling (image to image, inpainting by the same network, ControlNet) is one from the pipeline of its
 parts that draws from a prompt alone, and that is what is saved: `from_pipe` of diffusers makes the sibling of it again.
-Networks with further channels, for inpainting or for outlines, are refused, and so are SDXL's refiner and schedulers
-whose noise is not known (EDM).
+Networks with further channels, for inpainting or for outlines, are refused, and so are SDXL's refiner, Sana Sprint and
+schedulers whose noise is not known (EDM).
 """
 GUIDANCE = f"""\
 FLUX.1 dev takes guidance as a number, {FluxObjective.embedded_guidance:g} in sampling, training, replay, probes and
 Fisher information alike: what is trained is what is used. Others train with 1 or 3; there is no consensus.
 `--guidance_scale` is classifier-free guidance, which it does not need: above 1 it is the pipeline's `true_cfg_scale`,
 at twice the cost.
+
+`--guidance_scale` has one meaning here, the usual one: 1 is without guidance. Z-Image's pipeline counts from 0, so that
+its 5 is 6 here, and it is called with one less than is given. Qwen-Image's pipeline calls it `true_cfg_scale` and needs
+`negative_prompt=" "` beside it, as the card says; FLUX.2 klein's takes the prompt by its name only.
+
+Sana comes with a scheduler of DPM-Solver++ whose `flow_shift` diffusers' script does not read: the noise is trained on
+without a shift and sampled with one (`flow_dpmsolver++`, the pipeline's own; `flow_euler` takes the same shift). With a
+`FlowMatchEulerDiscreteScheduler` its shift holds for both. The pipeline's `use_resolution_binning` draws an image that
+is smaller than the model's own at the model's own size and shrinks it; here `--resolution` is the size that is drawn
+and trained, so call the pipeline with `use_resolution_binning=False` to see what was evaluated, if it is another.
+
+Samples of Z-Image and of FLUX.2 klein are the most likely latents of an image, as in their scripts, where the others'
+are drawn from the autoencoder's posterior; Sana's autoencoder has none.
 
 Without T5 (`--no_t5`) Stable Diffusion 3 is sampled, trained and saved without, and its folder loads by
 `DiffusionPipeline.from_pretrained(FOLDER, tokenizer_3=None, text_encoder_3=None)`. What was forgotten so was forgotten
@@ -112,11 +151,13 @@ a trained parameter (gradient, Prodigy's four, average, theta\\*, Fisher informa
 DISTILLED = """\
 ## Distilled models
 
-A model that is distilled to few steps (FLUX.1-schnell, SDXL-Turbo, Lightning, LCM) is refused, with the name of the
-base to train in its place: ordinary training takes the few steps from it. It is told by its name (that of the folder or
-on the Hub, or the one that its index holds) and by its configuration: a FLUX transformer that takes no guidance, a UNet
-that takes it as a number, the scheduler of SDXL-Turbo, those of LCM and TCD. `--train_distilled` trains it all the
-same, but for the last two, whose noise is not known. What comes of it is to be judged at the few steps of use.
+A model that is distilled to few steps (FLUX.1-schnell, FLUX.2 klein but for its base, Z-Image-Turbo, SDXL-Turbo,
+Lightning, LCM) is refused, with the name of the base to train in its place: ordinary training takes the few steps from
+it. It is told by its name (that of the folder or on the Hub, or the one that its index holds) and by its configuration:
+a FLUX.1 transformer that takes no guidance, `is_distilled` in the index of FLUX.2 klein, the shift of Z-Image-Turbo's
+scheduler, a UNet that takes guidance as a number, the scheduler of SDXL-Turbo, those of LCM and TCD.
+`--train_distilled` trains it all the same, but for the last two, whose noise is not known, and Sana Sprint. What comes
+of it is to be judged at the few steps of use.
 """
 LOSSES = """\
 ## Which losses bound the ELBO
@@ -143,18 +184,52 @@ MEANINGS = [
     ["Stable Diffusion 3 and 3.5", "what projects the text's stream into the joint attention and out of it: "
      "`add_q_proj`, `add_k_proj`, `add_v_proj`, `to_add_out`, their norms", "the image's own stream: its projections, "
      "its feed-forward layers, `attn2` of 3.5 medium, the patches"],
-    ["FLUX.1 dev", "the same, of the double blocks", "the image's stream of the double blocks, the patches"],
+    ["FLUX.1 dev, FLUX.2 klein", "the same, of the double blocks",
+     "the image's stream of the double blocks, the patches"],
+    ["Qwen-Image", "the same, of all blocks", "the image's own stream, the patches"],
+    ["Z-Image", "what sees the text alone: `cap_embedder`, `context_refiner`, the token that pads texts",
+     "what sees the image alone: the patches, `noise_refiner`, the token that pads images"],
+    ["Sana", "cross-attention: `attn2`", "the rest of the blocks, the patches"],
 ]  # fmt: skip
+# Of the others the shift goes by the resolution, and is for sampling alone.
+SHIFTED = {
+    StableDiffusion3Objective: "",
+    ZImageObjective: " (6)",
+    SanaObjective: ", where it is one of Euler's",
+}
+# Preset -> what it trains, and who does so.
+PEERS = {
+    "text_qk": ("queries and keys of the text's stream", "EraseAnything, on FLUX.1"),
+    "joint_kv": ("keys and values of both streams, where each has its own", "an ESD for FLUX.2 klein, strict"),
+    "image_kv": ("keys and values of the image's stream and of single streams", "ESD-FLUX, strict"),
+    "attention": ("all projections of attention, single streams included", "ESD-FLUX x, an ESD for SD 3.5"),
+    "text_embedding": ("what embeds the text as a whole, and the pooled text", "UCE, on FLUX.1"),
+}
 SELECTIONS = """\
 Transformers of two streams have no cross-attention, and there is no agreement on what stands for it. In neither
 selection are what embeds text as a whole (`context_embedder`, the pooled embedding), the modulation of norms, which
 depends on the prompt as well as on time, the text's feed-forward layers, and the output. FLUX's single blocks have one
 set of weights for text and image: what they do to the text alone cannot be selected by parameters, and training them
 trains both; a regular expression such as `^single_transformer_blocks\\.` does. In the last block of Stable Diffusion 3
-the text goes nowhere: its query has no gradient and stays as it was.
+the text goes nowhere: its query has no gradient and stays as it was. So it is in Qwen-Image, whose last block has an
+output of the text besides.
+"""
+PEER_SELECTIONS = """\
+Peers train other parts in the name of cross-attention. These are names that `--train_method` takes too, with the
+parameters that each selects; the names are ours, and which of them forgets best has not been measured here.
+"""
+SHARED = """\
+What cannot be had by selecting parameters: where one set of weights serves text and image, what it does to the text
+alone. That is so in `layers` of Z-Image (88 % of its parameters) and in the single blocks of FLUX.1 and FLUX.2 klein.
+`image_kv` and `attention` train such weights, and with them what they do to the other stream: Z-Erase reports that
+methods made for two streams make generation collapse where all is shared, and updates what text tokens see, by a mask
+in the forward pass, which is not offered. In FLUX.2 klein's single blocks one matrix holds queries, keys, values and
+the feed-forward layer, so that keys and values alone (`image_kv`) cannot be told; `attention` takes the matrix whole.
+A regular expression such as `^layers\\.` or `^single_transformer_blocks\\.` trains all of it.
 """
 
 
+@functools.cache
 def denoiser(name: str) -> Any:
     """A denoiser of the real size, without its weights."""
     settings = json.loads((CONFIGURATIONS / f"{name}.json").read_text(encoding="utf-8"))
@@ -170,6 +245,20 @@ def counts(name: str) -> dict[str, int]:
             for each in PRESETS}  # fmt: skip
 
 
+def shares(preset: str) -> dict[str, str]:
+    """Transformer -> parameters that a preset selects of it, and which share of all; of families without it nothing."""
+    found = {}
+    for name in ("stable-diffusion-3.5-large", "FLUX.1-dev", "Qwen-Image", "FLUX.2-klein-base-4B", "Z-Image"):
+        meanings = BASES[name].family.selections
+        if preset in meanings:
+            module = denoiser(name)
+            selected = sum(value.numel() for value in select_parameters(module, preset, meanings).values())
+            found[name] = f"{selected:,} ({selected / sum(value.numel() for value in module.parameters()):.1%})"
+        else:
+            found[name] = "-"
+    return found
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -179,9 +268,10 @@ def path_of(family: type[TextToImageObjective]) -> list[str]:
     """Prediction, density and weight, as the family's own attributes say."""
     if not issubclass(family, FlowObjective):
         return ["noise or v, as the scheduler says", "uniform over its betas", "none; `--snr_gamma`"]
-    shares = {"uniform": "uniform", "logit_normal": "logit-normal (0, 1), through the scheduler's static shift"}
+    density = {"uniform": "uniform", "logit_normal": "logit-normal (0, 1)"}[family.density]
     weights = {None: "none", "sigma_squared": "the square of the noise's share"}
-    return ["velocity, noise - sample", shares[family.density], weights[family.weighting]]
+    shift = f", through the scheduler's static shift{SHIFTED[family]}" if family in SHIFTED else ""
+    return ["velocity, noise - sample", density + shift, weights[family.weighting]]
 
 
 def sampled(family: type[TextToImageObjective]) -> str:
@@ -208,6 +298,13 @@ def pages() -> Iterator[str]:
     yield "## What the selections mean\n"
     yield table(["family", "`xattn`", "`noxattn`"], MEANINGS)
     yield SELECTIONS
+    yield PEER_SELECTIONS
+    parts = {preset: shares(preset) for preset in PEER_PRESETS}
+    yield table(
+        ["`--train_method`", "what is trained", "by", *(f"`{BASES[name].name}`" for name in parts["attention"])],
+        [[f"`{preset}`", *PEERS[preset], *parts[preset].values()] for preset in PEER_PRESETS],
+    )
+    yield SHARED
     yield SIZES
     rows = []
     for name in BASES:

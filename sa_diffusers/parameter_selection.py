@@ -17,6 +17,8 @@ UNET_SELECTIONS = {
 # What the names mean for a bare module; a family may have meanings of its own (`Family.selections`).
 _OF_MODULES = {"UNet2DConditionModel": UNET_SELECTIONS}
 PRESETS = ("full", "xattn", "noxattn")
+# What peers train of transformers without cross-attention; a family says what each means for it, if anything.
+PEER_PRESETS = ("text_qk", "joint_kv", "image_kv", "attention", "text_embedding")
 
 
 def select_parameters(
@@ -27,8 +29,8 @@ def select_parameters(
     Args:
         module: The denoiser (or any module).
         selection: `"full"` (every parameter), `"xattn"` (cross-attention only), `"noxattn"` (unconditional layers:
-            all but cross-attention, the time embedding and the output block; paper, section 4.2 and appendix B.2), or
-            a regular expression that is searched in parameter names.
+            all but cross-attention, the time embedding and the output block; paper, section 4.2 and appendix B.2), a
+            name of `PEER_PRESETS`, or a regular expression that is searched in parameter names.
         meanings: Selection -> regular expression, for those that have a name. Default: what they mean for modules of
             this class.
 
@@ -42,9 +44,10 @@ def select_parameters(
     names = [name for name, _ in module.named_parameters()]
     if meanings is None:
         meanings = _OF_MODULES.get(kind, {})
-    if selection in PRESETS and selection not in {"full", *meanings}:
+    known = ", ".join({"full": "", **meanings})
+    if selection in (*PRESETS, *PEER_PRESETS) and selection not in {"full", *meanings}:
         raise ValueError(
-            f'train_method="{selection}" has no meaning for {kind}. Use "full", or a regular expression on its '
+            f'train_method="{selection}" has no meaning for {kind}. Use one of {known}, or a regular expression on its '
             f"parameter names, such as {_examples(names)}"
         )
     pattern = "" if selection == "full" else meanings.get(selection, selection)
@@ -52,13 +55,13 @@ def select_parameters(
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f'train_method="{shown(selection)}" is not one of {", ".join(PRESETS)}, nor a valid regular expression '
+            f'train_method="{shown(selection)}" is not one of {known}, nor a valid regular expression '
             f"({shown_error(error)})"
         ) from None
     selected = {name: parameter for name, parameter in module.named_parameters() if compiled.search(name)}
     if not selected:
         raise ValueError(
-            f'train_method="{shown(selection)}" matches no parameter of {kind}. Use one of {", ".join(PRESETS)}, or a '
+            f'train_method="{shown(selection)}" matches no parameter of {kind}. Use one of {known}, or a '
             f"regular expression on its {len(names)} parameter names, such as {_examples(names)}"
         )
     return selected

@@ -2,7 +2,7 @@
 
 # Name -> scheduler of diffusers, and its settings. Samples are not clipped to [-1, 1], and PNDM's first steps are left
 # out as Stable Diffusion does.
-SAMPLERS: dict[str, tuple[str, dict[str, bool]]] = {
+SAMPLERS: dict[str, tuple[str, dict[str, bool | str]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -13,4 +13,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, bool]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     # Of models of rectified flow, and theirs alone.
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow_dpmsolver++": (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    ),
 }

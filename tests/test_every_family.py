@@ -27,7 +27,7 @@ from sa_diffusers.seeds import generator_of
 from .conftest import BY_HAND, as_flags
 from .test_cost import STAGES, figures, planned, summed
 from .test_processes import launch
-from .tiny_families import FAMILIES, SIZE, VARIANTS
+from .tiny_families import FAMILIES, VARIANTS
 
 PROMPTS = ["brad pitt", "a dog on grass"]
 STEPS = 3
@@ -45,11 +45,11 @@ def base(family, tmp_path_factory):
     return folder
 
 
-def drawn(objective):
+def drawn(objective, size):
     """Samples as large as the family's own, timesteps from first to last, and noise."""
     generator = torch.Generator().manual_seed(0)
-    samples = objective.encode_images(torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1, 0)
-    samples = samples.repeat(2, 1, 1, 1)
+    images = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
+    samples = objective.encode_images(images, 0).repeat(2, 1, 1, 1)
     total = objective.num_train_timesteps
     timesteps = torch.tensor([0, total // 3, total // 2, total - 1])
     return samples, timesteps, objective.draw_noise(samples, generator)
@@ -80,8 +80,9 @@ def pictures(pipeline, family, guidance=3.0, **kwargs):
     """As a user samples, one seed for each prompt."""
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    return pipeline(prompt=PROMPTS, height=SIZE, width=SIZE, num_inference_steps=3, generator=generators,
-                    **family.sampled(guidance), **kwargs).images  # fmt: skip
+    # Some pipelines write into the list that they are given.
+    return pipeline(prompt=[*PROMPTS], height=family.size, width=family.size, num_inference_steps=3,
+                    generator=generators, **family.sampled(guidance), **kwargs).images  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_what_is_saved_loads_in_diffusers_alone_and_samples_otherwise(family, ba
 
 def test_the_loss_is_that_of_the_published_script(family):
     objective = objective_for(family.build())
-    samples, timesteps, noise = drawn(objective)
+    samples, timesteps, noise = drawn(objective, family.size)
     prompts = PROMPTS * 2
     conditions = objective.encode_prompts(prompts)
     with torch.no_grad():
@@ -130,10 +131,9 @@ def test_the_loss_is_that_of_the_published_script(family):
 
 def test_images_become_samples_as_in_the_published_script(family):
     objective, vae = objective_for(family.build()), family.build().vae
-    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(2, 3, family.size, family.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        latents = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(7))
-    expected = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        expected = family.latents(vae, images, torch.Generator().manual_seed(7))
     torch.testing.assert_close(objective.encode_images(images, 7), expected)
 
 
@@ -141,12 +141,12 @@ def test_sampling_and_decoding_are_the_pipeline_s_own(family):
     objective = objective_for(family.build())
     for guidance in (1.0, 3.0):
         settings = SamplingSettings(**{**objective.defaults, "num_inference_steps": 3, "guidance_scale": guidance,
-                                       "resolution": SIZE})  # fmt: skip
+                                       "resolution": family.size})  # fmt: skip
         pipeline = family.build()
         pipeline.scheduler = objective.make_sampler(settings.sampler, pipeline.scheduler)
         samples = objective.sample(PROMPTS, [0, 1], settings)
         assert samples.dtype == torch.float32
-        assert samples.shape == objective.encode_images(torch.zeros(2, 3, SIZE, SIZE), 0).shape
+        assert samples.shape == objective.encode_images(torch.zeros(2, 3, family.size, family.size), 0).shape
         found = [np.asarray(picture) for picture in objective.decode(samples)]
         for picture, expected in zip(found, pictures(pipeline, family, guidance), strict=True):
             assert np.array_equal(picture, np.asarray(expected))
@@ -162,7 +162,7 @@ def test_fisher_information_over_all_timesteps_is_that_of_autograd(family):
     objective = objective_for(pipeline)
     total = objective.num_train_timesteps
     assert total == 10
-    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(2, 3, family.size, family.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     samples = SampleSet(objective.encode_images(images, 0), PROMPTS, PROMPTS, [0, 1], {"base": "test"})
     found = FisherEstimator(objective, "full", batch_size=4).estimate(samples).values
     shares = torch.ones(total) if family.shares is None else family.shares(pipeline.scheduler)
@@ -269,7 +269,7 @@ def test_attacks_reach_every_text_encoder(family):
 
 def test_an_attack_gives_back_what_it_changed(family, tmp_path):
     base, attacked = (objective_for(family.build()) for _ in range(2))
-    settings = SamplingSettings(**{**base.defaults, "num_inference_steps": 2, "resolution": SIZE})
+    settings = SamplingSettings(**{**base.defaults, "num_inference_steps": 2, "resolution": family.size})
     pairs = pair_concepts(["brad pitt"], ["a man"])
     subject = Subject(base, attacked, pairs, settings, 2, 100, tmp_path / "artifacts", Accelerator())
     attack = TextualInversion(AttackSettings(inversion=Inversion(2, 2, 2, 0.05, "man")))

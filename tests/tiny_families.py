@@ -1,5 +1,7 @@
 """A tiny pipeline of the real classes for each family, offline and seeded, and what its authors' tools do with it."""
 
+import inspect
+import json
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,23 +9,45 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -32,6 +56,13 @@ from transformers import (
 from .conftest import build_tiny_pipeline
 
 SIZE = 16
+SANA_INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def drawn_latents(vae, images, generator):
+    """As most scripts: drawn from the posterior, shifted where the autoencoder says so, scaled."""
+    latents = vae.encode(images).latent_dist.sample(generator)
+    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
 @dataclass(frozen=True)
@@ -45,6 +76,8 @@ class Tiny:
             noise, to the loss `[batch]`.
         sampled: Guidance -> what a user calls the pipeline with.
         shares: A scheduler -> how often the script draws each timestep, in units of a uniform draw; None is alike.
+        size: Of its images in pixels.
+        latents: By hand, as the script has it: an autoencoder, images and a generator, to samples.
         settings: Of an erasure, beside those of every family.
         in_processes: Whether two processes are tried: each takes seconds to start, and two kinds of network are enough.
     """
@@ -54,6 +87,8 @@ class Tiny:
     loss: Callable[..., torch.Tensor]
     sampled: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
     shares: Callable[[Any], torch.Tensor] | None = None
+    size: int = SIZE
+    latents: Callable[..., torch.Tensor] = drawn_latents
     settings: Mapping[str, Any] = field(default_factory=dict)
     in_processes: bool = False
 
@@ -236,12 +271,250 @@ def flux_call(guidance):
     return {"true_cfg_scale": guidance, "negative_prompt": ["", ""]} if guidance > 1 else {}
 
 
+def chat_tokenizer():
+    """One token a byte, and Qwen's own; a chat template as short as one can be."""
+    vocab = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab |= {token: len(vocab) + index for index, token in enumerate(special)}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab, merges=[], unk_token=special[0], eos_token=special[2], pad_token=special[0],
+        additional_special_tokens=special[1:], model_max_length=1024,
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3(kind, width, layers, heads=2):
+    config = Qwen3Config(
+        vocab_size=len(chat_tokenizer()), hidden_size=width, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=1, head_dim=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def build_z_image(shift=6.0):
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=(4, 2, 2), axes_lens=(1024, 64, 64),
+    ).eval()  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token, std=0.02)
+    return ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(shift=shift), flow_vae(), qwen3(Qwen3Model, 16, 2), chat_tokenizer(),
+        transformer,
+    )  # fmt: skip
+
+
+def z_image_loss(pipeline, samples, prompts, timesteps, noise):
+    """As train_dreambooth_lora_z_image.py, whose weighting is none."""
+    texts, _ = pipeline.encode_prompt([*prompts], do_classifier_free_guidance=False)
+    times, sigmas = places_of(pipeline.scheduler, timesteps)
+    noisy = (1.0 - sigmas) * samples + sigmas * noise
+    frames = [sample[:, None] for sample in noisy]
+    prediction = pipeline.transformer(frames, (1000 - times) / 1000, texts, return_dict=False)[0]
+    prediction = -torch.cat([frame.movedim(1, 0) for frame in prediction])
+    return (prediction.float() - (noise - samples).float()).square().flatten(1).mean(1)
+
+
+def likeliest_latents(vae, images, generator):
+    """As train_dreambooth_lora_z_image.py."""
+    return (vae.encode(images).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def instruction_tokenizer():
+    """Pieces of the instruction that Sana's pipeline puts before a prompt, so that it is short."""
+    text = "\n".join(SANA_INSTRUCTION).replace(" ", "\u2581")
+    tokenizer = Tokenizer(models.BPE())
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=[*string.ascii_lowercase, "\u2581"],
+        max_token_length=12, show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(text.split("\u2581"), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return GemmaTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=2048,
+        add_bos_token=True,
+    )  # fmt: skip
+
+
+def build_sana(scheduler=None):
+    torch.manual_seed(0)
+    tokenizer = instruction_tokenizer()
+    encoder = Gemma2Model(Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, query_pre_attn_scalar=8,
+    )).eval()  # fmt: skip
+    # Tokens that differ from one another more than an untrained encoder's do.
+    torch.nn.init.normal_(encoder.embed_tokens.weight)
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407,
+    ).eval()  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=8,
+    ).eval()  # fmt: skip
+    # Attention that picks a few tokens, as a trained one does: else prompts are nearly alike.
+    for block in transformer.transformer_blocks:
+        block.attn2.to_k.weight.data *= 16
+    return SanaPipeline(tokenizer, encoder, vae, transformer, scheduler or sana_scheduler())
+
+
+def sana_scheduler():
+    """As it is published with the models."""
+    return DPMSolverMultistepScheduler(
+        beta_end=0.02, beta_schedule="linear", beta_start=0.0001, flow_shift=3.0, prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+    )  # fmt: skip
+
+
+def sana_loss(pipeline, samples, prompts, timesteps, noise):
+    """As train_dreambooth_lora_sana.py, which reads the scheduler as one of Euler's, and whose weighting is none."""
+    hidden, mask, *_ = pipeline.encode_prompt(
+        prompts, do_classifier_free_guidance=False, complex_human_instruction=SANA_INSTRUCTION
+    )
+    times, sigmas = places_of(pipeline.scheduler, timesteps)
+    noisy = (1.0 - sigmas) * samples + sigmas * noise
+    prediction = pipeline.transformer(
+        hidden_states=noisy, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=times,
+        return_dict=False,
+    )[0]  # fmt: skip
+    return (prediction.float() - (noise - samples).float()).square().flatten(1).mean(1)
+
+
+def build_qwen():
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 2, 2),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 1.0, 2.0],
+    ).eval()  # fmt: skip
+    text = {
+        "vocab_size": len(chat_tokenizer()), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+              "fullatt_block_indexes": [0]}  # fmt: skip
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(scheduler, vae, encoder, chat_tokenizer(), transformer)
+
+
+def qwen_loss(pipeline, samples, prompts, timesteps, noise):
+    """As train_dreambooth_lora_qwen_image.py, whose weighting is none."""
+    hidden, mask = pipeline.encode_prompt(prompts, max_sequence_length=512)
+    times, sigmas = places_of(pipeline.scheduler, timesteps)
+    noisy = (1.0 - sigmas) * samples + sigmas * noise
+    height, width = noisy.shape[-2:]
+    packed = torch.nn.functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2)
+    prediction = pipeline.transformer(
+        hidden_states=packed, encoder_hidden_states=hidden, encoder_hidden_states_mask=mask, timestep=times / 1000,
+        img_shapes=[(1, height // 2, width // 2)] * len(noisy), return_dict=False,
+    )[0]  # fmt: skip
+    prediction = torch.nn.functional.pixel_shuffle(
+        prediction.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2
+    )
+    return (prediction.float() - (noise - samples).float()).square().flatten(1).mean(1)
+
+
+def qwen_latents(vae, images, generator):
+    """As train_dreambooth_lora_qwen_image.py, of one frame."""
+    latents = vae.encode(images[:, :, None]).latent_dist.sample(generator)[:, :, 0]
+    mean, deviation = (
+        torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) * (1 / deviation)
+
+
+def build_klein(distilled=False):
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=SIZE, latent_channels=4,
+        mid_block_add_attention=False,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(vae.bn.running_mean)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    # Hidden states 9, 18 and 27 are read.
+    return Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae,
+        qwen3(Qwen3ForCausalLM, 8, 27, heads=1), chat_tokenizer(), transformer, is_distilled=distilled,
+    )  # fmt: skip
+
+
+def klein_loss(pipeline, samples, prompts, timesteps, noise):
+    """As train_dreambooth_lora_flux2_klein.py, whose weighting is none."""
+    hidden, text_ids = pipeline.encode_prompt(prompts)
+    times, sigmas = places_of(pipeline.scheduler, timesteps)
+    noisy = (1.0 - sigmas) * samples + sigmas * noise
+    height, width = noisy.shape[-2:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image_ids = torch.stack([0 * rows, rows, columns, 0 * rows], -1).flatten(0, 1).expand(len(noisy), -1, -1)
+    prediction = pipeline.transformer(
+        hidden_states=noisy.flatten(2).transpose(1, 2), timestep=times / 1000, guidance=None,
+        encoder_hidden_states=hidden, txt_ids=text_ids, img_ids=image_ids, return_dict=False,
+    )[0]  # fmt: skip
+    target = (noise - samples).flatten(2).transpose(1, 2)
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def klein_latents(vae, images, generator):
+    """As train_dreambooth_lora_flux2_klein.py: patches, then normalised as by the batch norm."""
+    patches = torch.nn.functional.pixel_unshuffle(vae.encode(images).latent_dist.mode(), 2)
+    norm = vae.bn
+    return torch.nn.functional.batch_norm(patches, norm.running_mean, norm.running_var, eps=vae.config.batch_norm_eps)
+
+
 # Everything is tried with these.
 FAMILIES = {
     "stable diffusion": Tiny(build_tiny_pipeline, "unet", stable_diffusion_loss),
     "SDXL": Tiny(build_xl, "unet", xl_loss, in_processes=True),
     "SD3": Tiny(build_sd3, "transformer", sd3_loss, shares=logit_normal_shares, in_processes=True),
     "FLUX": Tiny(build_flux, "transformer", flux_loss, flux_call, settings={"resolution": SIZE}),
+    "Z-Image": Tiny(
+        build_z_image,
+        "transformer",
+        z_image_loss,
+        # What guidance changes is added, in place of taken.
+        lambda guidance: {"guidance_scale": guidance - 1},
+        latents=likeliest_latents,
+        settings={"resolution": SIZE},
+    ),
+    "Sana": Tiny(
+        build_sana,
+        "transformer",
+        sana_loss,
+        lambda guidance: {"guidance_scale": guidance, "use_resolution_binning": False},
+        size=32,
+        latents=lambda vae, images, generator: vae.encode(images).latent * vae.config.scaling_factor,
+    ),
+    "Qwen-Image": Tiny(
+        build_qwen,
+        "transformer",
+        qwen_loss,
+        lambda guidance: {"true_cfg_scale": guidance, **({"negative_prompt": [" ", " "]} if guidance > 1 else {})},
+        latents=qwen_latents,
+        settings={"resolution": SIZE},
+    ),
+    "FLUX.2 klein": Tiny(build_klein, "transformer", klein_loss, latents=klein_latents, settings={"resolution": SIZE}),
 }
 # Loss, sampling and Fisher information alone with these.
 VARIANTS = {
@@ -253,6 +526,13 @@ VARIANTS = {
         "transformer",
         sd3_loss,
         shares=logit_normal_shares,
+    ),
+    "Sana, by a scheduler of Euler's": Tiny(
+        lambda: build_sana(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+        "transformer",
+        sana_loss,
+        FAMILIES["Sana"].sampled,
+        size=32,
     ),
     "SD3 without T5": Tiny(lambda: build_sd3(t5=False), "transformer", sd3_loss, shares=logit_normal_shares),
 }

@@ -97,7 +97,8 @@ class ModelSettings(Settings):
     )
     train_method: str = flag(
         "full",
-        "parameters to train: full, xattn (cross-attention only), noxattn (unconditional layers only), or a regular "
+        "parameters to train: full, xattn (cross-attention only), noxattn (unconditional layers only), of transformers "
+        "without cross-attention also text_qk, joint_kv, image_kv, attention or text_embedding, or a regular "
         "expression on parameter names",
     )
     resolution: int | None = flag(
@@ -136,10 +137,15 @@ class SampleSettings(Settings):
     sampler: Sampler = flag(
         "ddim",
         "sampler; with _logsnr its steps are equal in log-SNR, not in time, which suits pixels (rectified flow: "
-        "flow_euler)",
+        "flow_euler; Sana: flow_dpmsolver++)",
     )
-    num_inference_steps: int = flag(50, "steps of the sampler (SD3, FLUX: 28)", at_least=1, at_most=10_000)
-    guidance_scale: float = flag(7.5, "classifier-free guidance (SDXL: 5, SD3: 7, FLUX: 1)", at_least=0, at_most=10_000)
+    num_inference_steps: int = flag(50, "steps of the sampler (SD3, FLUX.1: 28, Sana: 20)", at_least=1, at_most=10_000)
+    guidance_scale: float = flag(
+        7.5,
+        "classifier-free guidance (SDXL: 5, SD3: 7, FLUX.1: 1, FLUX.2 klein and Qwen-Image: 4, Sana: 4.5, Z-Image: 6)",
+        at_least=0,
+        at_most=10_000,
+    )
     surrogate_guidance_scale: float | None = flag(
         None, "guidance of the surrogate images (default: as above)", at_least=0, at_most=10_000
     )

@@ -93,11 +93,12 @@ class Family(ABC):
         return
 
     @classmethod
-    def why_distilled(cls, read: Callable[[str], Mapping[str, Any]]) -> str | None:
-        """What in the configurations of a pipeline's parts says that it is distilled to few steps; None if nothing.
+    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> str | None:
+        """What in the configurations of a pipeline and its parts says that it is distilled to few steps; None if
+        nothing does.
 
         Args:
-            read: As of `check_parts`.
+            read: As of `check_parts`; from None to the pipeline's own, its index.
         """
         return None
 

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 
 from ..samplers import SAMPLERS
 from .paths import PREDICTION_TYPES, DiscretePath
-from .samplers import check_scheduler, is_of_flow, rescales, sampler_class, samplers_for
+from .samplers import check_scheduler, is_of_flow, other_samplers, rescales, sampler_class
 from .scheduled import ScheduledObjective
 
 __all__ = ["PREDICTION_TYPES", "DiffusionObjective", "check_scheduler"]
@@ -61,10 +61,10 @@ class DiffusionObjective(ScheduledObjective):
             ValueError: The sampler does not exist, or cannot follow these betas.
         """
         kind, options = sampler_class(name)
-        if is_of_flow(kind):
+        if is_of_flow(kind, options):
             raise ValueError(
                 f'sampler="{name}" is for models of rectified flow, and this one predicts {self.prediction_type}: use '
-                f"one of {samplers_for(flow=False)}"
+                f"one of {other_samplers()}"
             )
         if self.zero_terminal_snr and not rescales(kind):
             able = ", ".join(other for other in SAMPLERS if rescales(sampler_class(other)[0]))

@@ -16,13 +16,15 @@ _KNOWN = (
     (r"sd[-_]?turbo", "stabilityai/stable-diffusion-2-1-base"),
     (r"3\.5[-_]large[-_]turbo", "stabilityai/stable-diffusion-3.5-large"),
     (r"flux.*schnell", "black-forest-labs/FLUX.1-dev"),
+    (r"klein[-_]4b", "black-forest-labs/FLUX.2-klein-base-4B"),
+    (r"klein[-_]9b", "black-forest-labs/FLUX.2-klein-base-9B"),
     (r"z[-_]image[-_]turbo", "Tongyi-MAI/Z-Image"),
     (r"(^|[-_./])(turbo|schnell|lightning|hyper|lcm|dmd2?)($|[-_./])", None),
 )
 
 
 def check_undistilled(
-    family: type[Family], place: str, names: Sequence[str | None], read: Callable[[str], Mapping[str, Any]]
+    family: type[Family], place: str, names: Sequence[str | None], read: Callable[[str | None], Mapping[str, Any]]
 ) -> None:
     """Refuse a model that is distilled to few steps: trained as others are, it needs many again.
 
@@ -30,7 +32,7 @@ def check_undistilled(
         family: Of the model.
         place: The pipeline, as messages name it.
         names: What it and its index are called by; of a folder's path the last part counts.
-        read: From a part's name to its configuration.
+        read: From a part's name to its configuration, from None to the pipeline's own.
 
     Raises:
         ValueError: A name, or a part's configuration, says so.
@@ -62,7 +64,8 @@ def check_given(pipeline: DiffusionPipeline, no_t5: bool, undistilled: bool) -> 
             else f"no_t5 has no meaning for {type(pipeline).__name__}, which does not work without: leave it out"
         )
     if undistilled:
-        read = {name: configuration_of(part) for name, part in pipeline.components.items() if part is not None}
+        parts = {None: pipeline, **pipeline.components}
+        read = {name: configuration_of(part) for name, part in parts.items() if part is not None}
         names = [pipeline.name_or_path, pipeline.config.get("_name_or_path")]
         check_undistilled(family, f"the {type(pipeline).__name__}", names, read.__getitem__)
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxPipeline
 
 from .base import Conditions, Denoiser, SamplingSettings
-from .flow import TransformerObjective
+from .flow import JOINT_SELECTIONS, TransformerObjective
 from .registry import register
 
 
@@ -49,8 +49,9 @@ class FluxObjective(TransformerObjective):
     undistilled = "black-forest-labs/FLUX.1-dev"
     defaults = {"sampler": "flow_euler", "num_inference_steps": 28, "guidance_scale": 1.0}
     selections = {
-        "xattn": r"^transformer_blocks\..*\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
+        **JOINT_SELECTIONS,
         "noxattn": r"^x_embedder\.|^transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out|norm_[qk])|ff)\.",
+        "text_embedding": r"^(context_embedder|time_text_embed\.text_embedder)\.",
     }
 
     @classmethod
@@ -58,10 +59,6 @@ class FluxObjective(TransformerObjective):
         if not read("transformer").get("guidance_embeds"):
             return "its transformer takes no guidance, as that of FLUX.1-schnell"
         return None
-
-    @property
-    def resolution(self) -> int:
-        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
     def further_facts(self) -> list[str]:
         return [f"guidance {self.embedded_guidance:g}"]

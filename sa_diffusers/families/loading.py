@@ -95,8 +95,8 @@ def _load(
     parts = {name: value for name, value in parts.items() if name not in absent}
     if family is not None:
 
-        def read(part: str) -> dict[str, Any]:
-            return _settings(name_or_path, part, place)
+        def read(part: str | None) -> dict[str, Any]:
+            return index if part is None else _settings(name_or_path, part, place)
 
         family.check_parts(_place(name_or_path), parts, read)
         if undistilled:

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 
-from .samplers import check_flow_scheduler, check_scheduler
+from .samplers import check_flow_scheduler, check_scheduler, scheduler_of
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -200,7 +200,7 @@ class FlowPath(Path):
 
     def __init__(self, scheduler: SchedulerMixin, density: str = "uniform", weighting: str | None = None) -> None:
         check_flow_scheduler(type(scheduler).__name__, scheduler.config)
-        table = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        table = scheduler_of(FlowMatchEulerDiscreteScheduler, scheduler)
         self.num_train_timesteps = table.config.num_train_timesteps
         self.density = density
         self.weighting = weighting

@@ -23,7 +23,7 @@ _KNOWN_SCHEDULERS = {
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
-def sampler_class(name: str) -> tuple[type, dict[str, bool]]:
+def sampler_class(name: str) -> tuple[type, dict[str, bool | str]]:
     """The scheduler's class behind a sampler's name, and its settings.
 
     Raises:
@@ -66,6 +66,8 @@ def check_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
 def check_flow_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
     """Refuse a scheduler that does not say by its shift which noise a model of rectified flow was trained with.
 
+    A `DPMSolverMultistepScheduler` that is set to rectified flow does.
+
     Args:
         kind: Name of its class.
         settings: Its configuration.
@@ -73,7 +75,8 @@ def check_flow_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It is of another kind, or its noise runs the other way.
     """
-    if kind not in _FLOW_SCHEDULERS:
+    solver = kind == "DPMSolverMultistepScheduler" and settings.get("prediction_type") == "flow_prediction"
+    if kind not in _FLOW_SCHEDULERS and not (solver and settings.get("use_flow_sigmas")):
         raise ValueError(
             f"{shown(kind)}, the model's scheduler, does not say by a shift which noise the model was trained with: "
             "save the model with a FlowMatchEulerDiscreteScheduler"
@@ -85,14 +88,25 @@ def check_flow_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def is_of_flow(kind: type) -> bool:
-    """Whether a scheduler samples from models of rectified flow."""
-    return kind.__name__ in _FLOW_SCHEDULERS
+def is_of_flow(kind: type, options: Mapping[str, Any]) -> bool:
+    """Whether a scheduler, with these settings, samples from models of rectified flow."""
+    return kind.__name__ in _FLOW_SCHEDULERS or bool(options.get("use_flow_sigmas"))
 
 
-def samplers_for(flow: bool) -> str:
-    """Names of the samplers for models of rectified flow, or for the others."""
-    return ", ".join(name for name in SAMPLERS if is_of_flow(sampler_class(name)[0]) == flow)
+def scheduler_of(kind: type, like: diffusers.SchedulerMixin, **others: Any) -> diffusers.SchedulerMixin:
+    """A scheduler with the settings of another, as far as it knows them, and with others."""
+    known = inspect.signature(kind).parameters
+    return kind(**{**{name: value for name, value in like.config.items() if name in known}, **others})
+
+
+def shift_name(kind: type) -> str:
+    """What a scheduler of rectified flow calls its static shift."""
+    return "shift" if kind.__name__ in _FLOW_SCHEDULERS else "flow_shift"
+
+
+def other_samplers() -> str:
+    """Names of the samplers for models that are not of rectified flow."""
+    return ", ".join(name for name in SAMPLERS if not is_of_flow(*sampler_class(name)))
 
 
 def rescales(kind: type) -> bool:

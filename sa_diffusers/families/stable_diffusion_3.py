@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from .base import Conditions, Denoiser, SamplingSettings
-from .flow import TransformerObjective
+from .flow import JOINT_SELECTIONS, TransformerObjective
 from .registry import register
 
 
@@ -40,10 +40,12 @@ class StableDiffusion3Objective(TransformerObjective):
     read_tokens = {"tokenizer_3": 256}
     density = "logit_normal"
     weighting = "sigma_squared"
+    samplers = ("flow_euler", "flow_dpmsolver++")
     defaults = {"sampler": "flow_euler", "num_inference_steps": 28, "guidance_scale": 7.0}
     selections = {
-        "xattn": r"\.attn\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\.",
+        **JOINT_SELECTIONS,
         "noxattn": r"^pos_embed\.|\.(attn\.(to_[qkv]|to_out|norm_[qk])|attn2|ff)\.",
+        "text_embedding": r"^(context_embedder|time_text_embed\.text_embedder)\.",
     }
 
     def check_sampling(self, settings: SamplingSettings, scheduler: object = None) -> None:

@@ -37,6 +37,8 @@ class TextToImageObjective(ScheduledObjective):
         read_tokens: Tokenizer -> tokens that its encoder is given, where that is not the tokenizer's own limit.
         sampled_by: The pipeline that samples from a prompt alone, whatever the class of the given one.
         unsampled: What that pipeline is made with in place of the given one's parts and settings.
+        takes_mode: Whether a sample is the most likely latents of an image, in place of latents drawn from the
+            autoencoder's posterior.
     """
 
     reduction = "mean"
@@ -46,6 +48,7 @@ class TextToImageObjective(ScheduledObjective):
     read_tokens: Mapping[str, int] = {}
     sampled_by: type[DiffusionPipeline]
     unsampled: Mapping[str, Any] = {}
+    takes_mode = False
 
     def __init__(
         self,
@@ -87,16 +90,20 @@ class TextToImageObjective(ScheduledObjective):
         return self
 
     def fingerprint(self) -> str:
-        pipeline, vae = self.pipeline, self.pipeline.vae.config
+        pipeline = self.pipeline
         facts = [
-            vae.scaling_factor.hex(),
-            *([vae.shift_factor.hex()] if vae.get("shift_factor") else []),
+            *self.latent_facts(),
             *self.schedule_facts(pipeline.scheduler),
             *(repr(sorted(tokenizer.get_vocab().items())) for _, tokenizer, _ in self._texts()),
             self.prediction_type,
             *self.further_facts(),
         ]
         return digest_of([self.module, pipeline.vae, *self._encoders()], facts)
+
+    def latent_facts(self) -> list[str]:
+        """What the digest holds of how samples and the autoencoder's latents differ, beside its weights."""
+        vae = self.pipeline.vae.config
+        return [vae.scaling_factor.hex(), *([vae.shift_factor.hex()] if vae.get("shift_factor") else [])]
 
     def further_facts(self) -> list[str]:
         """What else samples depend on, for the digest of the model."""
@@ -159,10 +166,27 @@ class TextToImageObjective(ScheduledObjective):
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         vae = self.pipeline.vae
         generator = torch.Generator().manual_seed(seed)
-        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(vae.device)
-        latents = posterior.mean + posterior.std * noise
-        return ((latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor).float()
+        return self.to_samples(images.to(vae.device, vae.dtype), generator).float()
+
+    def to_samples(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Samples of images `[batch, 3, height, width]` in [-1, 1], on the autoencoder's device; `generator`, on the
+        CPU, is for its posterior."""
+        vae = self.pipeline.vae
+        latents = self.chosen(vae.encode(images).latent_dist, generator)
+        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+    def to_images(self, samples: torch.Tensor) -> torch.Tensor:
+        """Images `[batch, 3, height, width]` in about [-1, 1] of samples, on the autoencoder's device."""
+        vae = self.pipeline.vae
+        latents = samples / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+        return vae.decode(latents).sample
+
+    def chosen(self, posterior: Any, generator: torch.Generator) -> torch.Tensor:
+        """Latents of an autoencoder's posterior: its mode, or drawn by a generator on the CPU."""
+        if self.takes_mode:
+            return posterior.mode()
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
+        return posterior.mean + posterior.std * noise
 
     @property
     def multiple(self) -> int:
@@ -194,9 +218,10 @@ class TextToImageObjective(ScheduledObjective):
         scheduler = self.make_sampler(settings.sampler, self.pipeline.scheduler)
         sampler = made_of(self.sampled_by, self.pipeline, **{**self.unsampled, "scheduler": scheduler})
         sampler.set_progress_bar_config(disable=True)
+        size = settings.resolution or self.resolution
         return sampler(
-            height=settings.resolution,
-            width=settings.resolution,
+            height=size,
+            width=size,
             num_inference_steps=settings.num_inference_steps,
             generator=generators,
             output_type="latent",
@@ -209,8 +234,7 @@ class TextToImageObjective(ScheduledObjective):
         batch_size = max(1, _DECODED_LATENT_PIXELS // (samples.shape[-1] * samples.shape[-2]))
         pictures: list[Image.Image] = []
         for part in samples.split(batch_size):
-            latents = part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-            images = vae.decode(latents.to(vae.device, vae.dtype)).sample
+            images = self.to_images(part.to(vae.device, vae.dtype))
             pictures += self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
         return pictures
 
