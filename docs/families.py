@@ -27,6 +27,7 @@ from sa_diffusers.families import (
 )
 from sa_diffusers.families.flow import FlowObjective
 from sa_diffusers.parameter_selection import PEER_PRESETS, PRESETS, select_parameters
+from sa_diffusers.stages.subject import hands_to_xformers
 
 CONFIGURATIONS = Path(__file__).with_name("configurations")
 # Float32 numbers that training keeps of each trained parameter beside its value, by default: gradient, four of Prodigy,
@@ -114,8 +115,52 @@ here yet; `tests/test_every_family.py` takes a tiny model of each one's real cla
 SIBLINGS = """\
 An erasure from a sibling (image to image, inpainting by the same network, ControlNet) is one from the pipeline of its
 parts that draws from a prompt alone, and that is what is saved: `from_pipe` of diffusers makes the sibling of it again.
-Networks with further channels, for inpainting or for outlines, are refused, and so are SDXL's refiner, Sana Sprint and
-schedulers whose noise is not known (EDM).
+Networks with further channels are refused: those of inpainting checkpoints take a mask and the masked picture beside
+the latents (9 channels in Stable Diffusion), others outlines or a depth, and surrogates, replay and Fisher samples are
+drawn from prompts, which give none of these. Erase from the text-to-image model that such a one came from. SDXL's
+refiner, Sana Sprint and schedulers whose noise is not known (EDM) are refused too.
+"""
+LOADED = """\
+## What is loaded, and what is saved
+
+A base model is a folder, or a name on the Hub, as diffusers has them: weights whole or in shards with an index, plain
+or of a variant (`--variant fp16`; where there is only one variant, that one), all read as float32. What is saved is
+such a folder too, and plain diffusers loads it; or, with `--save_components trained`, what was trained alone
+([publishing.md](publishing.md)).
+
+A single file (`.safetensors`) does as well. Its configurations and tokenizers are those of a pipeline of the same kind:
+of `--single_file_config`, a folder or a name on the Hub, or else of the one that diffusers tells by the file's tensors,
+from the Hub or its local cache. A file with an autoencoder in it is read by the `from_single_file` of its pipeline
+(Stable Diffusion, SDXL, Stable Diffusion 3, FLUX.1); one that holds the denoiser alone, as most of FLUX do, by that of
+the denoiser's class, and all else comes from the pipeline that lends the configurations, which must then be there as a
+whole. `hf download black-forest-labs/FLUX.1-dev` once, and no connection is needed any more:
+
+```
+accelerate launch examples/train_sa.py --pretrained_model_name_or_path tuned.safetensors \\
+    --single_file_config black-forest-labs/FLUX.1-dev --concept "Brad Pitt" --surrogate "a middle aged man"
+```
+
+Pickles (`.ckpt`, `.pt`, `.bin` in one file) are refused: reading one may run code. `tests/test_user_command.py` runs
+the command on each family in the layout of its best-known repository; `tests/test_single_file.py` reads checkpoints of
+Stable Diffusion as its authors' program names their tensors, and transformers of Stable Diffusion 3 and FLUX.1 under
+diffusers' own names. Files of SDXL, and of the two others under their authors' names, have not been tried.
+"""
+FASTER = """\
+## Faster, or in less memory
+
+`tests/test_acceleration.py` takes a forward and a backward pass of each family's tiny model with each of these.
+
+- `--gradient_checkpointing`: the same gradient, in each family.
+- Kernels of PyTorch's attention (flash, memory-efficient, plain): PyTorch chooses by itself, and there is no flag. The
+  plain one and the CPU's flash one give the same gradient in each family.
+- `set_attention_backend` of diffusers, from Python: what a pipeline in memory was set to is kept. Tried with the plain
+  kernel.
+- `--use_8bit_adam` needs bitsandbytes, and a learning rate. Tried with 0.50.2 on a CPU: each family trains, and goes on
+  from a checkpoint to the same bits. A step of it is taken before any work; where that fails, the run is refused.
+- `--enable_xformers_memory_efficient_attention` needs xformers and a CUDA device. It is refused where one is missing,
+  or where the denoiser has no attention that diffusers hands to xformers. No run with it has been made.
+
+diffusers hands the attention of these to xformers: {handed}.
 """
 GUIDANCE = f"""\
 FLUX.1 dev takes guidance as a number, {FluxObjective.embedded_guidance:g} in sampling, training, replay, probes and
@@ -293,6 +338,7 @@ def pages() -> Iterator[str]:
         ["family", "predicted", "density of timesteps", "weight", "as in diffusers'", "sampled by default"],
         [[family.title, *path_of(family), f"`{SCRIPTS[family]}`", sampled(family)] for family in FAMILIES],
     )
+    yield LOADED
     yield GUIDANCE
     yield LOSSES
     yield "## What the selections mean\n"
@@ -313,6 +359,8 @@ def pages() -> Iterator[str]:
         both = [f"{found[each]:,} ({size:,.0f} GB)" for each, size in zip(PRESETS, least, strict=True)]
         rows.append([f"`{BASES[name].name}`", *both, BASES[name].licence])
     yield table(["base model", *(f"`{each}`" for each in PRESETS), "licence"], rows)
+    handed = [base.family.title for name, base in BASES.items() if hands_to_xformers(denoiser(name))]
+    yield FASTER.format(handed=", ".join(dict.fromkeys(handed)))
     yield DISTILLED
 
 

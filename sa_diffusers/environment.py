@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from .configuration import SelectiveAmnesiaConfig
+from .messages import shown_error
 from .processes import say
 
 _SUPPORTED_TYPES = (
@@ -40,7 +41,7 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if config.use_8bit_adam:
-        import_bitsandbytes()
+        check_8bit_adam("cuda" if has_cuda else "cpu")
     tracker = None if output_dir is None else chosen_tracker(config.report_to)
     _check_environment(config)
     project = ProjectConfiguration(
@@ -172,6 +173,25 @@ def import_bitsandbytes() -> Any:
     except ImportError:
         raise ValueError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or leave the flag out") from None
     return bitsandbytes
+
+
+def check_8bit_adam(device: str) -> None:
+    """Let bitsandbytes take a step: what it cannot do on a device, it says then.
+
+    Raises:
+        ValueError: It is not installed, or does not work here.
+    """
+    optimizers = import_bitsandbytes().optim
+    # Of fewer numbers it keeps no state in 8 bits.
+    parameter = torch.nn.Parameter(torch.zeros(8192, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizers.AdamW8bit([parameter], lr=1e-3).step()
+    except Exception as error:  # of whatever kind its kernels' errors are
+        raise ValueError(
+            f"use_8bit_adam: bitsandbytes has no 8-bit Adam for this {device} device ({shown_error(error)}): install "
+            "its newest version, or leave the flag out"
+        ) from error
 
 
 def precision_in_use(accelerator: Accelerator) -> str:

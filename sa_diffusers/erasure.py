@@ -339,7 +339,9 @@ def _usual(config: SelectiveAmnesiaConfig, pipeline: DiffusionPipeline | None) -
     if pipeline is not None:
         family = family_of(type(pipeline).__name__)
     else:
-        family = family_in(config.pretrained_model_name_or_path, config.revision, config.cache_dir)
+        family = family_in(
+            config.pretrained_model_name_or_path, config.revision, config.cache_dir, config.single_file_config
+        )
     return family.defaults if family is not None else {}
 
 

@@ -72,7 +72,7 @@ class OutputFolder:
         elif self._facts() is None and (self.path / CONFIG_NAME).is_file():
             earlier = read_json(self.path / CONFIG_NAME)
             base = earlier.get("pretrained_model_name_or_path")
-            if isinstance(base, str) and Path(base).is_dir():
+            if isinstance(base, str) and Path(base).exists():
                 # As in the settings given: a folder counts by its name.
                 earlier["pretrained_model_name_or_path"] = Path(base).resolve().name
             known = {name: value for name, value in settings.items() if name in earlier}

@@ -63,7 +63,10 @@ def erase(
         raise ValueError("pretrained_model_name_or_path is the first argument of erase: leave it out")
     if isinstance(pipeline, (str, Path)):
         given = load_pipeline(
-            str(pipeline), no_t5=bool(settings.get("no_t5")), undistilled=not settings.get("train_distilled")
+            str(pipeline),
+            no_t5=bool(settings.get("no_t5")),
+            undistilled=not settings.get("train_distilled"),
+            single_file_config=settings.get("single_file_config"),
         )
     else:
         given = checked_pipeline(pipeline)

@@ -108,9 +108,12 @@ def test_nine_channels(base, tmp_path):
 
 
 def test_a_single_file(base, tmp_path):
+    """Of a model it has a single tensor; of what `test_single_file.py` has, all."""
     save_file({"model.diffusion_model.a": torch.zeros(1)}, tmp_path / "single.safetensors")
     for name in ("single.safetensors", "./single.safetensors", str(tmp_path / "single.safetensors")):
-        refused(erase(name, tmp_path), tmp_path, "is a single file", "from_single_file", "save_pretrained")
+        refused(erase(name, tmp_path), tmp_path, "stable-diffusion-v1-5", "--single_file_config")
+    (tmp_path / "single.ckpt").write_bytes(b"never read")
+    refused(erase("single.ckpt", tmp_path), tmp_path, "is a pickle")
     refused(erase("./sinlge.safetensors", tmp_path), tmp_path, "there is no such file or folder", "did you mean")
 
 

@@ -34,12 +34,12 @@ OTHER = {
     "num_eval_images": 3, "eval_templates": ["my {}"], "eval_seed": 5_000_000, "blur": "yes",
     "report_to": "tensorboard", "logging_dir": "runs", "logging_steps": 1, "tracker_project_name": "tiny",
     "push_to_hub": True, "hub_model_id": "a/b", "hub_private_repo": True, "overwrite_output_dir": True,
-    "train_distilled": True,
+    "train_distilled": True, "save_components": "trained",
 }  # fmt: skip
 # Their values need files, or a device, of their own: see the tests below, and those of flags that need CUDA.
 NEED_FILES = {"pretrained_model_name_or_path", "revision", "variant", "cache_dir", "artifacts_dir", "output_dir",
               "fisher", "classifier", "reference_features", "drop_naming_prompts", "allow_tf32", "use_8bit_adam",
-              "enable_xformers_memory_efficient_attention", "no_t5"}  # fmt: skip
+              "enable_xformers_memory_efficient_attention", "no_t5", "single_file_config"}  # fmt: skip
 
 
 def digests(settings: dict) -> dict[str, str]:

@@ -1,18 +1,27 @@
 """From a name or a folder to an objective: what is refused, in which words, and before weights are read."""
 
+import inspect
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -112,6 +121,28 @@ def test_weights_of_one_variant_only_are_found_and_told_of(tmp_path):
     assert refused(tmp_path / "model", variant="bf16")
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["as now", "as earlier versions named them"])
+def test_shards_of_a_variant_are_found(tmp_path, earlier):
+    """model.fp16-00001-of-00002.safetensors, or model-00001-of-00002.fp16.safetensors, each with an index."""
+    folder = tmp_path / "model"
+    pipeline = build_tiny_pipeline().to(torch.float16)
+    pipeline.save_pretrained(folder, variant="fp16", max_shard_size="50KB")
+    shards = sorted((folder / "unet").glob("*fp16-*-of-*.safetensors"))
+    assert len(shards) > 1
+    if earlier:
+        index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+        index.write_text(re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", index.read_text()))
+        for shard in shards:
+            shard.rename(shard.with_name(re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", shard.name)))
+    with pytest.warns(UserWarning, match="has weights of the variant fp16 only"):
+        loaded = load_pipeline(str(folder))
+    for name, value in pipeline.unet.state_dict().items():
+        assert torch.equal(value.float(), loaded.unet.state_dict()[name]), name
+    (shard, *_) = (folder / "unet").glob("*-00002-of-*.safetensors")
+    shard.unlink()
+    assert f"{shard} is missing" in find_broken_weights(folder)
+
+
 def test_of_several_variants_one_must_be_named(tmp_path):
     for variant in ("fp16", "ema"):
         build_tiny_pipeline().save_pretrained(tmp_path / "model", variant=variant)
@@ -168,11 +199,11 @@ def test_a_home_folder_is_expanded(folder, monkeypatch):
     assert "no such user" in refused("~nobody-of-that-name/model")
 
 
-def test_single_files_are_not_asked_of_the_hub_and_say_how_to_be_converted(folder, monkeypatch):
-    for name in ("single.safetensors", "single.ckpt"):
-        save_file({"a": torch.zeros(1)}, folder.parent / name)
-        monkeypatch.chdir(folder.parent)
-        assert f"P.from_single_file('{name}').save_pretrained('FOLDER')" in refused(name)
+def test_pickles_and_files_of_a_pipeline_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("sa_diffusers.families.loading.why_unreachable", lambda *_: pytest.fail("the Hub was asked"))
+    for name in ("single.ckpt", "single.pt", "single.bin"):
+        (folder.parent / name).write_bytes(b"never read")
+        assert "is a pickle, which may run code" in refused(folder.parent / name)
     assert f"give its folder, {folder}" in refused(folder / "model_index.json")
     assert f"did you mean {folder}?" in refused(folder / "unet")
     assert f"did you mean {folder}?" in refused(folder.parent)
@@ -215,7 +246,12 @@ def test_other_kinds_are_refused_before_weights(folder):
 
 def test_nine_channels_are_refused_before_weights(folder):
     edit(without_weights(folder) / "unet" / "config.json", in_channels=9)
-    assert "its UNet takes 9 channels, its autoencoder makes 4: inpainting" in refused(folder)
+    message = refused(folder)
+    assert (
+        "its UNet takes 9 channels, its autoencoder makes 4: what it takes beside them (as for inpainting, " in message
+    )
+    edit(folder / "unet" / "config.json", in_channels=8)
+    assert "(a depth, say, or a picture to edit) no prompt draws" in refused(folder)
     edit(folder / "unet" / "config.json", in_channels=4, out_channels=8)
     assert "its UNet gives 8 channels" in refused(folder)
     edit(folder / "unet" / "config.json", out_channels=4, cross_attention_dim=24)
@@ -368,10 +404,33 @@ def test_half_precision_in_python_is_refused(part):
         objective_for(pipeline)
 
 
-def test_other_pipelines_are_refused():
+def sibling(kind, pipeline):
+    """A pipeline of the same parts; a ControlNet of the UNet's own layers where the class takes one."""
+    others = {}
+    if "controlnet" in inspect.signature(kind.__init__).parameters:
+        others["controlnet"] = ControlNetModel.from_unet(pipeline.unet, conditioning_channels=3)
+    return kind(**pipeline.components, **others, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
+                                  StableDiffusionControlNetPipeline, StableDiffusionControlNetImg2ImgPipeline,
+                                  StableDiffusionControlNetInpaintPipeline])  # fmt: skip
+def test_siblings_are_trained_as_the_pipeline_of_their_parts(kind, tmp_path):
     pipeline = build_tiny_pipeline()
-    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-    with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline is not supported yet"):
+    sibling(kind, pipeline).save_pretrained(tmp_path / "sibling")
+    objective = objective_for(load_pipeline(str(tmp_path / "sibling"), kinds=SUPPORTED_PIPELINES))
+    own = objective_for(pipeline)
+    assert objective.fingerprint() == own.fingerprint()
+    settings = SamplingSettings(num_inference_steps=2)
+    assert torch.equal(objective.sample(["cat"], [0], settings), own.sample(["cat"], [0], settings))
+    objective.save(tmp_path / "saved")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "saved")) is StableDiffusionPipeline
+
+
+def test_other_pipelines_are_refused():
+    other = sibling(StableDiffusionPAGPipeline, build_tiny_pipeline())
+    message = "StableDiffusionPAGPipeline is not supported yet.*SDXL.*as CONTRIBUTING.md says under Adding"
+    with pytest.raises(ValueError, match=message):
         objective_for(other)
 
 

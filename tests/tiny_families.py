@@ -80,6 +80,9 @@ class Tiny:
         latents: By hand, as the script has it: an autoencoder, images and a generator, to samples.
         settings: Of an erasure, beside those of every family.
         in_processes: Whether two processes are tried: each takes seconds to start, and two kinds of network are enough.
+        repository: The name on the Hub of the family's best-known base, under which the command is tried.
+        shards: Part -> files that its weights are in there.
+        variant: Of the weights, where the repository's plain ones are not tried.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -91,6 +94,9 @@ class Tiny:
     latents: Callable[..., torch.Tensor] = drawn_latents
     settings: Mapping[str, Any] = field(default_factory=dict)
     in_processes: bool = False
+    repository: str | None = None
+    shards: Mapping[str, int] = field(default_factory=dict)
+    variant: str | None = None
 
 
 def stable_diffusion_loss(pipeline, samples, prompts, timesteps, noise):
@@ -485,10 +491,35 @@ def klein_latents(vae, images, generator):
 
 # Everything is tried with these.
 FAMILIES = {
-    "stable diffusion": Tiny(build_tiny_pipeline, "unet", stable_diffusion_loss),
-    "SDXL": Tiny(build_xl, "unet", xl_loss, in_processes=True),
-    "SD3": Tiny(build_sd3, "transformer", sd3_loss, shares=logit_normal_shares, in_processes=True),
-    "FLUX": Tiny(build_flux, "transformer", flux_loss, flux_call, settings={"resolution": SIZE}),
+    "stable diffusion": Tiny(
+        build_tiny_pipeline, "unet", stable_diffusion_loss, repository="CompVis/stable-diffusion-v1-4"
+    ),  # fmt: skip
+    "SDXL": Tiny(
+        build_xl,
+        "unet",
+        xl_loss,
+        in_processes=True,
+        repository="stabilityai/stable-diffusion-xl-base-1.0",
+        variant="fp16",
+    ),  # fmt: skip
+    "SD3": Tiny(
+        build_sd3,
+        "transformer",
+        sd3_loss,
+        shares=logit_normal_shares,
+        in_processes=True,
+        repository="stabilityai/stable-diffusion-3.5-medium",
+        shards={"text_encoder_3": 2},
+    ),  # fmt: skip
+    "FLUX": Tiny(
+        build_flux,
+        "transformer",
+        flux_loss,
+        flux_call,
+        settings={"resolution": SIZE},
+        repository="black-forest-labs/FLUX.1-dev",
+        shards={"transformer": 3, "text_encoder_2": 2},
+    ),  # fmt: skip
     "Z-Image": Tiny(
         build_z_image,
         "transformer",
@@ -497,6 +528,8 @@ FAMILIES = {
         lambda guidance: {"guidance_scale": guidance - 1},
         latents=likeliest_latents,
         settings={"resolution": SIZE},
+        repository="Tongyi-MAI/Z-Image",
+        shards={"transformer": 2, "text_encoder": 2},
     ),
     "Sana": Tiny(
         build_sana,
@@ -505,6 +538,8 @@ FAMILIES = {
         lambda guidance: {"guidance_scale": guidance, "use_resolution_binning": False},
         size=32,
         latents=lambda vae, images, generator: vae.encode(images).latent * vae.config.scaling_factor,
+        repository="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+        shards={"text_encoder": 2},
     ),
     "Qwen-Image": Tiny(
         build_qwen,
@@ -513,8 +548,18 @@ FAMILIES = {
         lambda guidance: {"true_cfg_scale": guidance, **({"negative_prompt": [" ", " "]} if guidance > 1 else {})},
         latents=qwen_latents,
         settings={"resolution": SIZE},
+        repository="Qwen/Qwen-Image",
+        shards={"transformer": 2},
     ),
-    "FLUX.2 klein": Tiny(build_klein, "transformer", klein_loss, latents=klein_latents, settings={"resolution": SIZE}),
+    "FLUX.2 klein": Tiny(
+        build_klein,
+        "transformer",
+        klein_loss,
+        latents=klein_latents,
+        settings={"resolution": SIZE},
+        repository="black-forest-labs/FLUX.2-klein-base-4B",
+        shards={"text_encoder": 2},
+    ),
 }
 # Loss, sampling and Fisher information alone with these.
 VARIANTS = {

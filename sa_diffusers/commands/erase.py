@@ -109,8 +109,9 @@ def next_commands(config: SelectiveAmnesiaConfig, folder: Path, has_classes: boo
     protocol = "class" if has_classes else "concept"
     # Where a classifier knows the model's world, CLIP need not be downloaded for it.
     clip = " --clip none" if config.classifier and not has_classes else ""
+    load = "sa_diffusers.load_pipeline" if config.save_components == "trained" else "DiffusionPipeline.from_pretrained"
     lines = [
-        f"load      DiffusionPipeline.from_pretrained({str(folder)!r})",
+        f"load      {load}({str(folder)!r})",
         f"evaluate  sa-diffusers evaluate --base {base} --erased {place} --protocol {protocol}{clip}",
     ]
     if not config.push_to_hub:

@@ -19,6 +19,7 @@ Tracker = Literal["tensorboard", "wandb", "none"]
 Precision = Literal["no", "fp16", "bf16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Blur = Literal["auto", "yes", "no"]
+Components = Literal["all", "trained"]
 FisherKind = Literal["gradient", "jacobian"]
 SAMPLERS = tuple(_SAMPLERS)
 LR_SCHEDULERS = get_args(Schedule)
@@ -77,7 +78,18 @@ class ModelSettings(Settings):
     """Model."""
 
     pretrained_model_name_or_path: str = flag(
-        "CompVis/stable-diffusion-v1-4", "the base model: a folder or a name on the Hub", path=True, own=True
+        "CompVis/stable-diffusion-v1-4",
+        "the base model: a folder, a name on the Hub, or a single-file checkpoint (.safetensors)",
+        path=True,
+        own=True,
+    )
+    single_file_config: str | None = flag(
+        None,
+        "pipeline of a single-file checkpoint's kind, a folder or a name on the Hub, whose configurations, tokenizers "
+        "and further parts it takes (default: the one that diffusers tells by its tensors)",
+        path=True,
+        own=True,
+        check=_no_file,
     )
     revision: str | None = flag(None, "branch, tag or commit of the base model on the Hub", own=True, check=_revision)
     variant: str | None = flag(None, "variant of the weight files, such as fp16", check=_variant)
@@ -214,6 +226,12 @@ class TrainingSettings(Settings):
 
     output_dir: str | None = flag(
         None, "output folder (default: named after the concept)", path=True, own=True, check=_no_file
+    )
+    save_components: Components = flag(
+        "all",
+        "what is saved: the whole pipeline, or what was trained alone, which is loaded into the base model by the "
+        "card's snippet",
+        own=True,
     )
     overwrite_output_dir: bool = flag(False, "replace an earlier erasure in the output folder", own=True)
     seed: int = flag(0, "seed of everything random", at_least=0, at_most=2**64 - 1)

@@ -26,7 +26,7 @@ from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
 from ..results import Report
-from .erased import recorded_ending, takes_classes, warn_of_another_base
+from .erased import recorded_ending, saved_alone, takes_classes, warn_of_another_base
 from .memory import batch_size_for
 from .registry import MEASURES, PROTOCOLS
 from .request import Evaluation, Request, erasure_of
@@ -75,7 +75,10 @@ def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
     def load(role: str, name: str) -> Objective:
         revision, variant = places.get(role, (None, None))
         try:
-            pipeline = load_pipeline(name, revision, variant, kinds=SUPPORTED_PIPELINES, no_t5=config.no_t5)
+            pipeline = load_pipeline(
+                name, revision, variant, kinds=SUPPORTED_PIPELINES, no_t5=config.no_t5,
+                single_file_config=config.single_file_config,
+            )  # fmt: skip
         except (ValueError, OSError) as error:
             # In the words of this program's flags.
             told = one_line(error).replace("--pretrained_model_name_or_path", f"--{role}")
@@ -129,6 +132,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "erased_revision": resolved_revision(args.erased, args.erased_revision),
         "base_module": subject.digests(subject.base).module,
         "erased_module": subject.digests(subject.erased).module,
+        "saved": saved_alone(args.erased, args.erased_revision),
         "ending": recorded_ending(args.erased, args.erased_revision),
         "prediction_type": subject.base.prediction_type,
         "mixed_precision": subject.accelerator.mixed_precision,

@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..configuration import CONFIG_NAME, ENDING_NAME, REPORT_NAME
+from ..families.names import TRAINED_NAME
 from ..files import read_json
 from ..hub import HUB_TIMEOUT_SECONDS
 from ..results import Report
@@ -70,10 +71,24 @@ def warn_of_another_base(base: str, base_module: str, erased: str, revision: str
         )
 
 
+def saved_alone(name_or_path: str, revision: str | None = None) -> list[str]:
+    """The parts that an erased pipeline's folder or repository holds where it holds what was trained alone; else none.
+
+    Args:
+        name_or_path: Folder or Hub name of the erased pipeline.
+        revision: Of the pipeline on the Hub.
+    """
+    return list(_recorded(name_or_path, TRAINED_NAME, revision).get("components") or [])
+
+
 def takes_classes(name_or_path: str, revision: str | None = None) -> bool | None:
     """Whether a saved pipeline is sampled under classes, by its index alone; None where that cannot be read."""
+    if Path(name_or_path).is_file():
+        # No checkpoint of classes is one file.
+        return False
     try:
         index = _recorded(name_or_path, DiffusionPipeline.config_name, revision)
+        index = index or _recorded(name_or_path, TRAINED_NAME, revision).get("pipeline")
     except (ValueError, OSError):
         # Loading says what is wrong with it.
         return None

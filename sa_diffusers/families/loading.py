@@ -1,7 +1,8 @@
 """From a name or a folder to the pipeline in it."""
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,27 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 
-from ..files import read_json
+from ..files import Recorded, read_json
 from ..messages import near_paths, shown, shown_error
 from ..weights import find_broken_weights
 from .base import Family, Objective
 from .distilled import check_undistilled
 from .names import check_name, expanded, why_unreachable
 from .registry import family_of, objective_for, rebuilt, unsupported
+from .single_file import (
+    configurations_of,
+    denoiser_class,
+    guessed_pipeline,
+    holds_whole_model,
+    is_single_file,
+    load_denoiser,
+    load_whole,
+    tensors_of,
+)
+from .trained import holds_trained, load_trained, read_trained
 from .weight_files import chosen_files, list_files, only_variant
+
+_FLOAT32 = {"dtype": torch.float32}
 
 
 def load_pipeline(
@@ -29,13 +43,16 @@ def load_pipeline(
     kinds: Collection[str] | None = None,
     no_t5: bool = False,
     undistilled: bool = False,
+    single_file_config: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline in float32 from a folder, the Hub, or, when the Hub does not answer, the Hub's local cache.
 
-    What the pipeline's index and its configurations say is checked before weights are loaded.
+    What the pipeline's index and its configurations say is checked before weights are loaded. A folder of an erasure
+    that holds what was trained alone is put together with its base model, and so is a single file that holds the
+    denoiser alone with the pipeline that its configurations are from.
 
     Args:
-        name_or_path: A folder, or a name on the Hub.
+        name_or_path: A folder, a name on the Hub, or a single-file checkpoint (.safetensors).
         revision: Branch, tag or commit on the Hub.
         variant: Of the weight files, such as `"fp16"`. Default: none, or, where there are only files of one variant,
             that one, with a warning.
@@ -43,27 +60,62 @@ def load_pipeline(
         kinds: Names of the pipeline classes that are accepted, such as `SUPPORTED_PIPELINES`. Default: all.
         no_t5: Leave out a T5 text encoder that the pipeline also works without.
         undistilled: Refuse what is distilled to few steps, as what is trained must not be.
+        single_file_config: Folder or name on the Hub of a pipeline of a single file's kind, whose configurations,
+            tokenizers and further parts it takes. Default: as diffusers tells by the file's tensors.
 
     Raises:
         ValueError: There is no such model, no leave to read it, it is of another kind, its parts do not fit each other,
-            its weights are missing or damaged, it has no T5 to leave out, or it is distilled.
+            its weights are missing or damaged, it has no T5 to leave out, it is distilled, or it is a pickle.
         ConnectionError: The Hub does not answer within seconds and the cache does not hold the model.
     """
     name_or_path = expanded(name_or_path)
     check_name(name_or_path)
+    asked = _Asked(variant, kinds, no_t5, undistilled)
+    if is_single_file(name_or_path):
+        tensors = tensors_of(name_or_path)
+        source = expanded(single_file_config) if single_file_config else guessed_pipeline(name_or_path, tensors)
+        check_name(source, "single_file_config")
+        asked = replace(asked, file=name_or_path, tensors=tensors)
+        return _load_from(source, revision, cache_dir, asked)
+    return _load_from(name_or_path, revision, cache_dir, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a pipeline is to be loaded.
+
+    Attributes:
+        given: Parts that are at hand, by name.
+        file: A single-file checkpoint, to which the pipeline lends its configurations.
+        tensors: Of the checkpoint, without values.
+    """
+
+    variant: str | None
+    kinds: Collection[str] | None
+    no_t5: bool
+    undistilled: bool
+    given: Mapping[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _load_from(name_or_path: str, revision: str | None, cache_dir: str | None, asked: _Asked) -> DiffusionPipeline:
+    """From a folder, the Hub or its cache."""
     if Path(name_or_path).is_dir():
-        return _load(name_or_path, {}, variant, kinds, no_t5, undistilled)
+        return _load(name_or_path, {"cache_dir": cache_dir} if holds_trained(name_or_path) else {}, asked)
     unreachable = why_unreachable(name_or_path, revision)
     place = {"revision": revision, "cache_dir": cache_dir, "local_files_only": unreachable is not None}
     try:
-        return _load(name_or_path, place, variant, kinds, no_t5, undistilled)
+        return _load(name_or_path, place, asked)
     except _NotThere as error:
+        source = f"{_place(asked.file)}: it takes its configurations from a pipeline, and " if asked.file else ""
         if unreachable is None:
-            raise ValueError(f'the model "{shown(name_or_path)}" {error}') from error
+            raise ValueError(f'{source}the model "{shown(name_or_path)}" {error}') from error
+        flag = "--single_file_config" if asked.file else "--pretrained_model_name_or_path"
         raise ConnectionError(
-            f'the model "{shown(name_or_path)}" is not in the local cache and the Hub cannot be reached '
+            f'{source}the model "{shown(name_or_path)}" is not in the local cache and the Hub cannot be reached '
             f"({unreachable}). With a connection, run `hf download {shown(name_or_path)}` once, or give the path of a "
-            f"local folder with --pretrained_model_name_or_path{near_paths(name_or_path)}"
+            f"local folder with {flag}{near_paths(name_or_path)}"
         ) from error
 
 
@@ -71,12 +123,11 @@ class _NotThere(ValueError):
     """A file of a model on the Hub cannot be had."""
 
 
-def _load(
-    name_or_path: str, place: dict[str, Any], variant: str | None, kinds: Collection[str] | None, no_t5: bool,
-    undistilled: bool,
-) -> DiffusionPipeline:  # fmt: skip
+def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionPipeline:
     place = {name: value for name, value in place.items() if value is not None}
-    index = _settings(name_or_path, None, place)
+    index = _index(name_or_path, place)
+    if isinstance(index, Recorded):
+        return _load_over_base(name_or_path, index, place, asked)
     kind = _class_name(index)
     parts = {name: value for name, value in index.items()
              if name[:1] != "_" and isinstance(value, list) and len(value) == 2 and value[0] is not None}  # fmt: skip
@@ -85,29 +136,31 @@ def _load(
             f"{_place(name_or_path)}: {DiffusionPipeline.config_name} is not that of a pipeline: save or download the "
             "pipeline again"
         )
-    if kinds is not None and kind not in kinds:
+    if asked.kinds is not None and kind not in asked.kinds:
         raise ValueError(unsupported(kind))
     family = family_of(kind)
     optional = family.optional_parts if family is not None else ()
-    if no_t5 and not optional:
+    if asked.no_t5 and not optional:
         raise ValueError(f"no_t5 has no meaning for {shown(kind)}, which does not work without: leave it out")
-    absent: dict[str, None] = {part: None for part in optional if no_t5 or part not in parts}
+    absent: dict[str, None] = {part: None for part in optional if asked.no_t5 or part not in parts}
     parts = {name: value for name, value in parts.items() if name not in absent}
+    named = asked.file or name_or_path
     if family is not None:
 
         def read(part: str | None) -> dict[str, Any]:
             return index if part is None else _settings(name_or_path, part, place)
 
-        family.check_parts(_place(name_or_path), parts, read)
-        if undistilled:
-            names = [name_or_path, index.get("_name_or_path")]
-            check_undistilled(family, _place(name_or_path), names, read)
-    files = list_files(name_or_path, place)
-    if variant is None:
-        variant = only_variant(_place(name_or_path), parts, files)
-    options = {"dtype": torch.float32, **({"variant": variant} if variant else {})}
+        family.check_parts(_place(named), parts, read)
+        if asked.undistilled:
+            names = [named, index.get("_name_or_path")]
+            check_undistilled(family, _place(named), names, read)
+    if asked.file:
+        return _load_file(name_or_path, place, asked, kind, family, parts, absent)
+    files, needed = list_files(name_or_path, place), [part for part in parts if part not in asked.given]
+    variant = asked.variant or only_variant(_place(name_or_path), needed, files)
+    options = {**_FLOAT32, **({"variant": variant} if variant else {})}
     if Path(name_or_path).is_dir():
-        chosen = [Path(name_or_path) / name for part in parts for name in chosen_files(files, part, variant)]
+        chosen = [Path(name_or_path) / name for part in needed for name in chosen_files(files, part, variant)]
         if fault := find_broken_weights(name_or_path, chosen):
             raise ValueError(fault)
     folder = name_or_path
@@ -117,7 +170,7 @@ def _load(
                 folder = snapshot_download(name_or_path, **place)
             return _load_own(family, Path(folder), index, options)
         # diffusers takes no word of the index for it that such a part is left out.
-        return DiffusionPipeline.from_pretrained(name_or_path, **options, **absent, **place)
+        return DiffusionPipeline.from_pretrained(name_or_path, **options, **absent, **asked.given, **place)
     except Exception as error:  # each library has kinds of its own for files that are missing or damaged
         known = try_to_load_from_cache(
             name_or_path, DiffusionPipeline.config_name, place.get("cache_dir"), place.get("revision")
@@ -129,6 +182,57 @@ def _load(
         raise ValueError(
             fault or f"{_place(name_or_path)} could not be loaded ({shown_error(error)}): download or save it again"
         ) from error
+
+
+def _load_file(
+    source: str, place: dict[str, Any], asked: _Asked, kind: str, family: type[Family] | None,
+    parts: Mapping[str, list], absent: Mapping[str, None],
+) -> DiffusionPipeline:  # fmt: skip
+    """A single file, with the configurations of a pipeline; where it is the denoiser's alone, with its other parts."""
+    assert asked.file is not None
+    known = getattr(diffusers, kind, DiffusionPipeline)
+    whole = holds_whole_model(asked.tensors, known)
+    denoiser = None if whole else denoiser_class(asked.file, family, parts)
+    try:
+        folder = configurations_of(source, place)
+        if whole:
+            pipeline = load_whole(asked.file, known, folder, absent, _FLOAT32)
+        else:
+            given = {family.denoiser: load_denoiser(asked.file, denoiser, family.denoiser, folder, _FLOAT32)}
+    except Exception as error:  # what does not fit shows itself in as many ways as there are kinds of models
+        why = "it lacks some of its tensors" if "meta tensor" in str(error) else shown_error(error)
+        raise ValueError(
+            f"{_place(asked.file)} could not be loaded as a {shown(kind)} with the configurations of {shown(source)} "
+            f"({why}): give with --single_file_config a pipeline of the same kind; a folder of a whole "
+            "one lends what the file lacks"
+        ) from error
+    if not whole:
+        pipeline = _load(source, place, replace(asked, file=None, undistilled=False, given=given))
+    pipeline.register_to_config(_name_or_path=asked.file)
+    return pipeline
+
+
+def _load_over_base(name_or_path: str, record: Recorded, place: dict[str, Any], asked: _Asked) -> DiffusionPipeline:
+    """What was trained, in the pipeline of the base model that it belongs to."""
+    try:
+        given = load_trained(name_or_path, record, place, _FLOAT32)
+    except Exception as error:
+        fault = find_broken_weights(name_or_path) if Path(name_or_path).is_dir() else None
+        raise ValueError(
+            fault or f"{_place(name_or_path)} could not be loaded ({shown_error(error)}): download or save it again"
+        ) from error
+    asked = replace(asked, variant=record["variant"], no_t5=bool(record["no_t5"]), given=given)
+    base = record["base_model"]
+    try:
+        check_name(base)
+        pipeline = _load_from(base, record["base_revision"], place.get("cache_dir"), asked)
+    except (ValueError, ConnectionError) as error:
+        raise type(error)(
+            f"{_place(name_or_path)} holds {' and '.join(given)} alone; the rest is that of the base model, "
+            f'"{shown(base)}": {error}'
+        ) from error
+    pipeline.register_to_config(_name_or_path=name_or_path)
+    return pipeline
 
 
 def _place(name_or_path: str) -> str:
@@ -160,6 +264,18 @@ def _settings(name_or_path: str, part: str | None, place: dict[str, Any]) -> dic
     return values
 
 
+def _index(name_or_path: str, place: dict[str, Any]) -> dict[str, Any] | Recorded:
+    """A pipeline's index, or the record of what was trained alone."""
+    if holds_trained(name_or_path):
+        return read_trained(name_or_path, place) or Recorded()
+    try:
+        return _settings(name_or_path, None, place)
+    except _NotThere:
+        if (record := read_trained(name_or_path, place)) is None:
+            raise
+        return record
+
+
 def _load_own(family: type[Family], folder: Path, index: dict[str, Any], options: dict[str, Any]) -> DiffusionPipeline:
     """A pipeline whose class the family brings, with that code and not with a copy that it was saved with."""
     components: dict[str, Any] = {}
@@ -174,19 +290,29 @@ def _load_own(family: type[Family], folder: Path, index: dict[str, Any], options
     return rebuilt(family, components, index)
 
 
-def family_in(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> type[Family] | None:
-    """The family of a saved pipeline, by its index alone, or of a pipeline's class; None where neither is known."""
+def family_in(
+    name_or_path: str, revision: str | None = None, cache_dir: str | None = None, single_file_config: str | None = None
+) -> type[Family] | None:
+    """The family of a saved pipeline, by its index alone, or of a pipeline's class; None where neither is known.
+
+    Args:
+        name_or_path: As the others, see `load_pipeline`; or a class's name.
+    """
     place = {name: value for name, value in (("revision", revision), ("cache_dir", cache_dir)) if value is not None}
     with contextlib.suppress(ValueError, OSError):
         # Loading says what is wrong with it.
         folder = expanded(name_or_path)
         if (found := family_of(folder)) is not None:
             return found
+        if is_single_file(folder):
+            folder = expanded(single_file_config or guessed_pipeline(folder, tensors_of(folder)))
         known = None if Path(folder).is_dir() else try_to_load_from_cache(
             folder, DiffusionPipeline.config_name, cache_dir, revision
         )  # fmt: skip
-        index = read_json(Path(known)) if isinstance(known, str) else _settings(folder, None, place)
-        return family_of(_class_name(index) or "")
+        if isinstance(known, str):
+            return family_of(_class_name(read_json(Path(known))) or "")
+        index = _index(folder, place)
+        return family_of(_class_name(index["pipeline"] if isinstance(index, Recorded) else index) or "")
     return None
 
 

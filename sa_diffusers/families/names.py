@@ -11,6 +11,8 @@ from ..messages import near_paths, shown, shown_error
 from ..weights import WEIGHT_SUFFIXES
 
 HUB_TIMEOUT_SECONDS = 10
+# What is in the folder of an erasure that holds what was trained alone, and says of which base model.
+TRAINED_NAME = "trained_components.json"
 _EXAMPLE = "CompVis/stable-diffusion-v1-4"
 _PATH_SIGNS = ("/", "./", "../", "~", ".\\", "..\\", "\\")
 
@@ -41,18 +43,22 @@ def looks_like_path(text: str) -> bool:
     )
 
 
-def check_name(name_or_path: str) -> None:
-    """What can be said of a name without looking at the Hub."""
-    name = f'pretrained_model_name_or_path="{shown(name_or_path, 200)}"'
+def check_name(name_or_path: str, setting: str = "pretrained_model_name_or_path") -> None:
+    """What can be said of a name without looking at the Hub.
+
+    Raises:
+        ValueError: It can be none.
+    """
+    name = f'{setting}="{shown(name_or_path, 200)}"'
     try:
         path = Path(name_or_path)
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is not a name: give a folder, or a name such as {_EXAMPLE}") from error
     if not name_or_path.strip():
-        raise ValueError(f"pretrained_model_name_or_path is empty: give a folder, or a name such as {_EXAMPLE}")
+        raise ValueError(f"{setting} is empty: give a folder, or a name such as {_EXAMPLE}")
     if is_folder:
-        if not (path / DiffusionPipeline.config_name).is_file():
+        if not any((path / file).is_file() for file in (DiffusionPipeline.config_name, TRAINED_NAME)):
             inner = [entry for entry in sorted(path.iterdir()) if (entry / DiffusionPipeline.config_name).is_file()]
             hint = f"; did you mean {inner[0]}?" if inner else ""
             if (path.parent / DiffusionPipeline.config_name).is_file():
@@ -60,11 +66,12 @@ def check_name(name_or_path: str) -> None:
             raise ValueError(
                 f"{name} is a folder without {DiffusionPipeline.config_name}: give the folder of a saved pipeline{hint}"
             )
+    elif is_file and path.suffix.lower() == ".safetensors":
+        return
     elif is_file and path.suffix.lower() in WEIGHT_SUFFIXES:
         raise ValueError(
-            f"{name} is a single file, where the folder of a pipeline is needed: convert it with python -c "
-            f"\"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{shown(name_or_path, 200)}')"
-            ".save_pretrained('FOLDER')\" and give FOLDER"
+            f"{name} is a pickle, which may run code of whoever made it when it is read: give the .safetensors file of "
+            "the same model, which most publishers have beside it, or the folder of a pipeline"
         )
     elif is_file and path.name == DiffusionPipeline.config_name:
         raise ValueError(f"{name} is a file of a pipeline: give its folder, {path.parent}")
@@ -101,8 +108,11 @@ def why_unreachable(name: str, revision: str | None) -> str | None:
 
 
 def resolved_revision(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
-    """The commit that a name on the Hub stands for in the local cache; None for a folder."""
-    if Path(name_or_path).is_dir():
+    """The commit that a name on the Hub stands for in the local cache; None for a folder or a file."""
+    if Path(name_or_path).exists():
         return None
-    index = try_to_load_from_cache(name_or_path, DiffusionPipeline.config_name, cache_dir, revision)
-    return Path(index).parent.name if isinstance(index, str) else None
+    for name in (DiffusionPipeline.config_name, TRAINED_NAME):
+        index = try_to_load_from_cache(name_or_path, name, cache_dir, revision)
+        if isinstance(index, str):
+            return Path(index).parent.name
+    return None

@@ -26,9 +26,15 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
         channels = vae.get("latent_channels", 4)
         taken = unet.get("in_channels", 4)
         if taken != channels:
+            further = (
+                "as for inpainting, where a mask and the masked picture stand beside the latents"
+                if taken == 2 * channels + 1
+                else "a depth, say, or a picture to edit"
+            )
             raise ValueError(
-                f"{place}: its UNet takes {shown(taken)} channels, its autoencoder makes {shown(channels)}: "
-                "inpainting, depth and editing models are not supported, give the text-to-image model that it came from"
+                f"{place}: its UNet takes {shown(taken)} channels, its autoencoder makes {shown(channels)}: what it "
+                f"takes beside them ({further}) no prompt draws, and surrogates, replay and Fisher samples are drawn "
+                "from prompts alone: give the text-to-image model that it came from"
             )
         if unet.get("out_channels", 4) != channels:
             raise ValueError(
@@ -53,17 +59,25 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
             return "its UNet takes guidance as a number, as latent consistency models do"
         return None
 
+    def saved_scheduler(self) -> Any:
+        return self.own_scheduler(self.pipeline.scheduler)
+
     def save(self, folder: Path) -> None:
         self.save_with_own_scheduler(self.pipeline, folder)
 
 
-@register("StableDiffusionPipeline")
+@register(
+    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+    "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline", "StableDiffusionAdapterPipeline",
+)  # fmt: skip
 class LatentDiffusionObjective(UNetObjective):
-    """The objective of a `StableDiffusionPipeline` (paper, sections 2.1 and 4.2).
+    """The objective of a `StableDiffusionPipeline` (paper, sections 2.1 and 4.2), or of one that shares its parts
+    (image to image, inpainting by the same network, ControlNet).
 
     Args:
         pipeline: The frozen pipeline. Its UNet becomes the trainable module; a safety checker takes no part in
-            generation and is saved unchanged.
+            generation and is saved unchanged, in the text-to-image pipeline of its parts.
         prediction_type: `"epsilon"` or `"v_prediction"`. Default: as the pipeline's scheduler says.
         snr_gamma: Min-SNR weighting of the loss (Hang et al., 2023); None leaves the loss unweighted.
         noise_offset: Scale of a further noise that is constant over each channel's pixels.

@@ -14,6 +14,7 @@ from torch import nn
 from ..messages import shown
 from .base import Conditions, SamplingSettings, TextEncoder, digest_of
 from .scheduled import ScheduledObjective
+from .trained import save_trained
 
 # Eight images of 512x512: what a small GPU decodes at once.
 _DECODED_LATENT_PIXELS = 8 * 64 * 64
@@ -240,6 +241,14 @@ class TextToImageObjective(ScheduledObjective):
 
     def save(self, folder: Path) -> None:
         self.pipeline.save_pretrained(folder)
+
+    def saved_scheduler(self) -> Any:
+        """The scheduler as a saved pipeline carries it."""
+        return self.pipeline.scheduler
+
+    def save_trained(self, folder: Path, base: Mapping[str, Any]) -> None:
+        """Write what is trained alone; see `sa_diffusers.families.trained.save_trained`."""
+        save_trained(self.pipeline, self.module, self.saved_scheduler(), folder, base)
 
 
 def made_of(kind: type[DiffusionPipeline], pipeline: DiffusionPipeline, **others: Any) -> DiffusionPipeline:

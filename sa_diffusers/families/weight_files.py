@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ def list_files(name_or_path: str, place: dict[str, Any]) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*"))]
 
 
-# diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors, model.safetensors.index.fp16.json
+# diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors, model.fp16-00001-of-00002.safetensors, and
+# as earlier versions wrote it, model-00001-of-00002.fp16.safetensors
 _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?"
-    r"\.(?P<kind>safetensors|bin)"
+    r"(?:\.(?P<earlier>[\w-]+))?\.(?P<kind>safetensors|bin)"
 )
 
 
@@ -44,7 +45,7 @@ def _weights_of(files: Sequence[str], part: str) -> dict[str | None, list[str]]:
     for file in files:
         folder, _, name = file.rpartition("/")
         if folder == part and (match := _WEIGHTS.fullmatch(name)):
-            found.setdefault(match["variant"], {}).setdefault(match["kind"], []).append(file)
+            found.setdefault(match["variant"] or match["earlier"], {}).setdefault(match["kind"], []).append(file)
     return {variant: kinds.get("safetensors") or kinds["bin"] for variant, kinds in found.items()}
 
 
@@ -54,7 +55,7 @@ def chosen_files(files: Sequence[str], part: str, variant: str | None) -> list[s
     return weights.get(variant) or weights.get(None) or []
 
 
-def only_variant(place: str, parts: dict[str, list], files: Sequence[str]) -> str | None:
+def only_variant(place: str, parts: Iterable[str], files: Sequence[str]) -> str | None:
     """The variant to load where some part has no plain weights."""
     variants: set[str] | None = None
     for part in parts:

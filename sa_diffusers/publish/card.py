@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
 from ..families.base import Family
+from ..families.single_file import SUFFIX
 from ..files import finish_interrupted, write_text
 from ..hub import (
     CARD_MARKER,
@@ -151,7 +152,8 @@ class _Card:
         if base is None:
             return "a base model that this folder does not name"
         if not self.facts.base_is_on_hub:
-            return f"the local folder {markdown_code(Path(base).name)}"
+            kind = "file" if base.lower().endswith(SUFFIX) else "folder"
+            return f"the local {kind} {markdown_code(Path(base).name)}"
         revision = self.facts.report.base_revision
         link = f"[{_md(base)}](https://huggingface.co/{base})"
         return f"{link} (commit {markdown_code(revision)})" if revision else link
@@ -211,7 +213,9 @@ class _Card:
         name = json.dumps(facts.name, ensure_ascii=False)
         lines = ["from diffusers import DiffusionPipeline", "",
                  f"pipeline = DiffusionPipeline.from_pretrained({name}{options})"]  # fmt: skip
-        if not facts.brings_code and not hasattr(diffusers, facts.pipeline_class):
+        if facts.trained is not None:
+            lines = self._together(name, options)
+        elif not facts.brings_code and not hasattr(diffusers, facts.pipeline_class):
             # A class that diffusers does not have, without its code beside the weights.
             lines = [f"# First import the module that registers {facts.pipeline_class}.",
                      "from sa_diffusers import load_pipeline", "", f"pipeline = load_pipeline({name})"]  # fmt: skip
@@ -223,6 +227,30 @@ class _Card:
                              if not {str(label).casefold(), key} & forgotten), default=0)  # fmt: skip
         lines.append((facts.family or Family).card_snippet(condition))
         return "\n".join(lines)
+
+    def _together(self, name: str, options: str) -> list[str]:
+        """Python that puts what was trained together with the base model."""
+        facts, record = self.facts, self.facts.trained
+        assert record is not None
+        parts, kind = record["components"], facts.pipeline_class
+        base = record["base_model"] if facts.base_is_on_hub else shown_name(record["base_model"])
+        given = [f"{part}={part}" for part in parts]
+        # Of the other parts' files some may be in half precision.
+        given.append(f"dtype={next(iter(parts))}.dtype")
+        told = {"revision": record["base_revision"], "variant": record["variant"]}
+        given += [f"{option}={json.dumps(value)}" for option, value in told.items() if value]
+        lines = [f"from diffusers import {', '.join(sorted({kind, *(value[1] for value in parts.values())}))}", ""]
+        lines += [f"{part} = {value[1]}.from_pretrained({name}, subfolder={json.dumps(part)})"
+                  for part, value in parts.items()]  # fmt: skip
+        if not facts.base_is_on_hub:
+            lines.append("# The base model's folder:")
+        base = json.dumps(base, ensure_ascii=False)
+        return [*lines, f"pipeline = {kind}.from_pretrained({base}, {', '.join(given)}{options})"]
+
+    @property
+    def held(self) -> str:
+        """The parts that the folder holds, where it holds what was trained alone."""
+        return " and ".join(self.facts.trained["components"]) if self.facts.trained is not None else ""
 
     @property
     def settings(self) -> Table | None:

@@ -8,6 +8,7 @@ from typing import Any
 from ..configuration import CONFIG_NAME, ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from ..families.base import Family
 from ..families.registry import family_of
+from ..families.trained import read_trained
 from ..files import Recorded, read_json
 from ..hub import evaluation_reports, shown_name
 from ..results.schema import Ending, ErasedPair, Report, Row
@@ -21,7 +22,8 @@ class Facts:
 
     Attributes:
         name: What the pipeline is loaded by.
-        index: Of the pipeline.
+        index: Of the pipeline; where the folder holds what was trained alone, of the whole.
+        trained: What the folder says of what was trained alone; None where it holds the whole pipeline.
         settings: Of the erasure.
         reports: Title -> report; the erasure's own has no title.
         history: Logged losses.
@@ -32,6 +34,7 @@ class Facts:
 
     name: str
     index: Recorded
+    trained: Recorded | None = None
     settings: Recorded = field(default_factory=Recorded)
     reports: dict[str, Report] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -99,8 +102,8 @@ class Facts:
 
 
 def read_facts(folder: Path, name: str | None = None) -> Facts:
-    """Read model_index.json, selective_amnesia.json, report.json, evaluation*/**/report.json of this pipeline,
-    training_history.json, training_ending.json, fisher_config.json.
+    """Read model_index.json or trained_components.json, selective_amnesia.json, report.json,
+    evaluation*/**/report.json of this pipeline, training_history.json, training_ending.json, fisher_config.json.
 
     Args:
         folder: An erased pipeline.
@@ -109,7 +112,8 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
     Raises:
         ValueError: The folder holds no pipeline, or one of these files is not what a run writes.
     """
-    if not (folder / INDEX_NAME).is_file():
+    trained = read_trained(folder, {})
+    if trained is None and not (folder / INDEX_NAME).is_file():
         raise ValueError(f"{folder} holds no pipeline (no {INDEX_NAME}): give the folder of an erased one")
 
     def read(file: str, empty: Any) -> Any:
@@ -128,7 +132,8 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         reports[title if title not in reports else str(path.parent.relative_to(folder))] = report
     return Facts(
         name=name or folder.resolve().name,
-        index=Recorded(read(INDEX_NAME, {})),
+        index=Recorded(read(INDEX_NAME, {}) if trained is None else trained["pipeline"]),
+        trained=trained,
         settings=Recorded(read(CONFIG_NAME, {})),
         reports=reports,
         history=read(HISTORY_NAME, []),

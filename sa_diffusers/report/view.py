@@ -158,9 +158,10 @@ def _pairs(report: Report, configuration: Recorded) -> list[tuple[str, str]]:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     images = sum(row.images for row in report.rows)
+    alone = f", its {' and '.join(report.saved)} alone: the rest is the base model's" if report.saved else ""
     facts = [
         ("Base model", plain(report.base_model and shown_name(report.base_model))),
-        ("Erased model", plain(report.erased_model and shown_name(report.erased_model))),
+        ("Erased model", plain(report.erased_model and shown_name(report.erased_model) + alone)),
         ("Protocol", plain(report.protocol)),
         ("Images", f"{images:,} before, as many after, the same seeds"),
         ("Sampled with", sampling_text(report.sampling)),

@@ -28,6 +28,8 @@ from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pi
 from ..families.digests import digested_once, fingerprint_module
 from ..families.distilled import check_given
 from ..families.names import resolved_revision
+from ..families.trained import check_apart
+from ..messages import shown_error
 from ..passes import Passes, counted
 from ..training.settings import sampling_settings
 
@@ -170,14 +172,19 @@ def prepare(
         ValueError: The model cannot be had or is of an unknown kind, or the settings do not fit it.
         ConnectionError: The Hub cannot be reached and the model is not in its cache.
     """
-    revision, given = None, pipeline
+    revision, given, alone = None, pipeline, config.save_components == "trained"
+    if alone:
+        check_apart(config.pretrained_model_name_or_path, given is not None)
     if pipeline is None:
         place = (config.pretrained_model_name_or_path, config.revision)
         pipeline = load_pipeline(
-            *place, config.variant, config.cache_dir, known, config.no_t5, not config.train_distilled
-        )
+            *place, config.variant, config.cache_dir, known, config.no_t5, not config.train_distilled,
+            config.single_file_config,
+        )  # fmt: skip
         revision = resolved_revision(*place, config.cache_dir)
     objective = build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
+    if alone:
+        check_apart(config.pretrained_model_name_or_path, given is not None, objective)
     if given is not None:
         check_given(given, config.no_t5, not config.train_distilled)
     pairs = _pairs(config, objective)
@@ -340,18 +347,29 @@ def _classifier(
     return ZeroShotClassifier(clip, [*concepts, *surrogates, *near, *far], near)
 
 
+def hands_to_xformers(module: torch.nn.Module) -> bool:
+    """Whether a denoiser of diffusers has attention that it hands to xformers."""
+    return any(hasattr(part, "set_use_memory_efficient_attention_xformers") for part in module.modules()
+               if part is not module)  # fmt: skip
+
+
 def enable_xformers(module: torch.nn.Module) -> None:
     """Switch attention to xformers.
 
     Raises:
-        ValueError: xformers is not installed, or there is no CUDA device.
+        ValueError: xformers is not installed, there is no CUDA device, or the module has no attention that it knows.
     """
+    if not hands_to_xformers(module):
+        raise ValueError(
+            f"enable_xformers_memory_efficient_attention: diffusers hands no attention of {type(module).__name__} to "
+            "xformers: leave the flag out (PyTorch's own attention is about as fast)"
+        )
     try:
         module.enable_xformers_memory_efficient_attention()
-    except (ModuleNotFoundError, ValueError) as error:
+    except Exception as error:  # its kernels fail on some devices, each in its own way
         raise ValueError(
-            f"enable_xformers_memory_efficient_attention needs xformers and a CUDA device ({error}): pip install "
-            "xformers, or leave the flag out (PyTorch's own attention is about as fast)"
+            f"enable_xformers_memory_efficient_attention needs xformers and a CUDA device ({shown_error(error)}): pip "
+            "install xformers, or leave the flag out (PyTorch's own attention is about as fast)"
         ) from error
 
 

@@ -116,7 +116,7 @@ class TrainingStage(Stage):
                     "classifier"}  # fmt: skip
         own = {name: getattr(config, name) for name in sorted(cls.depends_on - left_out)}
         base = Path(config.pretrained_model_name_or_path)
-        if base.is_dir():
+        if base.exists():
             # Folders move; whether the weights are the same, their digest says.
             own["pretrained_model_name_or_path"] = base.resolve().name
         return {**own, **settings_facts(config, accelerator.num_processes), "precision": precision_in_use(accelerator)}

@@ -180,7 +180,10 @@ def _flattened(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.
     scalars: dict[str, dict[str, Any]] = {}
     for number, entries in state.items():
         scalars[str(number)] = {}
-        for name, value in entries.items():
+        # bitsandbytes hides what it keeps in 8 bits from sharding, in a mapping, and takes it as it was without.
+        hidden = [value for value in entries.values() if isinstance(value, Mapping)]
+        entries = {name: value for name, value in entries.items() if not isinstance(value, Mapping)}
+        for name, value in {**entries, **{key: one for each in hidden for key, one in each.items()}}.items():
             if isinstance(value, torch.Tensor):
                 # Some optimisers share a table among parameters, which safetensors would refuse.
                 tensors[f"{number}.{name}"] = value.detach().clone().contiguous()

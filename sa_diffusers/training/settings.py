@@ -21,7 +21,7 @@ TRAINING_SETTINGS = (
     "replay_weight", "replay_surrogates", "seed", "max_train_steps", "target",
     "condition_dropout", "naive", "snr_gamma", "noise_offset", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
     "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-    "use_ema", "ema_decay", "ema_warmup",
+    "use_ema", "ema_decay", "ema_warmup", "save_components",
 )  # fmt: skip
 _DROPPED = 0.2
 _PARTS_OF_A_RUN = 10

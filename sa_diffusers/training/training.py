@@ -23,6 +23,7 @@ from ..data.sample_set import SampleSet
 from ..environment import create_accelerator
 from ..families.base import Objective
 from ..families.digests import fingerprint_module
+from ..families.trained import TRAINED_NAME, check_apart, of_a_pipeline, place_of_base
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
 from ..hub import CARD_NAME, drop_local_names, is_own_card
@@ -265,13 +266,19 @@ class Training:
             return
         leaving = [BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME,
                    FISHER_CONFIG_NAME, REPORTED]  # fmt: skip
+        alone = self.config.save_components == "trained"
+        # What was trained alone lies beside nothing of an earlier pipeline.
+        leaving += of_a_pipeline(folder) if alone else [TRAINED_NAME]
         if is_own_card(folder):
             leaving.append(CARD_NAME)
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
         if apart:
             leaving.append(VALIDATION_NAME)
         with replacing_folder(folder, leaving) as staging:
-            self.objective.save(staging)
+            if alone:
+                self._save_trained(staging)
+            else:
+                self.objective.save(staging)
             drop_local_names(staging)
             write_json(staging / HISTORY_NAME, self.history)
             if self.ending is not None:
@@ -288,6 +295,15 @@ class Training:
                 write_finished(staging, self.identity, self.made)
         if apart:
             shutil.rmtree(self.validation_dir, ignore_errors=True)
+
+    def _save_trained(self, folder: Path) -> None:
+        objective, config = self.objective, self.config
+        check_apart(config.pretrained_model_name_or_path, False, objective)
+        base = place_of_base(
+            config.pretrained_model_name_or_path, objective.pipeline.components, config.revision, config.variant,
+            config.cache_dir,
+        )  # fmt: skip
+        objective.save_trained(folder, {**base, "no_t5": config.no_t5})
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
         """Save pipeline, settings and model card in `output_dir`, and upload that folder.
