@@ -14,7 +14,8 @@ demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $$(nproc) \
 		examples/train_sa.py --pretrained_model_name_or_path sa_diffusers/models/embedded/pipeline \
-		--concept "$(CONCEPT)" --surrogate "$(SURROGATE)" --train_method $(METHOD) --output_dir outputs/demo \
+		--concept "$(CONCEPT)" --surrogate "$(SURROGATE)" --output_dir outputs/demo \
+		--train_method $(if $(filter lora,$(METHOD)),full --adapter lora,$(METHOD)) \
 		--overwrite_output_dir
 
 lint: $(INSTALLED)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sa_diffusers.commands import COMMANDS
 from sa_diffusers.commands.cache import CacheConfig
+from sa_diffusers.commands.extract import ExtractConfig
+from sa_diffusers.commands.merge import MergeConfig
 from sa_diffusers.commands.push import PushConfig
 from sa_diffusers.configuration import (
     ClassifierConfig,
@@ -28,6 +30,8 @@ SETTINGS: dict[str, type[Settings]] = {
     "erase": SelectiveAmnesiaConfig,
     "evaluate": EvaluationConfig,
     "push": PushConfig,
+    "merge": MergeConfig,
+    "extract": ExtractConfig,
     "cache": CacheConfig,
     "train-class-model": ClassModelConfig,
     "train-classifier": ClassifierConfig,

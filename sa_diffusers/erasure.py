@@ -19,6 +19,7 @@ from .data.sensitive import must_blur
 from .environment import create_accelerator
 from .evaluation import Comparison
 from .families import SUPPORTED_PIPELINES, Objective, family_in, family_of, load_pipeline, objective_for
+from .families.adapters import ADAPTER_FILE, KOHYA_FILE, export_kohya, has_adapter, load_adapter
 from .families.digests import digested_once, fingerprint_module
 from .fisher import FisherInformation
 from .hub import repository_name
@@ -253,9 +254,13 @@ class Erasure:
                 self.training_stage.run(surrogates, *products)
                 del products
             # The evaluation sees what a user will load, not what is in memory.
-            self.subject.release()
-            gc.collect()
-            return self.compared(before, surrogates)
+            if not self.config.adapter:
+                self.subject.release()
+                gc.collect()
+            comparison = self.compared(before, surrogates)
+            if self.config.adapter:
+                self.subject.release()
+            return comparison
 
     def products(self, surrogates: SampleSet) -> tuple[Any, ...]:
         """What is trained with beside the surrogates: replay set, Fisher information, and probes with their check."""
@@ -277,8 +282,13 @@ class Erasure:
         return self.report_stage.run(erased, *digests, before, after, surrogates) if self.is_main else None
 
     def erased(self) -> Objective:
-        """The model that was saved, as a user loads it."""
-        config, pipeline = self.config, load_pipeline(str(self.output_dir))
+        """The model that was saved, as a user loads it; an adapter is loaded into the base model at hand."""
+        config = self.config
+        if config.adapter:
+            if not has_adapter(self.objective):
+                load_adapter(self.objective, self.output_dir / ADAPTER_FILE)
+            return self.objective
+        pipeline = load_pipeline(str(self.output_dir))
         return self._builder(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
 
     def timed(self, stage: Stage, title: str | None = None, *inputs: Any, model: Objective | None = None) -> Any:
@@ -318,6 +328,8 @@ class Erasure:
         finished = self.subject.agreed(whole)
         if finished and self.is_main and not quietly:
             say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
+            if self.config.lora_format == "kohya" and not (self.output_dir / KOHYA_FILE).is_file():
+                export_kohya(self.objective, self.output_dir)
         return finished
 
     def check_base(self) -> None:
@@ -342,7 +354,10 @@ def _usual(config: SelectiveAmnesiaConfig, pipeline: DiffusionPipeline | None) -
         family = family_in(
             config.pretrained_model_name_or_path, config.revision, config.cache_dir, config.single_file_config
         )
-    return family.defaults if family is not None else {}
+    if family is None:
+        return {}
+    adapted = {"train_method": family.adapted} if config.adapter and family.adapted else {}
+    return {**family.defaults, **adapted}
 
 
 def _told_of(surrogates: Any, replay: Any, fisher: Any) -> dict[str, str]:

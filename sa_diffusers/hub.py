@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +275,55 @@ def shown_name(name: str) -> str:
     return name
 
 
+def adapter_header(
+    concepts: Sequence[str], surrogates: Sequence[str], base: str, revision: str | None, pipeline: str
+) -> dict[str, Any]:
+    """What the header of an adapter's file says beside its own configuration; it names no folder of this machine.
+
+    Args:
+        concepts: What was erased.
+        surrogates: What stands in their place.
+        base: The base model.
+        revision: Of the base model on the Hub.
+        pipeline: Class of its pipeline.
+    """
+    from .version import __version__
+
+    return {
+        "concept": list(concepts),
+        "surrogate": [shown_name(surrogate) for surrogate in surrogates],
+        "base_model": shown_name(base),
+        **({"base_model_revision": revision} if revision else {}),
+        "pipeline_class": pipeline,
+        "sa_diffusers_version": __version__,
+    }
+
+
 def is_own_card(folder: str | Path) -> bool:
     """Whether the folder's model card may be written: there is none, or this package wrote it."""
     path = Path(folder) / CARD_NAME
     return not path.is_file() or CARD_MARKER in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _card_of(base: str, cache_dir: str | None) -> dict[str, Any]:
+    """What the card of a model says of it in its head; empty if it cannot be had."""
+    try:
+        path = Path(base) / CARD_NAME
+        if not Path(base).is_dir():
+            path = Path(hf_hub_download(base, CARD_NAME, cache_dir=cache_dir, etag_timeout=HUB_TIMEOUT_SECONDS))
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever is wrong with another's card, this one is written without
+        return {}
+
+
+def inherited_gate(base: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """What a base model's own card asks of whoever downloads it (`extra_gated_prompt` and its like).
+
+    Args:
+        base: As of `inherited_licence`.
+        cache_dir: Of the Hub's cache.
+    """
+    return {name: value for name, value in _card_of(base, cache_dir).items() if name.startswith("extra_gated_")}
 
 
 def inherited_licence(base: str, cache_dir: str | None = None) -> dict[str, str]:
@@ -291,14 +336,7 @@ def inherited_licence(base: str, cache_dir: str | None = None) -> dict[str, str]
     Returns:
         Empty if the card cannot be had or names no licence.
     """
-    local = Path(base).is_dir()
-    try:
-        path = Path(base) / CARD_NAME
-        if not local:
-            path = Path(hf_hub_download(base, CARD_NAME, cache_dir=cache_dir, etag_timeout=HUB_TIMEOUT_SECONDS))
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception:  # whatever is wrong with another's card, this one is written without a licence
-        return {}
+    local, data = Path(base).is_dir(), _card_of(base, cache_dir)
     if not isinstance(data.get("license"), str):
         return {}
     fields = {name: data.get(name) for name in ("license", "license_name", "license_link")}

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .configuration import CONFIG_NAME, SelectiveAmnesiaConfig
+from .families.adapters import ADAPTER_FILE, KOHYA_FILE
+from .families.trained import of_a_pipeline
 from .files import (
     digest_of,
     digests_of,
@@ -27,6 +29,8 @@ _RUN_NAME, _FINISHED_NAME, _REPORTED_NAME, _LOCK_NAME = "run.json", "finished.js
 # What says that a report is of the weights beside it; it goes with them.
 REPORTED = f"{STATE_FOLDER}/{_REPORTED_NAME}"
 FORMAT_VERSION = 1
+# What a training of weights does not record, as those of earlier versions did not: it is none of an adapter.
+_WITHOUT_ADAPTER = {"adapter": None}
 
 
 class OutputFolder:
@@ -59,6 +63,7 @@ class OutputFolder:
         if not self.path.is_dir():
             return
         self.lock.check()
+        settings = {**_WITHOUT_ADAPTER, **settings}
         if not any(entry.name != STATE_FOLDER for entry in self.path.iterdir()) and not self._run_file.is_file():
             return
         if not self._run_file.is_file() and not (self.path / CONFIG_NAME).is_file():
@@ -91,7 +96,7 @@ class OutputFolder:
         if not self._finished_file.is_file() and ours.get("lr_scheduler") in CONSTANT_SCHEDULES:
             # A run that was stopped may go on to another step.
             left_out = {"max_train_steps"}
-        known = {name: value for name, value in ours.items() if name not in left_out}
+        known = {name: value for name, value in {**_WITHOUT_ADAPTER, **ours}.items() if name not in left_out}
         return Identity("erasure", known).differences({name: theirs.get(name) for name in known})
 
     def _refuse(self, differing: list[str]) -> None:
@@ -251,6 +256,11 @@ class OutputFolder:
         own = self.names_finished(identity) or (self.is_of(identity) and not came_to_replace)
         apart = self.holds_weights() and (anew or not own)
         return (self.state if apart else self.path) / VALIDATION_NAME
+
+
+def model_files(folder: Path) -> list[str]:
+    """Entries of a folder that an erased model in it consists of: parts of a pipeline, or an adapter."""
+    return [*(name for name in (ADAPTER_FILE, KOHYA_FILE) if (folder / name).is_file()), *of_a_pipeline(folder)]
 
 
 def write_finished(staging: Path, identity: Identity, made: Mapping[str, Passes | None] | None = None) -> None:

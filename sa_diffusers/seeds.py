@@ -41,6 +41,8 @@ STREAMS = {
     "fisher signs": Stream(2_510_000_000, 10_000_000),
     # Timesteps and noise of the probes, a seed a set.
     "probe noise": Stream(2_600_000_000, 1_000_000),
+    # What an adapter starts from.
+    "adapter": Stream(2_610_000_000, 1),
     # Dropout inside the network.
     "dropout": Stream(2_700_000_000, 500_000_000),
 }

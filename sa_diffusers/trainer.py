@@ -14,6 +14,7 @@ from .configuration import HISTORY_NAME, SelectiveAmnesiaConfig
 from .data.given import Samples
 from .erasure import Erasure
 from .families import Objective, checked_pipeline, modules_of, pipeline_name
+from .families.adapters import has_adapter, unload_adapter
 from .files import read_json
 from .fisher import FisherInformation
 from .moved import forward
@@ -52,7 +53,8 @@ class SelectiveAmnesiaTrainer:
 
     Attributes:
         config: The settings in use.
-        pipeline: The pipeline, without the concept once `train` is done.
+        pipeline: The pipeline, without the concept once `train` is done. An adapter (`adapter="lora"`) is loaded into
+            it then, and can be switched on and off.
 
     Raises:
         ValueError: The settings contradict each other, the model is of an unknown kind, in half precision or has
@@ -104,7 +106,7 @@ class SelectiveAmnesiaTrainer:
         self.config = self._erasure.config
         self.pipeline: DiffusionPipeline = self._erasure.subject.pipeline
         self._history: list[dict[str, float]] = []
-        # theta*, once the model in memory is another.
+        # theta*, once the model in memory is another; of an adapter nothing, which is taken out and put in again.
         self._anchor: dict[str, torch.Tensor] | None = None
 
     @property
@@ -141,10 +143,13 @@ class SelectiveAmnesiaTrainer:
         erasure.check_base()
         erasure.training_stage.plan_the_whole()
         with erasure.holding():
-            anchor = {name: value.detach().cpu().clone() for name, value in erasure.subject.parameters.items()}
+            anchor = {}
+            if not self.config.adapter:
+                anchor = {name: value.detach().cpu().clone() for name, value in erasure.subject.parameters.items()}
             if erasure.finished():
                 erased = erasure.erased()
-                erasure.objective.module.load_state_dict(erased.module.state_dict())
+                if erased is not erasure.objective:
+                    erasure.objective.module.load_state_dict(erased.module.state_dict())
                 self._anchor = anchor
                 self._history = list(read_json(self.output_dir / HISTORY_NAME))
                 self._call_it_erased()
@@ -155,6 +160,8 @@ class SelectiveAmnesiaTrainer:
             # Whatever happens from here on, the model is no longer the base.
             self._anchor = anchor
             self._history = erasure.training_stage.run(surrogates, *products).history
+            if self.config.adapter:
+                erasure.erased()
         self._call_it_erased()
         return self._history
 
@@ -181,6 +188,9 @@ class SelectiveAmnesiaTrainer:
                 with self._on_the_cpu():
                     comparison = erasure.compared(before, surrogates)
                 report = comparison and comparison.report
+                if self.config.adapter and self._anchor is None:
+                    # Whoever did not train here has the base model in memory still.
+                    unload_adapter(erasure.objective)
             if report is not None:
                 erasure.card_stage.run()
         return report
@@ -237,6 +247,14 @@ class SelectiveAmnesiaTrainer:
     @contextlib.contextmanager
     def _base_model(self) -> Iterator[None]:
         """The model in memory is the base model meanwhile, also after it was trained."""
+        if self.config.adapter and has_adapter(self._erasure.objective):
+            unload_adapter(self._erasure.objective)
+            try:
+                self._erasure.check_base()
+                yield
+            finally:
+                self._erasure.erased()
+            return
         if self._anchor is None:
             self._erasure.check_base()
             yield

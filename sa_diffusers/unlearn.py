@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from .configuration import SelectiveAmnesiaConfig, check_names
 from .erasure import Erasure
 from .families import checked_pipeline, load_pipeline, modules_of, objective_for, pipeline_name
+from .families.adapters import ADAPTER_FILE, load_adapter
 from .parameter_selection import evaluating
 from .results import Report
 
@@ -53,7 +54,8 @@ def erase(
             there; else nothing but the cache of samples is left on disk.
 
     Returns:
-        The pipeline, in evaluation mode, and its report.
+        The pipeline, in evaluation mode, and its report. With `adapter="lora"` the adapter is loaded into it, and can
+        be switched on and off.
 
     Raises:
         TypeError: There is no such setting.
@@ -88,8 +90,16 @@ def erase(
         comparison = erasure.run()
         if comparison is not None:
             erasure.card_stage.run()
-        erased = load_pipeline(config.output_dir)
+        if config.adapter:
+            # An evaluation has put it into the copy.
+            adapted = given if inplace else _with_a_copy(given, part)
+            load_adapter(objective_for(adapted), Path(config.output_dir) / ADAPTER_FILE)
+            adapted.to(given.device)
+        else:
+            erased = load_pipeline(config.output_dir)
     report = comparison.report if comparison else None
+    if config.adapter:
+        return Erased(adapted, report)
     if not inplace:
         return Erased(erased.to(given.device), report)
     getattr(given, part).load_state_dict(getattr(erased, part).state_dict())

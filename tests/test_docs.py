@@ -132,10 +132,16 @@ def test_the_python_of_the_page_on_python_runs(world, tmp_path):
         assert (tmp_path / file).is_file(), file
 
 
+def test_the_python_of_the_page_on_adapters_runs(world, tmp_path):
+    result = run_blocks(REPOSITORY / "docs" / "adapters.md", world, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "no-brad-pitt-adapter" / "pytorch_lora_weights.safetensors").is_file()
+
+
 def test_every_page_with_python_is_run():
     written = {page.relative_to(REPOSITORY).as_posix() for page in PAGES for language, _ in blocks(page)
                if language == "python"}  # fmt: skip
-    assert written == {"README.md", "docs/python.md", "docs/evaluation.md"}
+    assert written == {"README.md", "docs/python.md", "docs/evaluation.md", "docs/adapters.md"}
 
 
 # Commands

@@ -22,6 +22,8 @@ from sa_diffusers import (
 from sa_diffusers.evaluation.attacks import AttackSettings, Inversion
 from sa_diffusers.evaluation.attacks.inversion import INVERTED_TOKEN, TextualInversion
 from sa_diffusers.evaluation.subject import Subject
+from sa_diffusers.families.adapters import ADAPTER_FILE, adapter_layers
+from sa_diffusers.merging import extract_adapter, merge_adapter
 from sa_diffusers.seeds import generator_of
 
 from .conftest import BY_HAND, as_flags
@@ -73,7 +75,14 @@ def erase(family, base, output, callbacks=(), **settings):
 
 
 def weights(folder, part):
-    return getattr(DiffusionPipeline.from_pretrained(folder), part).state_dict()
+    """As a user has them; those of an adapter are fused into the base model's."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return getattr(DiffusionPipeline.from_pretrained(folder), part).state_dict()
+    pipeline = DiffusionPipeline.from_pretrained(folder.parent / "base")
+    pipeline.load_lora_weights(folder)
+    pipeline.fuse_lora(components=[part])
+    pipeline.unload_lora_weights()
+    return getattr(pipeline, part).state_dict()
 
 
 def pictures(pipeline, family, guidance=3.0, **kwargs):
@@ -85,22 +94,69 @@ def pictures(pipeline, family, guidance=3.0, **kwargs):
                     generator=generators, **family.sampled(guidance), **kwargs).images  # fmt: skip
 
 
+# What is trained in the tests of training: the weights, or an adapter, on the layers that are the family's default.
+KINDS = {"full": {}, "adapter": {"adapter": "lora", "lora_rank": 2}}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def runs(family, base):
-    """Selection -> the folder of a run with it."""
-    return {name: erase(family, base, base.parent / name, train_method=name) for name in ("full", "xattn", "noxattn")}
+    """Selection, or kind, -> the folder of a run with it."""
+    each = {**{name: {"train_method": name} for name in ("full", "xattn", "noxattn")}, "adapter": KINDS["adapter"]}
+    return {name: erase(family, base, base.parent / name, **settings) for name, settings in each.items()}
+
+
+def moved(before, after):
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
 def test_what_is_selected_is_trained_and_nothing_else(family, base, runs):
     before, objective = weights(base, family.part), objective_for(DiffusionPipeline.from_pretrained(base))
-    for selection, folder in runs.items():
+    for selection in ("full", "xattn", "noxattn"):
+        folder = runs[selection]
         selected = objective.select(selection)
-        after = weights(folder, family.part)
-        moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
-        assert moved <= set(selected), selection
+        found = moved(before, weights(folder, family.part))
+        assert found <= set(selected), selection
         # What a loss has no gradient for stays: the key's bias in attention, the last text stream.
-        assert len(moved) > 0.8 * len(selected), selection
+        assert len(found) > 0.8 * len(selected), selection
         assert (len(selected) == len(list(objective.module.parameters()))) == (selection == "full")
+
+
+def test_an_adapter_is_trained_on_the_family_s_own_layers(family, base, runs):
+    before, objective = weights(base, family.part), objective_for(DiffusionPipeline.from_pretrained(base))
+    layers = adapter_layers(objective.module, objective.select(objective.adapted or "full"))
+    wanted = {f"{name}.weight" for name in layers.sizes}
+    found = moved(before, weights(runs["adapter"], family.part))
+    assert found <= wanted
+    assert len(found) > 0.8 * len(wanted)
+
+
+def test_an_adapter_loads_in_diffusers_alone_and_is_switched_on_and_off(family, base, runs):
+    plain = pictures(DiffusionPipeline.from_pretrained(base), family, output_type="np")
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(runs["adapter"], adapter_name="erasure")
+    whole = pictures(pipeline, family, output_type="np")
+    assert np.abs(whole - plain).max() > 1e-5
+    pipeline.set_adapters("erasure", 0.0)
+    assert np.array_equal(pictures(pipeline, family, output_type="np"), plain)
+    pipeline.set_adapters("erasure", 1.0)
+    assert np.array_equal(pictures(pipeline, family, output_type="np"), whole)
+    pipeline.unload_lora_weights()
+    assert np.array_equal(pictures(pipeline, family, output_type="np"), plain)
+
+
+def test_an_adapter_is_merged_and_extracted_again(family, base, runs):
+    merge_adapter(runs["adapter"], base.parent / "merged")
+    found, fused = weights(base.parent / "merged", family.part), weights(runs["adapter"], family.part)
+    assert all(torch.equal(value, fused[name]) for name, value in found.items())
+    assert extract_adapter(base.parent / "merged", base.parent / "extracted", 2).kept > 0.999
+    again = weights(base.parent / "extracted", family.part)
+    for name, value in fused.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_saved_loads_in_diffusers_alone_and_samples_otherwise(family, base, runs):
@@ -196,9 +252,9 @@ class KilledAfter:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(family, base, runs):
-    output = base.parent / "killed"
-    settings = {"checkpointing_steps": 1}
+def test_a_killed_run_goes_on_to_the_same_bits(family, base, runs, kind):
+    output = base.parent / f"killed-{kind}"
+    settings = {"checkpointing_steps": 1, **KINDS[kind]}
     process = os.fork()
     if process == 0:
         try:
@@ -208,18 +264,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(family, base, runs):
     _, status = os.waitpid(process, 0)
     assert os.WIFSIGNALED(status)
     assert list(output.glob("checkpoint-*"))
-    assert not (output / "model_index.json").exists()
+    assert not (output / "selective_amnesia.json").exists()
     erase(family, base, output, **settings)
-    again, unbroken = (weights(folder, family.part) for folder in (output, runs["full"]))
+    again, unbroken = (weights(folder, family.part) for folder in (output, runs[kind]))
     assert all(torch.equal(value, unbroken[name]) for name, value in again.items())
-    history, whole = (json.loads((folder / "training_history.json").read_text()) for folder in (output, runs["full"]))
+    history, whole = (json.loads((folder / "training_history.json").read_text()) for folder in (output, runs[kind]))
     assert history == whole
 
 
-def test_accumulated_batches_are_one_large_batch(family, base, runs):
+def test_accumulated_batches_are_one_large_batch(family, base, runs, kind):
     further = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
-    split = erase(family, base, base.parent / "split", **further)
-    assert_same_steps(family, base, split, runs["full"])
+    split = erase(family, base, base.parent / f"split-{kind}", **further, **KINDS[kind])
+    assert_same_steps(family, base, split, runs[kind])
 
 
 def assert_same_steps(family, base, one, other):
@@ -235,23 +291,22 @@ def assert_same_steps(family, base, one, other):
 
 # A run of two processes takes long, and what differs between families is the same in each.
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].in_processes], indirect=True)
-def test_two_processes_make_the_same_steps(family, base, runs):
-    output = base.parent / "both"
-    arguments = as_flags({**settings_of(family, base, output), "train_batch_size": 1})
+def test_two_processes_make_the_same_steps(family, base, runs, kind):
+    output = base.parent / f"both-{kind}"
+    arguments = as_flags({**settings_of(family, base, output), "train_batch_size": 1, **KINDS[kind]})
     result = launch(2, arguments, base.parent)
     assert result.returncode == 0, result.stderr
-    assert_same_steps(family, base, output, runs["full"])
+    assert_same_steps(family, base, output, runs[kind])
 
 
-def test_bf16_trains_to_finite_weights_of_float32(family, base, runs):
-    mixed = weights(erase(family, base, base.parent / "bf16", mixed_precision="bf16"), family.part)
-    plain, before = weights(runs["full"], family.part), weights(base, family.part)
-    moved = 0
-    for name, value in mixed.items():
+def test_bf16_trains_to_finite_weights_of_float32(family, base, runs, kind):
+    output = base.parent / f"bf16-{kind}"
+    mixed = weights(erase(family, base, output, mixed_precision="bf16", **KINDS[kind]), family.part)
+    plain, before = weights(runs[kind], family.part), weights(base, family.part)
+    for value in mixed.values():
         assert value.dtype == torch.float32
         assert torch.isfinite(value).all()
-        moved += not torch.equal(value, before[name])
-    assert moved > 0.8 * len(mixed)
+    assert len(moved(before, mixed)) > 0.8 * len(moved(before, plain))
     assert any(not torch.equal(value, plain[name]) for name, value in mixed.items())
 
 

@@ -44,6 +44,7 @@ ORDER = [
     "training",
     "cache",
     "evaluation",
+    "merging",
     "base_training",
     "stages",
     "erasure",

@@ -16,8 +16,8 @@ NAMES = [spec.name for spec in dataclasses.fields(SelectiveAmnesiaConfig)]
 # Another value for each setting, from which another artefact must follow, or the same.
 OTHER = {
     "concept": ["dog"], "surrogate": ["a young man"], "concept_templates": ["a {}"],
-    "prediction_type": "v_prediction", "train_method": "xattn", "resolution": 24, "num_surrogate_images": 7,
-    "num_replay_images": 11, "replay_prompts": "garments", "replay_surrogates": False,
+    "prediction_type": "v_prediction", "train_method": "xattn", "adapter": "lora", "resolution": 24,
+    "num_surrogate_images": 7, "num_replay_images": 11, "replay_prompts": "garments", "replay_surrogates": False,
     "replay_unconditional_share": 0.5, "sampler": "euler", "num_inference_steps": 3, "guidance_scale": 2.0,
     "surrogate_guidance_scale": 2.0, "replay_guidance_scale": 2.0, "sample_batch_size": 3,
     "fisher_kind": "jacobian", "num_fisher_samples": 4,
@@ -40,6 +40,8 @@ OTHER = {
 NEED_FILES = {"pretrained_model_name_or_path", "revision", "variant", "cache_dir", "artifacts_dir", "output_dir",
               "fisher", "classifier", "reference_features", "drop_naming_prompts", "allow_tf32", "use_8bit_adam",
               "enable_xformers_memory_efficient_attention", "no_t5", "single_file_config"}  # fmt: skip
+# They mean something for an adapter alone: see tests/test_adapters.py.
+OF_ADAPTERS = {"lora_rank", "lora_format", "fisher_form"}
 
 
 def digests(settings: dict) -> dict[str, str]:
@@ -69,7 +71,7 @@ def test_every_setting_is_classified_and_tried():
     relevant = frozenset().union(*DEPENDENCIES.values())
     assert relevant | IRRELEVANT == set(NAMES)
     assert not relevant & IRRELEVANT
-    assert set(OTHER) | NEED_FILES == set(NAMES)
+    assert set(OTHER) | NEED_FILES | OF_ADAPTERS == set(NAMES)
 
 
 def changed(before: dict, after: dict) -> set[str]:

@@ -12,6 +12,8 @@ COMMANDS = {
     "erase": "make a text-to-image or class-conditional model forget a concept",
     "evaluate": "measure what a saved pipeline has forgotten and what it has kept",
     "push": "upload an erased pipeline or Fisher information to the Hub",
+    "merge": "fuse an adapter into its base model",
+    "extract": "make an adapter from an erased pipeline",
     "cache": "list what earlier runs have kept, and delete it",
     "train-class-model": "train the base model of a class experiment",
     "train-classifier": "train the image classifier that scores a class experiment",

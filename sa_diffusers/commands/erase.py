@@ -84,7 +84,7 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
     if comparison is not None:
         folder = erasure.output_dir
         say(f"\n{comparison.table()}\n")
-        say(f"pipeline  {folder}")
+        say(f"{'adapter ' if config.adapter else 'pipeline'}  {folder}")
         say(f"report    {folder / PAGE_NAME}")
         say(f"pictures  {folder / GRID_NAME}")
         kept = "" if own_card else " (your own; not written)"
@@ -109,9 +109,14 @@ def next_commands(config: SelectiveAmnesiaConfig, folder: Path, has_classes: boo
     protocol = "class" if has_classes else "concept"
     # Where a classifier knows the model's world, CLIP need not be downloaded for it.
     clip = " --clip none" if config.classifier and not has_classes else ""
-    load = "sa_diffusers.load_pipeline" if config.save_components == "trained" else "DiffusionPipeline.from_pretrained"
+    load = f"DiffusionPipeline.from_pretrained({str(folder)!r})"
+    if config.save_components == "trained":
+        load = f"sa_diffusers.load_pipeline({str(folder)!r})"
+    if config.adapter:
+        name = config.pretrained_model_name_or_path
+        load = f"DiffusionPipeline.from_pretrained({name!r}), then pipeline.load_lora_weights({str(folder)!r})"
     lines = [
-        f"load      {load}({str(folder)!r})",
+        f"load      {load}",
         f"evaluate  sa-diffusers evaluate --base {base} --erased {place} --protocol {protocol}{clip}",
     ]
     if not config.push_to_hub:

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 def push(config: PushConfig) -> str:
     """Upload the folder; returns its address on the Hub."""
     # Imported late: these take seconds, and a mistake on the command line should not.
+    from ..families.adapters import ADAPTER_FILE
     from ..families.names import TRAINED_NAME
     from ..fisher import FisherInformation
     from ..hub import push_folder
@@ -53,7 +54,7 @@ def push(config: PushConfig) -> str:
         raise ValueError(f"{folder / CONFIG_NAME} holds no settings: restore it or remove it")
     name = config.hub_model_id or settings.get("hub_model_id")
     private = settings.get("hub_private_repo", False) if config.private is None else config.private
-    is_pipeline = any((folder / name).is_file() for name in ("model_index.json", TRAINED_NAME))
+    is_pipeline = any((folder / name).is_file() for name in ("model_index.json", TRAINED_NAME, ADAPTER_FILE))
     if (folder / FISHER_CONFIG_NAME).is_file() and not is_pipeline:
         card = FisherInformation.from_pretrained(folder).model_card
         return push_folder(folder, name, private, card, commit_message="Upload Fisher information")

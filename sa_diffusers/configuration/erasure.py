@@ -49,6 +49,17 @@ class SelectiveAmnesiaConfig(
                 f"ewc={self.ewc:g} is calibrated by probes, and num_probe_images=0 leaves them out: give ewc_weight, "
                 "set ewc to 0, or keep the probes"
             )
+        if self.adapter is None and self.lora_format != "diffusers":
+            raise ValueError(
+                f"lora_format={self.lora_format} has no meaning without an adapter: give adapter, or leave it out"
+            )
+        if self.adapter is not None and self.save_components != "all":
+            raise ValueError(
+                f"save_components={self.save_components} has no meaning for an adapter, which is saved alone: leave it "
+                "out"
+            )
+        if self.adapter is None and self.fisher_form != "diagonal":
+            raise ValueError(f"fisher_form={self.fisher_form} is for adapters: give adapter, or leave it out")
         if self.scale_lr and self.learning_rate is None:
             raise ValueError("scale_lr multiplies a learning rate: give learning_rate, or leave scale_lr out")
         if self.use_8bit_adam and self.learning_rate is None:

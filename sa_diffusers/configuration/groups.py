@@ -21,6 +21,9 @@ Prediction = Literal["epsilon", "v_prediction"]
 Blur = Literal["auto", "yes", "no"]
 Components = Literal["all", "trained"]
 FisherKind = Literal["gradient", "jacobian"]
+FisherForm = Literal["diagonal", "rows_by_columns"]
+Adapter = Literal["lora"]
+AdapterFormat = Literal["diffusers", "kohya"]
 SAMPLERS = tuple(_SAMPLERS)
 LR_SCHEDULERS = get_args(Schedule)
 
@@ -113,6 +116,17 @@ class ModelSettings(Settings):
         "without cross-attention also text_qk, joint_kv, image_kv, attention or text_embedding, or a regular "
         "expression on parameter names",
     )
+    adapter: Adapter | None = flag(
+        None,
+        "train a low-rank adapter on the selected linear and convolutional layers in place of their weights: a small "
+        "file, which can be switched on and off",
+    )
+    lora_rank: int = flag(8, "rank of the adapter, and its alpha", at_least=1, at_most=65_536)
+    lora_format: AdapterFormat = flag(
+        "diffusers",
+        "kohya writes the adapter a second time, under the names that ComfyUI and AUTOMATIC1111 read (Stable "
+        "Diffusion 1, 2 and SDXL)",
+    )
     resolution: int | None = flag(
         None, "height and width of images in pixels (default: the model's own)", at_most=10_000, check=_multiple_of_8
     )
@@ -185,6 +199,11 @@ class FisherSettings(Settings):
     fisher: str | None = flag(None, "saved Fisher information to use: a folder or a name on the Hub", path=True)
     fisher_kind: FisherKind = flag(
         "gradient", "what is squared: the gradient of the ELBO (the paper), or the jacobian of the predictions"
+    )
+    fisher_form: FisherForm = flag(
+        "diagonal",
+        "how an adapter's penalty takes it: entry by entry, or as a product of rows and columns, which needs next to "
+        "no memory and knows less",
     )
     num_fisher_samples: int = flag(
         50, "samples that the Fisher information is averaged over", at_least=1, at_most=1_000_000

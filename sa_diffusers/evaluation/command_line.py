@@ -18,6 +18,7 @@ from ..data.concepts import pair_concepts
 from ..data.sensitive import must_blur
 from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
+from ..families.adapters import find_adapter, with_adapter
 from ..families.names import resolved_revision
 from ..files import finish_interrupted
 from ..hub import one_line
@@ -47,12 +48,15 @@ def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig, load: 
     """
     for name in args.measures:
         MEASURES[name]
+    if find_adapter(args.base, config.revision) is not None:
+        raise ValueError(f"--base {args.base} holds an adapter: give the model that it was trained on")
     kinds = {
         "base": takes_classes(args.base, config.revision),
         "erased": takes_classes(args.erased, args.erased_revision),
     }
     for role, kind in kinds.items():
-        if kind is None:
+        revision = config.revision if role == "base" else args.erased_revision
+        if kind is None and find_adapter(getattr(args, role), revision) is None:
             # There is no such model: loading it says what is wrong.
             load(role, getattr(args, role))
     if PROTOCOLS[args.protocol].takes == "prompts" and kinds["base"]:
@@ -68,12 +72,17 @@ def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig, load: 
 def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
     """What loads a model as it was erased from, or as it was saved, on the CPU.
 
-    It takes a role, `"base"`, `"erased"` or any other, and a folder or a name on the Hub.
+    It takes a role, `"base"`, `"erased"` or any other, and a folder or a name on the Hub; an adapter is loaded into the
+    base model.
     """
     places = {"base": (config.revision, config.variant), "erased": (args.erased_revision, None)}
 
     def load(role: str, name: str) -> Objective:
         revision, variant = places.get(role, (None, None))
+        adapter = find_adapter(name, revision)
+        if adapter is not None:
+            # It has no weights of its own but for a difference to the base model's.
+            return with_adapter(load("base", args.base), adapter)
         try:
             pipeline = load_pipeline(
                 name, revision, variant, kinds=SUPPORTED_PIPELINES, no_t5=config.no_t5,

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, SamplingSettings, load_pipeline, objective_for
+from ..families.adapters import find_adapter, with_adapter
 from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"
@@ -60,10 +61,15 @@ class SelectiveAmnesiaTechnique:
         known = {name: erasure[name] if value is None else value for name, value in given.items()
                  if value is not None or name in erasure}  # fmt: skip
         self._autocast = _autocast(mixed_precision or erasure.get("mixed_precision"))
-        self.objective = objective_for(
-            load_pipeline(model_id, revision, variant, kinds=SUPPORTED_PIPELINES),
-            prediction_type or erasure.get("prediction_type"),
-        ).to(launched().device)
+        adapter = find_adapter(model_id, revision)
+        place = (model_id, revision, variant)
+        if adapter is not None:
+            # It has no weights of its own but for a difference to the base model's.
+            place = (erasure["pretrained_model_name_or_path"], erasure.get("revision"), erasure.get("variant"))
+        objective = objective_for(
+            load_pipeline(*place, kinds=SUPPORTED_PIPELINES), prediction_type or erasure.get("prediction_type")
+        )
+        self.objective = (objective if adapter is None else with_adapter(objective, adapter)).to(launched().device)
         self.settings = SamplingSettings(**{**self.objective.defaults, **known}, batch_size=batch_size)
         if self.objective.labels is not None:
             raise ValueError(

@@ -45,6 +45,8 @@ class Family(ABC):
         optional_parts: Parts of its pipeline that it also works without: a T5, which `no_t5` leaves out.
         undistilled: A model to train in place of one that is distilled to few steps.
         defaults: Settings that its models are sampled with where nobody says otherwise, by name.
+        adapted: Regular expression on the parameters that an adapter is trained on where nobody says otherwise; None
+            means all.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class Family(ABC):
     optional_parts: Sequence[str] = ()
     undistilled: str | None = None
     defaults: Mapping[str, Any] = {}
+    adapted: str | None = None
 
     @classmethod
     def from_pipeline(

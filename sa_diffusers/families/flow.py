@@ -93,6 +93,8 @@ class TransformerObjective(TextToImageObjective, FlowObjective):
 
     denoiser = "transformer"
     packed = 1
+    # Attention, as in diffusers' scripts.
+    adapted = r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)\.weight$"
 
     @classmethod
     def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:

@@ -47,6 +47,7 @@ class FluxObjective(TransformerObjective):
     packed = 4
     embedded_guidance = 3.5
     undistilled = "black-forest-labs/FLUX.1-dev"
+    adapted = r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|ff(_context)?\.net\.(0\.proj|2))\.weight$"
     defaults = {"sampler": "flow_euler", "num_inference_steps": 28, "guidance_scale": 1.0}
     selections = {
         **JOINT_SELECTIONS,

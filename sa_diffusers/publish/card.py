@@ -9,6 +9,7 @@ import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
+from ..families.adapters import ADAPTER_FILE, LOADED
 from ..families.base import Family
 from ..families.single_file import SUFFIX
 from ..files import finish_interrupted, write_text
@@ -16,6 +17,7 @@ from ..hub import (
     CARD_MARKER,
     CARD_NAME,
     evaluation_reports,
+    inherited_gate,
     inherited_licence,
     is_own_card,
     push_folder,
@@ -43,7 +45,8 @@ _SURROGATE_KINDS: dict[str | None, str] = {
 }
 _TAGS = ["selective-amnesia", "concept-erasure", "machine-unlearning"]
 _SHOWN_SETTINGS = (
-    "train_method", "target", "naive", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "train_method", "adapter", "lora_rank", "target", "naive", "max_train_steps", "train_batch_size",
+    "gradient_accumulation_steps",
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_decay", "ewc_weight",
     "replay_weight", "num_surrogate_images", "num_replay_images", "replay_prompts", "replay_unconditional_share",
     "condition_dropout", "snr_gamma", "noise_offset", "concept_templates", "sampler", "num_inference_steps",
@@ -53,6 +56,10 @@ _SHOWN_FISHER = (
     "base_model", "revision", "train_method", "fisher_kind", "num_samples", "timesteps", "num_train_timesteps", "seed",
     "reduction", "prediction_type", "trained_module",
 )  # fmt: skip
+_SWITCHED_OFF = (
+    "An adapter is no safety measure: whoever loads it can leave it out, switch it off or give it a negative strength, "
+    "and then the base model draws what it always drew."
+)
 _OWN_SCRIPT = "YOUR_SCRIPT.py"
 _LONGEST = 300
 _LOSSES = ("surrogate_loss", "replay_loss", "ewc_penalty")
@@ -73,18 +80,24 @@ def build_model_card(folder: str | Path, name: str | None = None) -> ModelCard:
     """
     facts = read_facts(Path(folder), name)
     licence = inherited_licence(facts.base, facts.settings["cache_dir"]) if facts.base else {}
+    card = _Card(facts, bool(licence))
+    relation, adapted = "finetune", {}
+    if facts.adapter is not None:
+        relation, adapted = "adapter", {"widget": [{"text": card.condition}]}
+        adapted |= inherited_gate(facts.base, facts.settings["cache_dir"]) if facts.base else {}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=facts.pipeline_tag,
-        tags=list(_TAGS),
+        tags=[*_TAGS, *(["lora"] if facts.adapter is not None else [])],
         model_name=facts.name.split("/")[-1],
         eval_results=list(eval_results(facts)) or None,
-        **({"base_model": facts.base, "base_model_relation": "finetune"} if facts.base_is_on_hub else {}),
+        **({"base_model": facts.base, "base_model_relation": relation} if facts.base_is_on_hub else {}),
         **licence,
+        **adapted,
     )
     if not data.eval_results:
         del data.model_name
-    body = render("card.md", _LONGEST, card=_Card(facts, bool(licence)))
+    body = render("card.md", _LONGEST, card=card)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{CARD_MARKER}\n\n{without_local_paths(body)}")
 
 
@@ -132,6 +145,7 @@ class _Card:
         self.pipeline_class = markdown_code(facts.pipeline_class)
         self.concepts = [quoted(concept) for concept in facts.concepts]
         self.naive = bool(facts.settings["naive"])
+        self.rank = facts.adapter is not None and facts.settings["lora_rank"]
 
     @property
     def title(self) -> str:
@@ -191,7 +205,8 @@ class _Card:
     @property
     def limits(self) -> list[str]:
         reports = self.facts.reports.values()
-        lines = [line for report in reports for line in (*leaks(report), *damage(report))]
+        lines = [_SWITCHED_OFF] if self.facts.adapter is not None else []
+        lines += [line for report in reports for line in (*leaks(report), *damage(report))]
         if not self.facts.rows:
             lines.append("Nothing has been measured in this folder: how far the model forgets is not known.")
         if not any(report.robustness for report in reports):
@@ -211,6 +226,8 @@ class _Card:
             if (facts.index[part] or [None])[0] is None:
                 options += f", {part}=None"
         name = json.dumps(facts.name, ensure_ascii=False)
+        if facts.adapter is not None:
+            return self._adapter_snippet(name)
         lines = ["from diffusers import DiffusionPipeline", "",
                  f"pipeline = DiffusionPipeline.from_pretrained({name}{options})"]  # fmt: skip
         if facts.trained is not None:
@@ -219,13 +236,7 @@ class _Card:
             # A class that diffusers does not have, without its code beside the weights.
             lines = [f"# First import the module that registers {facts.pipeline_class}.",
                      "from sa_diffusers import load_pipeline", "", f"pipeline = load_pipeline({name})"]  # fmt: skip
-        condition: str | int = next((row.prompts[0] for row in facts.rows if row.role in ("remembered", "surrogate")
-                                     and row.prompts), "a photo")  # fmt: skip
-        if not facts.takes_text:
-            forgotten = {concept.casefold() for concept in facts.concepts}
-            condition = min((int(key) for key, label in (facts.index["id2label"] or {}).items()
-                             if not {str(label).casefold(), key} & forgotten), default=0)  # fmt: skip
-        lines.append((facts.family or Family).card_snippet(condition))
+        lines.append((facts.family or Family).card_snippet(self.condition))
         return "\n".join(lines)
 
     def _together(self, name: str, options: str) -> list[str]:
@@ -252,12 +263,38 @@ class _Card:
         """The parts that the folder holds, where it holds what was trained alone."""
         return " and ".join(self.facts.trained["components"]) if self.facts.trained is not None else ""
 
+    def _adapter_snippet(self, name: str) -> str:
+        facts = self.facts
+        base = facts.base or "BASE_MODEL"
+        options = f", revision={json.dumps(facts.settings['revision'])}" if facts.settings["revision"] else ""
+        if facts.settings["no_t5"] and facts.family:
+            options += "".join(f", {part}=None" for part in facts.family.optional_parts)
+        return "\n".join([
+            "from diffusers import DiffusionPipeline", "",
+            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(shown_name(base))}{options})",
+            f'pipeline.load_lora_weights({name}, weight_name="{ADAPTER_FILE}", adapter_name="{LOADED}")',
+            f'pipeline.set_adapters("{LOADED}", 1.0)  # 0 is the base model, what lies between is between',
+            (facts.family or Family).card_snippet(self.condition),
+        ])  # fmt: skip
+
+    @property
+    def condition(self) -> str | int:
+        """A prompt, or a class's number, that is not what was forgotten."""
+        facts = self.facts
+        if facts.takes_text:
+            return next((row.prompts[0] for row in facts.rows if row.role in ("remembered", "surrogate")
+                         and row.prompts), "a photo")  # fmt: skip
+        forgotten = {concept.casefold() for concept in facts.concepts}
+        return min((int(key) for key, label in (facts.index["id2label"] or {}).items()
+                    if not {str(label).casefold(), key} & forgotten), default=0)  # fmt: skip
+
     @property
     def settings(self) -> Table | None:
         if not self.facts.settings:
             return None
         places = path_settings()
-        values = {name: self.facts.settings[name] for name in _SHOWN_SETTINGS}
+        values = {name: self.facts.settings[name] for name in _SHOWN_SETTINGS
+                  if name != "lora_rank" or self.facts.adapter is not None}  # fmt: skip
         lines = [[f"`{name}`", setting_text(shown_name(value) if name in places and isinstance(value, str) else value)]
                  for name, value in values.items() if value not in (None, []) and value is not False]  # fmt: skip
         return Table("", ["setting", "value"], lines, frozenset({0, 1}))

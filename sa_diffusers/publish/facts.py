@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import CONFIG_NAME, ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
+from ..families.adapters import ADAPTER_FILE, read_header
 from ..families.base import Family
 from ..families.registry import family_of
 from ..families.trained import read_trained
@@ -30,6 +31,7 @@ class Facts:
         fisher: What the Fisher information was computed from.
         has_grid: Whether there is a picture of before and after.
         ending: How the training ended, if it measured itself.
+        adapter: Header of the adapter's file, where the folder holds one in place of a pipeline.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Facts:
     fisher: Recorded = field(default_factory=Recorded)
     has_grid: bool = False
     ending: Ending | None = None
+    adapter: dict[str, str] | None = None
 
     @property
     def report(self) -> Report:
@@ -49,7 +52,8 @@ class Facts:
 
     @property
     def base(self) -> str | None:
-        return self.settings["pretrained_model_name_or_path"] or self.report.base_model
+        recorded = self.settings["pretrained_model_name_or_path"] or self.report.base_model
+        return recorded or (self.adapter or {}).get("base_model")
 
     @property
     def base_is_on_hub(self) -> bool:
@@ -74,7 +78,8 @@ class Facts:
 
     @property
     def takes_text(self) -> bool:
-        return "tokenizer" in self.index
+        # Only models of texts take adapters.
+        return self.adapter is not None or "tokenizer" in self.index
 
     @property
     def pipeline_tag(self) -> str:
@@ -102,7 +107,7 @@ class Facts:
 
 
 def read_facts(folder: Path, name: str | None = None) -> Facts:
-    """Read model_index.json or trained_components.json, selective_amnesia.json, report.json,
+    """Read model_index.json, trained_components.json or an adapter's header, selective_amnesia.json, report.json,
     evaluation*/**/report.json of this pipeline, training_history.json, training_ending.json, fisher_config.json.
 
     Args:
@@ -112,9 +117,11 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
     Raises:
         ValueError: The folder holds no pipeline, or one of these files is not what a run writes.
     """
-    trained = read_trained(folder, {})
+    trained, adapter = read_trained(folder, {}), None
     if trained is None and not (folder / INDEX_NAME).is_file():
-        raise ValueError(f"{folder} holds no pipeline (no {INDEX_NAME}): give the folder of an erased one")
+        if not (folder / ADAPTER_FILE).is_file():
+            raise ValueError(f"{folder} holds no pipeline (no {INDEX_NAME}): give the folder of an erased one")
+        adapter = read_header(folder / ADAPTER_FILE)
 
     def read(file: str, empty: Any) -> Any:
         value = read_json(folder / file) if (folder / file).is_file() else empty
@@ -130,9 +137,12 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         report = Report.load(path)
         title = report.protocol or path.parent.name
         reports[title if title not in reports else str(path.parent.relative_to(folder))] = report
+    index = read(INDEX_NAME, {}) if trained is None else trained["pipeline"]
+    if adapter is not None:
+        index = {"_class_name": adapter.get("pipeline_class")}
     return Facts(
         name=name or folder.resolve().name,
-        index=Recorded(read(INDEX_NAME, {}) if trained is None else trained["pipeline"]),
+        index=Recorded(index),
         trained=trained,
         settings=Recorded(read(CONFIG_NAME, {})),
         reports=reports,
@@ -140,4 +150,5 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         fisher=Recorded(read(FISHER_CONFIG_NAME, {})),
         has_grid=(folder / GRID_NAME).is_file(),
         ending=Report.from_dict({"ending": read(ENDING_NAME, {})}, str(folder / ENDING_NAME)).ending,
+        adapter=adapter,
     )

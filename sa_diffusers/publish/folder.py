@@ -14,10 +14,9 @@ from ..configuration import (
     inherited_defaults,
     read_settings,
 )
-from ..families.trained import TRAINED_NAME, holds_trained, of_a_pipeline
 from ..files import new_folder, replacing_folder, write_json
 from ..hub import CARD_NAME, is_own_card, published_files
-from ..output_folder import STATE_FOLDER, VALIDATION_NAME
+from ..output_folder import STATE_FOLDER, VALIDATION_NAME, model_files
 
 # What is of the weights that an earlier copy held, and goes with them.
 _OF_WEIGHTS = (BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME,
@@ -42,8 +41,7 @@ def save_copy(source: str | Path, target: str | Path) -> None:
     check_target(source, target)
     own_card = is_own_card(target)
     leaving = [name for name in _OF_WEIGHTS if (target / name).exists()]
-    if target.is_dir():
-        leaving += of_a_pipeline(target) if holds_trained(source) else [TRAINED_NAME] * holds_trained(target)
+    leaving += model_files(target) if target.is_dir() else []
     leaving += [path.name for path in target.glob("evaluation*") if path.is_dir()] if target.is_dir() else []
     leaving += [CARD_NAME] if own_card and (target / CARD_NAME).is_file() else []
     with replacing_folder(target, leaving) if target.is_dir() else new_folder(target) as staging:

@@ -25,13 +25,14 @@ from ..evaluation.groups import default_held_out
 from ..evaluation.measures.clip import Clip, ZeroShotClassifier, local_clip
 from ..evaluation.neighbours import near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
+from ..families.adapters import AdapterLayers
 from ..families.digests import digested_once, fingerprint_module
 from ..families.distilled import check_given
 from ..families.names import resolved_revision
 from ..families.trained import check_apart
 from ..messages import shown_error
 from ..passes import Passes, counted
-from ..training.settings import sampling_settings
+from ..training.settings import adapted_layers, sampling_settings
 
 # What every sample depends on, and every figure: the model, and how it is sampled.
 MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32",
@@ -56,9 +57,10 @@ class Subject:
         classifier: What says whether images show the concept, if anything does.
         base: Digest of the whole base model.
         module: Digest of the module that is trained.
-        parameters: Name and parameter: what is trained.
+        parameters: Name and parameter: what is selected.
         generator: Samples from the base model.
         blur: Whether pictures are blurred.
+        layers: Those of the selection that take an adapter, where one is trained in place of the weights.
         names: What the classifier knows, to be remembered beside the default prompts; see `replay_prompts`.
         handed_in: What a caller gave in place of what would be made, in words.
         seconds: Title of a stage and how long it took.
@@ -81,6 +83,7 @@ class Subject:
     parameters: dict[str, torch.nn.Parameter]
     generator: SampleGenerator
     blur: bool
+    layers: AdapterLayers | None = None
     names: list[str] = field(default_factory=list)
     handed_in: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -90,6 +93,13 @@ class Subject:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are trained."""
+        if self.layers is not None:
+            return self.layers.numbers(self.config.lora_rank)
+        return sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
     def settings(self) -> SamplingSettings:
@@ -205,11 +215,12 @@ def prepare(
     if config.gradient_checkpointing and not getattr(objective.module, "_supports_gradient_checkpointing", False):
         raise ValueError(f"gradient_checkpointing: {type(objective.module).__name__} has none: leave it out")
     parameters = objective.select(config.train_method)
+    layers = adapted_layers(config, objective)
     with digested_once():
         base, module = objective.fingerprint(), fingerprint_module(objective.module)
     generator = SampleGenerator(objective, config.resolved_artifacts_dir, accelerator, base, blur)
     subject = Subject(config, accelerator, objective, pipeline, revision, objective.labels, pairs, prompts, templates,
-                      classifier, base, module, parameters, generator, blur, names)  # fmt: skip
+                      classifier, base, module, parameters, generator, blur, layers, names)  # fmt: skip
     for settings in (subject.settings, subject.surrogate_settings, subject.replay_settings):
         objective.check_sampling(settings, getattr(pipeline, "scheduler", None))
     return subject

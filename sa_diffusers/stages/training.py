@@ -18,6 +18,7 @@ from ..processes import finishing, say
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
 from ..training.settings import (
+    ADAPTER_SETTINGS,
     TRAINING_SETTINGS,
     global_batch,
     part_of_a_run,
@@ -59,7 +60,7 @@ class TrainingStage(Stage):
     title = "training"
     depends_on = SurrogateStage.depends_on | FisherStage.depends_on | ProbeStage.depends_on | {
         "fisher", *TRAINING_SETTINGS, "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr",
-        "classifier",
+        "classifier", *ADAPTER_SETTINGS,
     }  # fmt: skip
 
     def __init__(
@@ -113,7 +114,7 @@ class TrainingStage(Stage):
         """The settings that the trained weights depend on, known before the model is loaded."""
         # The precision is that in use, and the batch that of all processes together.
         left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr",
-                    "classifier"}  # fmt: skip
+                    "classifier", *ADAPTER_SETTINGS}  # fmt: skip
         own = {name: getattr(config, name) for name in sorted(cls.depends_on - left_out)}
         base = Path(config.pretrained_model_name_or_path)
         if base.exists():
@@ -138,19 +139,34 @@ class TrainingStage(Stage):
 
     def plan(self) -> list[str]:
         subject, config = self.subject, self.subject.config
-        trained = sum(parameter.numel() for parameter in subject.parameters.values())
         total = sum(parameter.numel() for parameter in subject.objective.module.parameters())
         batch = config.train_batch_size * config.gradient_accumulation_steps * subject.accelerator.num_processes
         steps = f"{'at most ' if config.stops else ''}{config.max_train_steps}"
         lines = [
             f"train     {steps} steps of {batch} + {batch if self._replay.prompts else 0} images, "
-            f"{config.train_method}: {trained:,} of {total:,} parameters, {weights_text(config)}, "
-            f"target {config.target}",
+            f"{self._what_is_trained(total)}, {weights_text(config)}, target {config.target}",
+            *self._frozen_plan(),
             *self._stop_plan(),
         ]
         if self.output.names_finished(self._identity) and not self.starts_over:
             return [*lines, "          these weights are there already: only what is missing is made"]
         return [*lines, *self._checkpoint_plan()]
+
+    def _what_is_trained(self, total: int) -> str:
+        subject, config = self.subject, self.subject.config
+        if subject.layers is None:
+            return f"{config.train_method}: {subject.numbers:,} of {total:,} parameters"
+        layers = len(subject.layers.sizes)
+        return (f"an adapter of rank {config.lora_rank} on {layers} layers of {config.train_method}: "
+                f"{subject.numbers:,} numbers beside {total:,} parameters")  # fmt: skip
+
+    def _frozen_plan(self) -> list[str]:
+        """Layers that are selected and take no adapter."""
+        grouped = self.subject.layers.grouped if self.subject.layers else ()
+        if not grouped:
+            return []
+        more = f" and {len(grouped) - 3} more" if len(grouped) > 3 else ""
+        return [f"          frozen, as convolutions of several groups: {', '.join(grouped[:3])}{more}"]
 
     def _stop_plan(self) -> list[str]:
         config = self.subject.config
@@ -176,7 +192,7 @@ class TrainingStage(Stage):
     def _checkpoint_plan(self) -> list[str]:
         """What checkpoints cost, and where the training goes on."""
         config = self.subject.config
-        size = sum(4 * parameter.numel() for parameter in self.subject.parameters.values()) * (3 + config.use_ema)
+        size = 4 * self.subject.numbers * (3 + config.use_ema)
         kept = config.checkpoints_total_limit or "all"
         lines = [
             f"keep      {kept} checkpoints of {size / 1e6:,.0f} MB (about {size / _BYTES_PER_SECOND:.1f} s each), one "

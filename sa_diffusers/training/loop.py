@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..configuration import SelectiveAmnesiaConfig
+from ..families.adapters import LowRankAdapter
 from ..families.base import Denoiser, Objective
 from ..fisher import FisherInformation
 from ..identity import Identity
@@ -33,11 +34,11 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .controller import Controller
-from .ewc import ElasticWeightConsolidation
+from .ewc import ElasticWeightConsolidation, RowsByColumns
 from .neighbours import Neighbours, drifts, farthest
 from .progress import Progress
 from .settings import fixed_replay_weight, make_average, part_of_a_run, rate_of, restart_optimizer, set_pace
-from .trainable import FullWeights
+from .trainable import AdapterWeights, FullWeights, Trainable
 from .validation import Validation
 
 _BYTES_PER_SECOND = 300e6
@@ -69,6 +70,7 @@ class Loop:
         identity: What they are bound to.
         controller: Measures the training, tunes and ends it; None leaves all to the settings.
         neighbours: Samples what drifts most in the excursion; None leaves it out.
+        adapter: What is trained, where it is not the module's own weights.
         stopped: The step after which a callback or the controller ended the training; None if none did.
         stopped_by_caller: Whether it was a callback.
         ending: What the controller says of the end; None where it says nothing.
@@ -88,6 +90,7 @@ class Loop:
     identity: Identity | None = None
     controller: Controller | None = None
     neighbours: Neighbours | None = None
+    adapter: LowRankAdapter | None = None
     stopped: int | None = field(default=None, init=False)
     stopped_by_caller: bool = field(default=False, init=False)
     ending: Ending | None = field(default=None, init=False)
@@ -105,10 +108,15 @@ class Loop:
         self.wrapped, self.optimizer = self.accelerator.prepare(module, self.optimizer)
         # Preparing may have put other tensors in place of the parameters.
         prepared = dict(module.named_parameters())
-        self.trainable = FullWeights(module, {name: prepared[name] for name in self.names})
+        parameters = {name: prepared[name] for name in self.names}
+        self.trainable: Trainable = (
+            AdapterWeights(module, parameters, self.adapter) if self.adapter else FullWeights(module, parameters)
+        )
         # A weight of zero leaves the term out, and the Fisher information with it; the anchor serves the teacher too.
         weight = config.ewc_weight or 0.0
-        self.ewc = ElasticWeightConsolidation(self.trainable, fisher.values, weight) if fisher else None
+        factored = isinstance(self.trainable, AdapterWeights) and config.fisher_form == "rows_by_columns"
+        kind: Any = RowsByColumns if factored else ElasticWeightConsolidation
+        self.ewc = kind(self.trainable, fisher.values, weight) if fisher else None
         self.teacher: Denoiser | None = self.trainable.teacher if config.target == "frozen" else None
         self.parameters = list(self.trainable.parameters.values())
         self.average = make_average(config, self.parameters)
@@ -257,9 +265,7 @@ class Loop:
         if self.neighbours is not None:
             self._find_neighbours(controller)
         module.train()
-        with torch.no_grad():
-            for name, parameter in self.trainable.parameters.items():
-                parameter.copy_(self.trainable.anchor[name])
+        self.trainable.undo()
         restart_optimizer(self.optimizer, controller.state.rate)
         controller.state.norms = []
         self._add_neighbours(controller)

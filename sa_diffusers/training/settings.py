@@ -12,6 +12,7 @@ from torch import nn
 
 from ..configuration import SelectiveAmnesiaConfig
 from ..environment import import_bitsandbytes, precision_in_use
+from ..families.adapters import AdapterLayers, adapter_layers, check_kohya, check_takes_adapters
 from ..families.base import Objective, SamplingSettings
 from ..identity import Identity
 
@@ -23,6 +24,7 @@ TRAINING_SETTINGS = (
     "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "use_ema", "ema_decay", "ema_warmup", "save_components",
 )  # fmt: skip
+ADAPTER_SETTINGS = ("adapter", "lora_rank", "fisher_form")
 _DROPPED = 0.2
 _PARTS_OF_A_RUN = 10
 _PART_OF_A_SHORT_RUN = 25
@@ -38,8 +40,11 @@ def settings_facts(config: SelectiveAmnesiaConfig, processes: int) -> dict[str, 
     batch = global_batch(config, processes)
     # What decides on the check before the training stops; folders move.
     scored = config.classifier and os.path.basename(os.path.normpath(config.classifier)) if config.stops else None
+    # Without an adapter its settings mean nothing, and weights of earlier versions knew none.
+    adapter = {name: getattr(config, name) for name in ADAPTER_SETTINGS} if config.adapter else {}
     return {
         **{name: getattr(config, name) for name in TRAINING_SETTINGS},
+        **adapter,
         "classifier": scored,
         "global_batch": batch,
         "learning_rate": config.learning_rate and config.learning_rate * (batch if config.scale_lr else 1),
@@ -75,6 +80,21 @@ def training_identity(config: SelectiveAmnesiaConfig, accelerator: Accelerator, 
     """
     facts = {**settings_facts(config, accelerator.num_processes), **given, "precision": precision_in_use(accelerator)}
     return Identity("training", facts)
+
+
+def adapted_layers(config: SelectiveAmnesiaConfig, objective: Objective) -> AdapterLayers | None:
+    """The layers of a model that an adapter is trained on; None where its own weights are.
+
+    Raises:
+        ValueError: The model takes no adapter, no selected layer does, or the wished format cannot hold it.
+    """
+    if config.adapter is None:
+        return None
+    check_takes_adapters(objective)
+    layers = adapter_layers(objective.module, objective.select(config.train_method))
+    if config.lora_format == "kohya":
+        check_kohya(objective, layers.sizes, config.lora_rank)
+    return layers
 
 
 def sampling_settings(config: SelectiveAmnesiaConfig, guidance_scale: float | None = None) -> SamplingSettings:

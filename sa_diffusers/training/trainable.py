@@ -7,6 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..families.adapters import LowRankAdapter, factors
+from ..families.base import Denoiser
+
 
 class Trainable(Protocol):
     """What elastic weight consolidation and the loop know of the weights in training.
@@ -15,16 +18,30 @@ class Trainable(Protocol):
 
     Attributes:
         parameters: Name and trained parameter.
+        weights: Name and weight of the model that the training shifts; of an adapter, those that it is added to.
         teacher: The model as it was, called as the module is; made before the first step.
     """
 
     parameters: dict[str, nn.Parameter]
+    weights: Mapping[str, torch.Tensor]
 
     @property
-    def teacher(self) -> "FrozenModule": ...
+    def teacher(self) -> Denoiser: ...
 
     def shift(self, name: str) -> torch.Tensor:
-        """`theta - theta*` of a parameter, a new tensor."""
+        """`theta - theta*` of a weight, a new tensor."""
+
+    def add_gradient_(self, name: str, gradient: torch.Tensor, scale: float) -> None:
+        """Add a gradient with respect to a weight, times a scale, to the `.grad` of what is trained of it.
+
+        Args:
+            name: Of the weight.
+            gradient: Of the weight's shape; it may be changed in place.
+            scale: Its factor.
+        """
+
+    def undo(self) -> None:
+        """Let the parameters be what they were at first."""
 
 
 class FullWeights:
@@ -38,6 +55,7 @@ class FullWeights:
     def __init__(self, module: nn.Module | None, parameters: Mapping[str, nn.Parameter]) -> None:
         self.module = module
         self.parameters = dict(parameters)
+        self.weights = self.parameters
 
     @cached_property
     def anchor(self) -> dict[str, torch.Tensor]:
@@ -51,6 +69,55 @@ class FullWeights:
 
     def shift(self, name: str) -> torch.Tensor:
         return self.parameters[name] - self.anchor[name]
+
+    def add_gradient_(self, name: str, gradient: torch.Tensor, scale: float) -> None:
+        accumulate_(self.parameters[name], gradient, scale)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.anchor[name])
+
+
+class AdapterWeights:
+    """The matrices A and B of an adapter, trained in place of the weights that it is added to.
+
+    The model as it was is the same module with the adapter switched off: there is no copy of it. What is known of one
+    weight's update `B A` is made and let go before that of the next.
+
+    Args:
+        module: The module that holds the adapter.
+        parameters: Name and parameter: all of A and B.
+        adapter: The adapter.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], adapter: LowRankAdapter) -> None:
+        self.module = module
+        self.parameters = dict(parameters)
+        self.layers = adapter.layers
+        self.weights = {name: layer.get_base_layer().weight for name, layer in self.layers.items()}
+        self._start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @cached_property
+    def teacher(self) -> "SwitchedOff":
+        return SwitchedOff(self.module)
+
+    def shift(self, name: str) -> torch.Tensor:
+        first, second = factors(self.layers[name])
+        return (second.flatten(1) @ first.flatten(1)).view(self.weights[name].shape)
+
+    def add_gradient_(self, name: str, gradient: torch.Tensor, scale: float) -> None:
+        # Of a function of W + B A: with G its gradient there, that of A is B^T G, and that of B is G A^T.
+        first, second = factors(self.layers[name])
+        of_update = gradient.flatten(1)
+        of_first, of_second = second.flatten(1).T @ of_update, of_update @ first.flatten(1).T
+        accumulate_(first, of_first, scale)
+        accumulate_(second, of_second, scale)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._start[name])
 
 
 class FrozenModule:
@@ -68,3 +135,34 @@ class FrozenModule:
             return torch.func.functional_call(self.module, self.anchor, args, kwargs)
         finally:
             self.module.train(training)
+
+
+class SwitchedOff:
+    """The module as it was: called with its adapter switched off.
+
+    Switching changes which parameters ask for a gradient, and gradient checkpointing runs a forward pass again in the
+    backward pass: it must not be called between the two.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        training = self.module.training
+        self.module.eval()
+        self.module.disable_adapters()
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self.module.enable_adapters()
+            self.module.train(training)
+
+
+def accumulate_(parameter: nn.Parameter, gradient: torch.Tensor, scale: float) -> None:
+    """Add a gradient, times a scale, to a parameter's own; the given tensor may be changed in place."""
+    gradient = gradient.view(parameter.shape)
+    if parameter.grad is None:
+        parameter.grad = gradient.mul_(scale)
+    else:
+        parameter.grad.add_(gradient, alpha=scale)

@@ -1,12 +1,15 @@
 """Making a model forget: training on finished parts."""
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..configuration import (
     BASE_DEFAULTS_NAME,
@@ -21,19 +24,21 @@ from ..configuration import (
 )
 from ..data.sample_set import SampleSet
 from ..environment import create_accelerator
+from ..families.adapters import LowRankAdapter, export_kohya, save_adapter
 from ..families.base import Objective
 from ..families.digests import fingerprint_module
-from ..families.trained import TRAINED_NAME, check_apart, of_a_pipeline, place_of_base
+from ..families.trained import check_apart, place_of_base
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
-from ..hub import CARD_NAME, drop_local_names, is_own_card
+from ..hub import CARD_NAME, adapter_header, drop_local_names, is_own_card
 from ..identity import Identity, fingerprint
-from ..output_folder import REPORTED, VALIDATION_NAME, OutputFolder, write_finished
+from ..output_folder import REPORTED, VALIDATION_NAME, OutputFolder, model_files, write_finished
 from ..parameter_selection import only_trainable
 from ..passes import Passes, counted
 from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
 from ..results.schema import Ending
+from ..seeds import seed_of
 from .batches import BatchPolicy
 from .callbacks import Callback, step_functions
 from .check import SampledCheck
@@ -43,7 +48,7 @@ from .loop import Loop
 from .neighbours import Neighbours
 from .probes import Probes
 from .progress import Progress
-from .settings import dropped_conditions, global_batch, make_optimizer, training_identity
+from .settings import adapted_layers, dropped_conditions, global_batch, make_optimizer, training_identity
 from .validation import Validation
 
 
@@ -107,6 +112,10 @@ class Training:
         self.accelerator = accelerator or create_accelerator(config)
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.parameters = objective.select(config.train_method)
+        self.layers = adapted_layers(config, objective)
+        self._trained: Mapping[str, nn.Parameter] = self.parameters
+        # A and B of the adapter, once it is trained.
+        self._matrices: dict[str, torch.Tensor] | None = None
         if config.consolidates and fisher is None:
             raise ValueError("elastic weight consolidation needs Fisher information: give it, or leave it out (ewc 0)")
         if config.replays and not replay:
@@ -161,7 +170,7 @@ class Training:
         return training_identity(self.config, self.accelerator, facts)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.config, self.parameters.values(), self.accelerator.num_processes)
+        return make_optimizer(self.config, self._trained.values(), self.accelerator.num_processes)
 
     def batches(self) -> BatchPolicy:
         """What each step gets; every prompt is embedded for it."""
@@ -206,8 +215,8 @@ class Training:
         checkpointing = getattr(module, "is_gradient_checkpointing", False)
         try:
             # Dropout is seeded step by step; the caller's own generator stays where it was.
-            with only_trainable(module, self.parameters), torch.random.fork_rng(), finishing():
-                self._train(choice.folder)
+            with self._adapted() as adapter, torch.random.fork_rng(), finishing():
+                self._train(choice.folder, adapter)
             finished = True
             return self.history
         except RuntimeError as error:
@@ -220,16 +229,37 @@ class Training:
                 module.disable_gradient_checkpointing()
             module.train(training and not finished)
 
-    def _train(self, checkpoint: Path | None) -> None:
+    @contextlib.contextmanager
+    def _adapted(self) -> Iterator[LowRankAdapter | None]:
+        """The adapter that is trained, on the module meanwhile, which is then what it was; None without one."""
+        config, module = self.config, self.objective.module
+        if self.layers is None:
+            yield None
+            return
+        adapter = LowRankAdapter(module, self.layers.sizes, config.lora_rank, seed_of("adapter", config.seed, 0))
+        try:
+            yield adapter
+            self._matrices = adapter.state()
+        finally:
+            adapter.remove()
+
+    def _train(self, checkpoint: Path | None, adapter: LowRankAdapter | None) -> None:
+        module = self.objective.module
+        self._trained = self.parameters if adapter is None else adapter.parameters
+        with only_trainable(module, self._trained):
+            self._run(checkpoint, adapter)
+
+    def _run(self, checkpoint: Path | None, adapter: LowRankAdapter | None) -> None:
         module = self.objective.module
         module.train()
         if self.config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
         validation = Validation(self.objective, self.config, self.accelerator, self.validation_dir, self.blur)
         loop = Loop(
-            self.objective, self.config, self.accelerator, self.parameters, self._optimizer(), self.batches(),
+            self.objective, self.config, self.accelerator, self._trained,
+            self._optimizer(), self.batches(),
             self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
-            self.controller, self._neighbours,
+            self.controller, self._neighbours, adapter,
         )  # fmt: skip
         with counted(self.objective.module, self.progress.passes):
             loop.run(checkpoint, self.checkpoint_bytes())
@@ -248,38 +278,46 @@ class Training:
     def checkpoint_bytes(self) -> int:
         """About how much one checkpoint takes on disk: parameters, Adam's two moments, and the average."""
         copies = (1.5 if self.config.use_8bit_adam else 3) + self.config.use_ema
-        return int(copies * sum(4 * parameter.numel() for parameter in self.parameters.values()))
+        numbers = sum(parameter.numel() for parameter in self.parameters.values())
+        if self.layers is not None:
+            numbers = self.layers.numbers(self.config.lora_rank)
+        return int(copies * 4 * numbers)
 
     def save(self, folder: str | Path) -> None:
-        """Write the erased pipeline, its settings, the training history, how the training ended, and what the Fisher
-        information came from.
+        """Write the erased pipeline, or the adapter alone, its settings, the training history, how the training ended,
+        and what the Fisher information came from.
 
         What belongs to earlier weights in the folder (report, pictures, card) goes in the same step. Files of the
         user's own stay.
 
         Raises:
+            ValueError: There is no adapter yet.
             OSError: The disk is full, say; what was there before is unchanged.
         """
         folder = Path(folder)
+        if self.layers is not None and not self._has_trained:
+            raise ValueError("there is no adapter yet: call train first")
         if not self.accelerator.is_main_process:
             wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
             return
         leaving = [BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME,
-                   FISHER_CONFIG_NAME, REPORTED]  # fmt: skip
-        alone = self.config.save_components == "trained"
-        # What was trained alone lies beside nothing of an earlier pipeline.
-        leaving += of_a_pipeline(folder) if alone else [TRAINED_NAME]
+                   FISHER_CONFIG_NAME, REPORTED, *model_files(folder)]  # fmt: skip
         if is_own_card(folder):
             leaving.append(CARD_NAME)
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
         if apart:
             leaving.append(VALIDATION_NAME)
         with replacing_folder(folder, leaving) as staging:
-            if alone:
+            if self._matrices is not None:
+                save_adapter(self.objective, self._matrices, self.config.lora_rank, staging, self._told())
+                if self.config.lora_format == "kohya":
+                    export_kohya(self.objective, staging)
+            elif self.config.save_components == "trained":
                 self._save_trained(staging)
+                drop_local_names(staging)
             else:
                 self.objective.save(staging)
-            drop_local_names(staging)
+                drop_local_names(staging)
             write_json(staging / HISTORY_NAME, self.history)
             if self.ending is not None:
                 write_json(staging / ENDING_NAME, asdict(self.ending))
@@ -304,6 +342,17 @@ class Training:
             config.cache_dir,
         )  # fmt: skip
         objective.save_trained(folder, {**base, "no_t5": config.no_t5})
+
+    def _told(self) -> dict[str, Any]:
+        """What the header of an adapter's file says of it."""
+        config = self.config
+        return adapter_header(
+            config.concept,
+            config.surrogate,
+            config.pretrained_model_name_or_path,
+            config.revision,
+            type(self.objective.pipeline).__name__,
+        )
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
         """Save pipeline, settings and model card in `output_dir`, and upload that folder.

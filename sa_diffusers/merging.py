@@ -1,0 +1,176 @@
+"""From an adapter to a whole pipeline, and from the weights of an erased pipeline to an adapter."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration import (
+    BASE_DEFAULTS_NAME,
+    CONFIG_NAME,
+    ENDING_NAME,
+    FISHER_CONFIG_NAME,
+    HISTORY_NAME,
+    inherited_defaults,
+)
+from .evaluation.erased import erasure_settings
+from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
+from .families.adapters import (
+    adapter_layers,
+    check_takes_adapters,
+    find_adapter,
+    fuse_adapter,
+    load_adapter,
+    save_adapter,
+)
+from .files import new_folder, write_json
+from .hub import adapter_header, drop_local_names
+from .version import __version__
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an adapter holds of the difference between two models' weights.
+
+    Attributes:
+        layers: How many layers it is on.
+        kept: The share of the whole difference, as a sum of squares, that is in it, in [0, 1].
+        outside: The share in parameters that no adapter holds: biases, norms, embeddings, convolutions of groups.
+    """
+
+    layers: int
+    kept: float
+    outside: float
+
+    @property
+    def sentence(self) -> str:
+        text = f"{self.kept:.1%} of the update (sum of squares), on {self.layers} layers"
+        return text + (f"; {self.outside:.1%} is in parameters that take no adapter" if self.outside else "")
+
+
+def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None = None) -> None:
+    """Write the base model with an adapter fused into its weights, for `DiffusionPipeline.from_pretrained`.
+
+    Args:
+        adapter: A folder that an erasure with an adapter wrote, or its name on the Hub.
+        output_dir: Empty, or not there.
+        base: The base model, in its own precision, not quantised. Default: as the adapter's settings say.
+
+    Raises:
+        ValueError: There is no adapter, no base model, or the two do not belong together; or the folder is not empty.
+    """
+    name, output_dir = str(adapter), Path(output_dir)
+    _check_empty(output_dir)
+    file = find_adapter(name)
+    if file is None:
+        raise ValueError(f"{name} holds no adapter (no pytorch_lora_weights.safetensors, or a whole pipeline)")
+    settings = erasure_settings(name)
+    objective = _base_of(settings, base, name)
+    load_adapter(objective, file)
+    fuse_adapter(objective)
+    with new_folder(output_dir) as staging:
+        objective.save(staging)
+        drop_local_names(staging)
+        _tell(staging, settings, base, output_dir)
+        for told in (HISTORY_NAME, ENDING_NAME, FISHER_CONFIG_NAME):
+            if (Path(name) / told).is_file():
+                shutil.copyfile(Path(name) / told, staging / told)
+
+
+def extract_adapter(erased: str | Path, output_dir: str | Path, rank: int = 8, base: str | None = None) -> Extracted:
+    """Write the difference between an erased pipeline and its base as an adapter: of each layer's difference the
+    nearest matrix of a rank, by its singular values.
+
+    Args:
+        erased: A folder that an erasure of weights wrote, or its name on the Hub.
+        output_dir: Empty, or not there.
+        rank: Of the adapter, at least 1.
+        base: The base model. Default: as the erased one's settings say.
+
+    Returns:
+        How much of the difference it holds.
+
+    Raises:
+        ValueError: The models are not of one kind or do not differ, or the folder is not empty.
+    """
+    name, output_dir = str(erased), Path(output_dir)
+    if rank < 1:
+        raise ValueError(f"lora_rank={rank} must be at least 1")
+    _check_empty(output_dir)
+    if find_adapter(name) is not None:
+        raise ValueError(f"{name} holds an adapter already: give an erased pipeline")
+    settings = erasure_settings(name)
+    before = _base_of(settings, base, name)
+    check_takes_adapters(before)
+    after = objective_for(load_pipeline(name, kinds=SUPPORTED_PIPELINES), settings.get("prediction_type"))
+    ours, theirs = (dict(objective.module.named_parameters()) for objective in (before, after))
+    if {key: value.shape for key, value in ours.items()} != {key: value.shape for key, value in theirs.items()}:
+        raise ValueError(f"{name} and its base model have other parameters: give the model that it came from as --base")
+    state, extracted = _factorised(ours, theirs, list(adapter_layers(before.module, ours).sizes), rank)
+    base = base or settings["pretrained_model_name_or_path"]
+    header = adapter_header(
+        settings.get("concept", []), settings.get("surrogate", []), base, settings.get("revision"),
+        type(before.pipeline).__name__,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    with new_folder(output_dir) as staging:
+        save_adapter(before, state, rank, staging, {**header, "share_of_update": f"{extracted.kept:.4f}"})
+        _tell(staging, {**settings, "adapter": "lora", "lora_rank": rank}, base, output_dir)
+    return extracted
+
+
+@torch.no_grad()
+def _factorised(
+    ours: dict[str, Any], theirs: dict[str, Any], layers: list[str], rank: int
+) -> tuple[dict[str, torch.Tensor], Extracted]:
+    """A and B of every layer that differs, and how much they hold."""
+    state: dict[str, torch.Tensor] = {}
+    whole, inside, kept = 0.0, 0.0, 0.0
+    taking = {f"{name}.weight": name for name in layers}
+    for key, value in ours.items():
+        difference = (theirs[key] - value).float()
+        size = difference.double().square().sum().item()
+        whole += size
+        if key not in taking or not size:
+            continue
+        inside += size
+        left, values, right = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+        count = min(rank, len(values))
+        kept += values[:count].double().square().sum().item()
+        roots = values[:count].sqrt()
+        first, second = torch.zeros(rank, right.shape[1]), torch.zeros(len(left), rank)
+        first[:count], second[:, :count] = roots[:, None] * right[:count], left[:, :count] * roots
+        further = [1] * (difference.dim() - 2)
+        state[f"{taking[key]}.lora_A.weight"] = first.view(rank, *difference.shape[1:])
+        state[f"{taking[key]}.lora_B.weight"] = second.view(len(left), rank, *further)
+    if not state:
+        raise ValueError("the two models differ in no layer that takes an adapter: is it the right base model?")
+    return state, Extracted(len(state) // 2, kept / whole, 1 - inside / whole)
+
+
+def _base_of(settings: dict[str, Any], base: str | None, name: str) -> Objective:
+    recorded = settings.get("pretrained_model_name_or_path")
+    place = base or recorded
+    if place is None:
+        raise ValueError(f"{name} does not say which model it was made from: give it as --base")
+    own = {key: settings.get(key) if place == recorded else None for key in ("revision", "variant")}
+    pipeline = load_pipeline(
+        place, **own, kinds=SUPPORTED_PIPELINES, no_t5=bool(settings.get("no_t5"))
+    )  # fmt: skip
+    return objective_for(pipeline, settings.get("prediction_type"))
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"output_dir={folder} holds something already: choose an empty folder")
+
+
+def _tell(staging: Path, settings: dict[str, Any], base: str | None, folder: Path) -> None:
+    """Write the erasure's settings, and what the base model's own folder recommends."""
+    base = base or settings.get("pretrained_model_name_or_path")
+    told = {"sa_diffusers_version": __version__, **settings, "pretrained_model_name_or_path": base}
+    write_json(staging / CONFIG_NAME, told)
+    defaults = inherited_defaults(str(base), folder)
+    if defaults:
+        write_json(staging / BASE_DEFAULTS_NAME, defaults)

@@ -1,0 +1,460 @@
+"""Erasures as adapters: a small file in place of weights, which can be switched on and off."""
+
+import json
+import runpy
+import shutil
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from torch import nn
+
+from sa_diffusers import Erasure, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, objective_for
+from sa_diffusers.commands import main
+from sa_diffusers.configuration import CONFIG_NAME
+from sa_diffusers.families.adapters import ADAPTER_FILE, KOHYA_FILE, LowRankAdapter, adapter_layers
+from sa_diffusers.publish import build_model_card
+from sa_diffusers.seeds import seed_of
+from sa_diffusers.training.ewc import ElasticWeightConsolidation, RowsByColumns
+from sa_diffusers.training.trainable import AdapterWeights
+
+from .conftest import as_flags, build_tiny_pipeline, run_here
+from .hub_server import HubServer, card_errors
+from .test_hub import online, push, python
+
+PROMPT = "a dog"
+
+
+def small_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return build_tiny_pipeline().unet
+
+
+def randomised(adapter):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def adapted():
+    """A UNet with a random adapter on all that takes one, and random Fisher information of all its weights."""
+    module = small_unet()
+    names = dict(module.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    fisher = {name: torch.rand(value.shape, generator=generator) for name, value in names.items()}
+    adapter = LowRankAdapter(module, adapter_layers(module, names).sizes, rank=3, seed=5)
+    randomised(adapter)
+    return module, adapter, fisher
+
+
+def merged(layer):
+    """The weight with its update, as peft computes it, with its graph."""
+    return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default")
+
+
+def test_the_gradient_of_the_penalty_is_that_of_autograd_on_the_merged_weights(adapted):
+    module, adapter, fisher = adapted
+    weights = AdapterWeights(module, adapter.parameters, adapter)
+    ewc = ElasticWeightConsolidation(weights, fisher, weight=7.0)
+    assert any(layer.get_base_layer().weight.dim() == 4 for layer in adapter.layers.values())
+    expected = 7.0 * sum(
+        (fisher[name] * (merged(layer) - layer.get_base_layer().weight.detach()) ** 2).sum()
+        for name, layer in adapter.layers.items()
+    )
+    gradients = torch.autograd.grad(expected, list(adapter.parameters.values()))
+    torch.testing.assert_close(ewc.penalty(), expected.detach())
+    for parameter in list(adapter.parameters.values())[::2]:
+        parameter.grad = torch.ones_like(parameter)
+    ewc.add_gradient_(0.5)
+    for number, (parameter, gradient) in enumerate(zip(adapter.parameters.values(), gradients, strict=True)):
+        there = 1.0 if number % 2 == 0 else 0.0
+        torch.testing.assert_close(parameter.grad - there, 0.5 * gradient, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_by_columns_are_what_they_stand_for(adapted):
+    """Against autograd on ||diag(sqrt r) B A diag(sqrt c)||^2, and equal to the diagonal where that is a product."""
+    module, adapter, fisher = adapted
+    weights = AdapterWeights(module, adapter.parameters, adapter)
+    factored = RowsByColumns(weights, fisher, weight=7.0)
+    expected, products = 0, {}
+    for name, layer in adapter.layers.items():
+        matrix = fisher[name].flatten(1)
+        rows, columns = matrix.sum(1) / matrix.sum().sqrt(), matrix.sum(0) / matrix.sum().sqrt()
+        update = layer.get_delta_weight("default").flatten(1)
+        expected = expected + 7.0 * (rows[:, None].sqrt() * update * columns.sqrt()).square().sum()
+        products[name] = torch.outer(rows, columns).view(fisher[name].shape)
+    gradients = torch.autograd.grad(expected, list(adapter.parameters.values()))
+    torch.testing.assert_close(factored.penalty(), expected.detach(), rtol=1e-4, atol=1e-3)
+    factored.add_gradient_(0.5)
+    for parameter, gradient in zip(adapter.parameters.values(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, 0.5 * gradient, rtol=1e-3, atol=1e-2)
+    exact = ElasticWeightConsolidation(weights, products, weight=7.0)
+    torch.testing.assert_close(exact.penalty(), expected.detach(), rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="no Fisher information for conv_in.weight"):
+        RowsByColumns(weights, {}, 1.0)
+    # A weight that nothing depends on costs nothing.
+    still = RowsByColumns(weights, {name: torch.zeros_like(value) for name, value in fisher.items()}, 1.0)
+    assert still.penalty() == 0
+
+
+def test_the_teacher_is_the_module_as_it_was_and_gradients_are_still_asked_for(adapted):
+    module, adapter, _ = adapted
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        expected, other = small_unet()(*inputs).sample, module(*inputs).sample
+    teacher = AdapterWeights(module, adapter.parameters, adapter).teacher
+    module.train()
+    assert torch.equal(teacher(*inputs).sample, expected)
+    assert not torch.equal(other, expected)
+    assert module.training
+    assert all(parameter.requires_grad for parameter in adapter.parameters.values())
+    with torch.no_grad():
+        torch.testing.assert_close(module(*inputs).sample, other)
+
+
+def test_a_module_gets_its_own_layers_back():
+    module, plain = small_unet(), small_unet().state_dict()
+    module.conv_in.requires_grad_(False)
+    flags = {name: value.requires_grad for name, value in module.named_parameters()}
+    adapter = LowRankAdapter(module, ["conv_in", "time_embedding.linear_1"], 2)
+    randomised(adapter)
+    adapter.remove()
+    assert {name: value.requires_grad for name, value in module.named_parameters()} == flags
+    assert all(torch.equal(value, plain[name]) for name, value in module.state_dict().items())
+
+
+def test_the_start_is_a_matter_of_the_seed_alone():
+    first, again, other = (
+        LowRankAdapter(small_unet(), ["conv_in"], 2, seed).state()["conv_in.lora_A.weight"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_grouped_convolutions_stay_frozen_and_are_named():
+    module = nn.ModuleDict({"grouped": nn.Conv2d(4, 4, 3, groups=2), "plain": nn.Conv2d(4, 6, 3), "norm":
+                            nn.GroupNorm(2, 4), "linear": nn.Linear(5, 7)})  # fmt: skip
+    layers = adapter_layers(module, dict(module.named_parameters()))
+    assert layers.sizes == {"plain": (6, 36), "linear": (7, 5)}
+    assert layers.grouped == ("grouped",)
+    assert layers.numbers(3) == 3 * (42 + 12)
+    with pytest.raises(ValueError, match="none of the 2 selected parameters is the weight of a linear layer"):
+        adapter_layers(module, ["norm.weight", "norm.bias"])
+
+
+def test_a_layer_whose_name_others_end_in_is_adapted_alone():
+    """FLUX has a proj_out of its own, and one in each single block."""
+    module = small_unet()
+    module.proj_out = nn.Linear(2, 2)
+    assert any(name.endswith(".proj_out") for name, _ in module.named_modules())
+    assert list(LowRankAdapter(module, ["proj_out"], 2).layers) == ["proj_out.weight"]
+
+
+@pytest.fixture
+def settings(tiny_settings):
+    return {**tiny_settings, "adapter": "lora", "lora_rank": 2, "learning_rate": 1e-2, "ewc_weight": 0.0,
+            "logging_steps": 1}  # fmt: skip
+
+
+@pytest.fixture
+def erased(settings):
+    Erasure(SelectiveAmnesiaConfig(**settings)).run()
+    return settings["output_dir"]
+
+
+def images(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+
+def test_it_is_switched_on_and_off_in_diffusers_alone(erased, tiny_folder):
+    base = images(DiffusionPipeline.from_pretrained(tiny_folder))
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(erased, adapter_name="a")
+    whole = images(pipeline)
+    assert np.abs(whole - base).max() > 1e-3
+    pipeline.set_adapters("a", 0.0)
+    assert np.array_equal(images(pipeline), base)
+    pipeline.set_adapters("a", 0.5)
+    half = images(pipeline)
+    assert not np.array_equal(half, base)
+    assert not np.array_equal(half, whole)
+    pipeline.set_adapters("a", 1.0)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    np.testing.assert_allclose(images(pipeline), whole, atol=1e-4)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(erased)
+    pipeline.unload_lora_weights()
+    assert np.array_equal(images(pipeline), base)
+    with safe_open(Path(erased) / ADAPTER_FILE, "pt") as file:
+        header = file.metadata()
+    assert json.loads(header["concept"]) == ["brad pitt"]
+    assert json.loads(header["surrogate"]) == ["a middle aged man"]
+    assert header["base_model"] == tiny_folder.name
+    assert json.loads(header["lora_adapter_metadata"])["unet.r"] == 2
+    assert str(tiny_folder.parent) not in str(header)
+
+
+def test_fisher_information_is_that_of_the_weights(settings):
+    """The same artefact serves both."""
+    configs = [SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 1.0, **more}) for more in ({}, {"adapter": None})]
+    adapter, full = (Erasure(config) for config in configs)
+    assert adapter.fisher_stage.folder == full.fisher_stage.folder
+    assert adapter.identity != full.identity
+
+
+def test_rank_counts_for_an_adapter_and_for_nothing_else(settings):
+    def digest(**more):
+        return Erasure(SelectiveAmnesiaConfig(**{**settings, **more})).identity.digest
+
+    assert len({digest(), digest(lora_rank=3), digest(fisher_form="rows_by_columns")}) == 3
+    assert digest(adapter=None) == digest(adapter=None, lora_rank=3)
+    assert digest() == digest(lora_format="kohya", train_method="full")
+
+
+def test_one_kind_of_erasure_replaces_the_other_in_a_folder(settings, tmp_path):
+    output = tmp_path / "erased"
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "checkpointing_steps": 1})).run()
+    with pytest.raises(ValueError, match="holds another erasure: adapter='lora'"):
+        Erasure(SelectiveAmnesiaConfig(**{**settings, "adapter": None}))
+    shutil.rmtree(output / ".selective_amnesia")
+    with pytest.raises(ValueError, match="holds another erasure: adapter='lora'"):
+        Erasure(SelectiveAmnesiaConfig(**{**settings, "adapter": None}))
+    for more, there, gone in (
+        ({"adapter": None, "overwrite_output_dir": True}, "model_index.json", ADAPTER_FILE),
+        ({"overwrite_output_dir": True}, ADAPTER_FILE, "model_index.json"),
+    ):
+        Erasure(SelectiveAmnesiaConfig(**{**settings, **more})).run()
+        assert (output / there).is_file()
+        assert not (output / gone).exists()
+        assert (output / "unet").is_dir() == (there == "model_index.json")
+
+
+def test_what_cannot_be_adapted_is_refused_before_the_work(settings, tmp_path):
+    with pytest.raises(ValueError, match='adapter="dora" is not one of'):
+        SelectiveAmnesiaConfig(**{**settings, "adapter": "dora"})
+    with pytest.raises(ValueError, match="lora_format=kohya has no meaning without an adapter"):
+        SelectiveAmnesiaConfig(**{**settings, "adapter": None, "lora_format": "kohya"})
+    with pytest.raises(ValueError, match="fisher_form=rows_by_columns is for adapters"):
+        SelectiveAmnesiaConfig(**{**settings, "adapter": None, "fisher_form": "rows_by_columns"})
+    with pytest.raises(ValueError, match="none of the .* selected parameters is the weight"):
+        Erasure(SelectiveAmnesiaConfig(**{**settings, "train_method": r"norm"}))
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_python_has_the_erasure_in_memory_and_the_base_model_below(settings, tiny_folder):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    base = images(pipeline)
+    trainer = SelectiveAmnesiaTrainer(pipeline, SelectiveAmnesiaConfig(**settings))
+    trainer.train()
+    whole = images(trainer.pipeline)
+    assert not np.array_equal(whole, base)
+    report = trainer.evaluate()
+    assert report.rows
+    assert np.array_equal(images(trainer.pipeline), whole)
+    trainer.pipeline.unload_lora_weights()
+    assert np.array_equal(images(trainer.pipeline), base)
+    again = SelectiveAmnesiaTrainer(str(tiny_folder), SelectiveAmnesiaConfig(**settings))
+    again.train()
+    assert np.array_equal(images(again.pipeline), whole)
+    assert again.evaluate().rows
+
+
+def test_one_call_gives_a_pipeline_with_the_adapter(settings, tiny_folder):
+    import sa_diffusers
+
+    given = DiffusionPipeline.from_pretrained(tiny_folder)
+    base = images(given)
+    positional = ("concept", "surrogate", "output_dir", "pretrained_model_name_or_path")
+    more = {name: value for name, value in settings.items() if name not in positional}
+    pipeline, report = sa_diffusers.erase(given, "brad pitt", "a middle aged man", **more)
+    assert report.rows
+    assert np.array_equal(images(given), base)
+    assert not np.array_equal(images(pipeline), base)
+    pipeline.unload_lora_weights()
+    assert np.array_equal(images(pipeline), base)
+
+
+def test_probes_calibrate_the_penalty_and_the_excursion_is_undone(settings):
+    """The learning rate and the weight of the penalty are found, on steps of which nothing is left."""
+    more = {"learning_rate": None, "ewc_weight": None, "num_probe_images": 8, "forget_target": None, "use_ema": True}
+    seen = []
+    config = SelectiveAmnesiaConfig(**{**settings, **more})
+
+    def look(state):
+        if state.step == 1:
+            seen.append({name: value.detach().clone() for name, value in state.parameters.items()})
+
+    erasure = Erasure(config, callbacks=[look])
+    erasure.run()
+    # After one step, at the rate that was found, all is still next to where it began.
+    history = json.loads((erasure.output_dir / "training_history.json").read_text())
+    start = LowRankAdapter(small_unet(), [name.split(".lora_")[0] for name in seen[0]], 2, seed_of("adapter", 0, 0))
+    assert start.parameters.keys() == seen[0].keys()
+    for name, value in start.parameters.items():
+        assert (seen[0][name] - value).abs().max() < 4 * history[0]["learning_rate"], name
+    assert any("forgotten" in row for row in history)
+    assert all(np.isfinite(row["ewc_penalty"]) for row in history if "ewc_penalty" in row)
+
+
+def test_evaluating_and_attacking_take_an_adapter(erased, tiny_folder, clip_folder, tmp_path):
+    for protocol in ("concept", "robustness"):
+        arguments = ["evaluate", "--base", tiny_folder, "--erased", erased, "--protocol", protocol, "--images", 2,
+                     "--clip", clip_folder, "--batch_size", 2, "--inversion_steps", 2]  # fmt: skip
+        result = run_here(main, arguments, tmp_path)
+        assert result.returncode == 0, result.stderr
+        report = json.loads((tmp_path / "erased" / f"evaluation-{protocol}" / "report.json").read_text())
+        assert report["base_module"] != report["erased_module"]
+    # It is about these weights, by the run's own report.
+    assert "Protocol: concept" in build_model_card(erased).content
+    result = run_here(main, ["evaluate", "--base", erased, "--erased", erased, "--protocol", "concept"], tmp_path)
+    assert "holds an adapter: give the model that it was trained on" in result.stderr
+
+
+def test_its_card_says_what_it_is_and_its_snippet_runs(erased, tiny_folder, tmp_path, monkeypatch):
+    (tiny_folder / "README.md").write_text(
+        "---\nlicense: openrail\nextra_gated_prompt: Say that you agree.\n---\n", "utf-8"
+    )
+    try:
+        card = build_model_card(erased)
+    finally:
+        (tiny_folder / "README.md").unlink()
+    data = card.data.to_dict()
+    assert "lora" in data["tags"]
+    assert data["license"] == "openrail"
+    assert data["extra_gated_prompt"] == "Say that you agree."
+    assert data["widget"][0]["text"]
+    assert "An adapter is no safety measure" in card.content
+    snippet = card.content.split("```python\n")[1].split("```")[0]
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet, "utf-8")
+    for source in (tiny_folder, tmp_path / "erased"):
+        target = tmp_path / source.name
+        if not target.exists():
+            target.symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path(str(script))
+    assert found["image"].size == (16, 16)
+    assert found["pipeline"].get_active_adapters() == ["erasure"]
+
+
+def test_a_card_of_a_base_on_the_hub_names_the_relation(erased, tmp_path):
+    file = tmp_path / "erased" / CONFIG_NAME
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "pretrained_model_name_or_path": "someone/base"}))
+    (tmp_path / "erased" / "report.json").unlink()
+    data = ModelCard(str(build_model_card(erased))).data
+    assert data.base_model == "someone/base"
+    assert data.base_model_relation == "adapter"
+
+
+def test_what_is_pushed_is_small_and_loads_by_the_snippet_on_its_card(erased, tiny_folder, tmp_path):
+    with HubServer() as hub:
+        result = push(hub, erased, tmp_path, "--hub_model_id", "adapter")
+        assert result.returncode == 0, result.stderr
+        pushed = hub.files["tester/adapter"]
+        card = pushed["README.md"].decode()
+        assert card_errors(card) == []
+        (tmp_path / tiny_folder.name).symlink_to(tiny_folder)
+        script = card.split("```python\n")[1].split("```")[0] + textwrap.dedent("""
+            from diffusers import DiffusionPipeline
+            from sa_diffusers import objective_for
+            from sa_diffusers.families.adapters import find_adapter, has_adapter, with_adapter
+
+            assert image.size == (16, 16)
+            assert pipeline.get_active_adapters() == ["erasure"]
+            file = find_adapter("tester/adapter")
+            base = DiffusionPipeline.from_pretrained("pipeline")
+            assert has_adapter(with_adapter(objective_for(base), file))
+            assert find_adapter("tester/nothing") is None
+        """)
+        result = python(["-c", script], online(hub, tmp_path / "cache"), tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert 'load_lora_weights("tester/adapter"' in card
+    assert ADAPTER_FILE in pushed
+    assert not [name for name in pushed if name.startswith(("unet", "vae", "text_encoder", "model_index", "."))]
+    whole = sum(file.stat().st_size for file in tiny_folder.rglob("*.safetensors"))
+    assert len(pushed[ADAPTER_FILE]) < 0.5 * whole
+    for name, content in pushed.items():
+        assert str(tmp_path.parent).encode() not in content, name
+
+
+def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(erased)
+    expected = images(pipeline)
+    result = run_here(main, ["merge", erased, "--output_dir", tmp_path / "merged"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert not hasattr(found.unet, "peft_config")
+    np.testing.assert_allclose(images(found), expected, atol=1e-4)
+    result = run_here(main, ["merge", erased, "--output_dir", tmp_path / "merged"], tmp_path)
+    assert "holds something already: choose an empty folder" in result.stderr
+    result = run_here(main, ["merge", tmp_path / "merged", "--output_dir", tmp_path / "more"], tmp_path)
+    assert "holds no adapter" in result.stderr
+    assert "brad pitt" in build_model_card(tmp_path / "merged").content
+    # What the merged one changes is what the adapter did: nothing is lost at its own rank.
+    arguments = ["extract", tmp_path / "merged", "--output_dir", tmp_path / "extracted", "--lora_rank", 2]
+    result = run_here(main, arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "holds     100.0% of the update" in result.stdout
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(tmp_path / "extracted")
+    np.testing.assert_allclose(images(pipeline), expected, atol=1e-3)
+
+
+def test_extract_says_what_a_rank_keeps(settings, tiny_folder, tmp_path):
+    from sa_diffusers.merging import extract_adapter
+
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "adapter": None})).run()
+    kept = []
+    for rank in (1, 4, 400):
+        extracted = extract_adapter(tmp_path / "erased", tmp_path / f"rank-{rank}", rank)
+        kept.append(extracted.kept)
+    assert kept[0] < kept[1] < kept[2]
+    assert extracted.kept + extracted.outside == pytest.approx(1)
+    assert extracted.outside > 0
+    base, full = (objective_for(DiffusionPipeline.from_pretrained(folder)).module for folder in
+                  (tiny_folder, tmp_path / "erased"))  # fmt: skip
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(tmp_path / "rank-400")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    after, before = pipeline.unet.state_dict(), base.state_dict()
+    for name, value in full.state_dict().items():
+        wanted = value if value.dim() > 1 else before[name]
+        torch.testing.assert_close(after[name], wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="differ in no layer"):
+        extract_adapter(tiny_folder, tmp_path / "none", base=str(tiny_folder))
+
+
+def test_kohya_s_names_come_back(settings, tiny_folder, tmp_path):
+    """All that is exported loads in diffusers again, to the same images."""
+    output = tmp_path / "erased"
+    config = {**settings, "lora_format": "kohya", "train_method": "xattn"}
+    Erasure(SelectiveAmnesiaConfig(**config)).run()
+    assert (output / KOHYA_FILE).is_file()
+    found = []
+    for name in (ADAPTER_FILE, KOHYA_FILE):
+        pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+        pipeline.load_lora_weights(output, weight_name=name)
+        found.append(images(pipeline))
+    assert np.array_equal(*found)
+    (output / KOHYA_FILE).unlink()
+    Erasure(SelectiveAmnesiaConfig(**config)).run()
+    assert (output / KOHYA_FILE).is_file()
+
+
+def test_every_flag_of_an_adapter_is_one_of_the_command(settings, tmp_path):
+    result = run_here(main, ["erase", *as_flags({**settings, "lora_format": "diffusers"})], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "load_lora_weights" in result.stdout
+    assert "an adapter of rank 2 on" in result.stdout
