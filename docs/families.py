@@ -190,8 +190,9 @@ SIZES = """\
 
 Parameters of the denoiser, counted on models without weights; their configurations, in `docs/configurations`, were
 written down by hand from what is known of the publishers' files. The memory is that of the denoiser and of what
-training keeps, all in float32; activations and text encoders come on top. By default eight further numbers are kept of
-a trained parameter (gradient, Prodigy's four, average, theta\\*, Fisher information).
+training keeps, all in float32; activations and text encoders come on top, and [memory.md](memory.md) has them all. By
+default eight further numbers are kept of a trained parameter (gradient, Prodigy's four, average, theta\\*, Fisher
+information).
 """
 DISTILLED = """\
 ## Distilled models

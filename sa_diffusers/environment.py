@@ -33,7 +33,9 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
     )
 
     has_cuda = torch.cuda.is_available()
-    if config.mixed_precision == "fp16" and not has_cuda:
+    if config.precision == "fp16" and not has_cuda:
+        if config.mixed_precision is None:
+            raise ValueError('weights_dtype="float16" needs a CUDA device and there is none: use "bfloat16"')
         raise ValueError('mixed_precision="fp16" needs a CUDA device and there is none: use "bf16" or "no"')
     if config.allow_tf32:
         if not has_cuda:
@@ -49,7 +51,7 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         logging_dir=str(Path(output_dir) / config.logging_dir) if output_dir else None,
     )
     return launched(
-        config.mixed_precision,
+        config.precision,
         log_with=tracker,
         project_config=project,
         # The trainer divides; the environment's ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide again.

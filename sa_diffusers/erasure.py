@@ -43,7 +43,7 @@ from .stages import (
     TrainingStage,
     prepare,
 )
-from .stages.subject import check_artifacts_dir
+from .stages.subject import built, check_artifacts_dir
 from .training.callbacks import Callback, step_functions
 
 __all__ = ["DEPENDENCIES", "IRRELEVANT", "Erasure"]
@@ -113,6 +113,9 @@ class Erasure:
         known = None if build_objective else SUPPORTED_PIPELINES
         self.subject: Subject = prepare(config, self.accelerator, blur, self._builder, pipeline, known, remembered)
         self.labels = self.subject.labels
+        if surrogates is not None or replay is not None:
+            # They are encoded right here.
+            self.subject.objective.place(self.accelerator.device)
         self.surrogate_stage = SurrogateStage(self.subject, surrogates)
         self.replay_stage = ReplayStage(self.subject, replay)
         self.fisher_stage = FisherStage(self.subject, self.replay_stage, fisher)
@@ -271,7 +274,7 @@ class Erasure:
 
     def compared(self, before: list, surrogates: SampleSet) -> Comparison | None:
         """The comparison of the saved pipeline with what the base model has sampled."""
-        erased = self.erased().to(self.accelerator.device)
+        erased = self.erased().place(self.accelerator.device)
         with digested_once():
             digests = fingerprint_module(erased.module), erased.fingerprint()
         after = self.timed(self.image_stage, "evaluation after", erased, digests[1], model=erased)
@@ -288,8 +291,8 @@ class Erasure:
             if not has_adapter(self.objective):
                 load_adapter(self.objective, self.output_dir / ADAPTER_FILE)
             return self.objective
-        pipeline = load_pipeline(str(self.output_dir))
-        return self._builder(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
+        pipeline = load_pipeline(str(self.output_dir), weights_dtype=config.weights_dtype)
+        return built(config, self._builder, pipeline)
 
     def timed(self, stage: Stage, title: str | None = None, *inputs: Any, model: Objective | None = None) -> Any:
         """A stage's product.
@@ -338,6 +341,7 @@ class Erasure:
             raise ValueError("this erasure has run, and its base model is gone from memory: make a new one")
         if self._settings() != self._settings_at_first:
             raise ValueError("the settings were changed after they were read: make a new one with the new settings")
+        self.objective.place(self.accelerator.device)
         # What was loaded here nobody else has.
         if self._is_given and self.objective.fingerprint() != self.base:
             raise ValueError(

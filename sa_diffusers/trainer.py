@@ -193,6 +193,7 @@ class SelectiveAmnesiaTrainer:
                     unload_adapter(erasure.objective)
             if report is not None:
                 erasure.card_stage.run()
+        self._make_whole()
         return report
 
     def save_model(self, folder: str | Path | None = None) -> None:
@@ -237,6 +238,11 @@ class SelectiveAmnesiaTrainer:
     def _call_it_erased(self) -> None:
         # What is made of it next is made of this, not of the base model.
         self.pipeline.register_to_config(_name_or_path=str(self.output_dir.absolute()))
+        self._make_whole()
+
+    def _make_whole(self) -> None:
+        """All parts of the pipeline on one device again, as who calls it needs them."""
+        self.pipeline.to(self._erasure.accelerator.device)
 
     def _check_trained(self) -> None:
         if self._anchor is None:
@@ -277,7 +283,7 @@ class SelectiveAmnesiaTrainer:
         try:
             yield
         finally:
-            objective.to(device)
+            objective.place(device)
 
 
 @torch.no_grad()

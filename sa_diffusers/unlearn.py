@@ -46,7 +46,8 @@ def erase(
     from the call.
 
     Args:
-        pipeline: In float32, of a kind that `objective_for` knows; or its folder or name on the Hub.
+        pipeline: In float32, or in what the setting `weights_dtype` says, of a kind that `objective_for` knows; or its
+            folder or name on the Hub.
         concept: What to forget, one or several.
         surrogate: What it turns into: a prompt, a folder of images (a path with a slash), or `uniform_noise`.
         inplace: Change the given pipeline's weights. Else it stays as it is, and one of its parts is copied.
@@ -69,6 +70,7 @@ def erase(
             no_t5=bool(settings.get("no_t5")),
             undistilled=not settings.get("train_distilled"),
             single_file_config=settings.get("single_file_config"),
+            weights_dtype=settings.get("weights_dtype", "float32"),
         )
     else:
         given = checked_pipeline(pipeline)
@@ -85,7 +87,7 @@ def erase(
             raise TypeError(str(error)) from None
         config = SelectiveAmnesiaConfig(**settings).over_base_defaults()
         stack.enter_context(_as_it_was(given))
-        part = _trained_part(given)
+        part = _trained_part(given, config.weights_dtype)
         erasure = Erasure(config, pipeline=_with_a_copy(given, part))
         comparison = erasure.run()
         if comparison is not None:
@@ -96,7 +98,7 @@ def erase(
             load_adapter(objective_for(adapted), Path(config.output_dir) / ADAPTER_FILE)
             adapted.to(given.device)
         else:
-            erased = load_pipeline(config.output_dir)
+            erased = load_pipeline(config.output_dir, weights_dtype=config.weights_dtype)
     report = comparison.report if comparison else None
     if config.adapter:
         return Erased(adapted, report)
@@ -106,8 +108,8 @@ def erase(
     return Erased(given, report)
 
 
-def _trained_part(pipeline: DiffusionPipeline) -> str:
-    module = objective_for(pipeline).module
+def _trained_part(pipeline: DiffusionPipeline, weights_dtype: str) -> str:
+    module = objective_for(pipeline, weights_dtype=weights_dtype).module
     return next(name for name, part in pipeline.components.items() if part is module)
 
 

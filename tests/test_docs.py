@@ -173,7 +173,7 @@ def parse_script(path: str, words: list[str]) -> None:
     assert file.is_file(), path
     if path.startswith("examples/"):
         return parse_ours(SCRIPTS[file.stem], words)
-    if path in ("docs/flags.py", "docs/families.py"):
+    if path in ("docs/flags.py", "docs/families.py", "docs/memory.py"):
         assert not words
         return None
     read = argparse.ArgumentParser.parse_args

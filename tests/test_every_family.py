@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from sa_diffusers import (
     Erasure,
@@ -308,6 +309,23 @@ def test_bf16_trains_to_finite_weights_of_float32(family, base, runs, kind):
         assert torch.isfinite(value).all()
     assert len(moved(before, mixed)) > 0.8 * len(moved(before, plain))
     assert any(not torch.equal(value, plain[name]) for name, value in mixed.items())
+
+
+def test_weights_in_half_precision_are_trained_and_saved_so(family, base):
+    """What is trained adds up in float32; the folder is as the base's weights were held, and loads as it is."""
+    settings = {"weights_dtype": "bfloat16", "fisher_dtype": "bfloat16", "train_method": "xattn"}
+    folder = erase(family, base, base.parent / "half", **settings)
+    pipelines = [DiffusionPipeline.from_pretrained(place, dtype=torch.bfloat16) for place in (folder, base)]
+    after, before = (getattr(pipeline, family.part).state_dict() for pipeline in pipelines)
+    stored = load_file(next((folder / family.part).glob("*.safetensors")))
+    assert {value.dtype for value in stored.values() if value.is_floating_point()} == {torch.bfloat16}
+    selected = objective_for(pipelines[1], weights_dtype="bfloat16").select("xattn")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and moved <= set(selected)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert np.isfinite(pictures(pipelines[0], family, output_type="np")).all()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["mixed_precision"] == "bf16"
 
 
 def test_attacks_reach_every_text_encoder(family):

@@ -21,6 +21,7 @@ ORDER = [
     "identity",
     "seeds",
     "passes",
+    "footprint",
     "processes",
     "messages",
     "texts",

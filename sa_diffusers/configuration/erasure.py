@@ -25,6 +25,8 @@ from .groups import (
 from .names import BASE_DEFAULTS_NAME
 from .reading import read_mapping
 
+# What runs on weights of half precision; float32 goes with any.
+MIXED_PRECISION = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
 _DEFAULT_CACHE = "~/.cache/sa_diffusers"
 
 
@@ -64,6 +66,12 @@ class SelectiveAmnesiaConfig(
             raise ValueError("scale_lr multiplies a learning rate: give learning_rate, or leave scale_lr out")
         if self.use_8bit_adam and self.learning_rate is None:
             raise ValueError("use_8bit_adam needs a learning rate: give learning_rate, or leave use_8bit_adam out")
+        implied = MIXED_PRECISION[self.weights_dtype]
+        if implied is not None and self.mixed_precision not in (None, implied):
+            raise ValueError(
+                f'weights_dtype="{self.weights_dtype}" is trained and sampled with mixed_precision="{implied}", and '
+                f'"{self.mixed_precision}" is given: leave mixed_precision out, or load the weights in float32'
+            )
         if self.reference_features is not None and self.classifier is None:
             raise ValueError("reference_features needs a classifier: give the one that the features came from")
         for name in ("concept_templates", "eval_templates"):
@@ -104,6 +112,11 @@ class SelectiveAmnesiaConfig(
                 f"validation_steps={self.validation_steps} is more than max_train_steps={self.max_train_steps}: there "
                 "will be no validation images"
             )
+
+    @property
+    def precision(self) -> str | None:
+        """The mixed precision that was asked for, or that half-precision weights imply."""
+        return self.mixed_precision or MIXED_PRECISION[self.weights_dtype]
 
     @property
     def replays(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..messages import shown
 from .fields import Settings, documented, flag
-from .groups import Blur, Precision, Prediction, Sampler
+from .groups import Blur, Precision, Prediction, Sampler, Weights
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DEFAULT_I2P = "AIML-TUDA/i2p"
@@ -50,6 +50,7 @@ class _Models(Settings):
     mixed_precision: Precision | None = flag(
         None, "precision of the sampling [as in the erasure, else as `accelerate config` says]"
     )
+    weights_dtype: Weights | None = flag(None, "precision of the models' weights [as in the erasure, else float32]")
 
 
 @dataclass

@@ -17,6 +17,8 @@ else:
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 Precision = Literal["no", "fp16", "bf16"]
+Weights = Literal["float32", "bfloat16", "float16"]
+FisherType = Literal["float32", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction"]
 Blur = Literal["auto", "yes", "no"]
 Components = Literal["all", "trained"]
@@ -101,6 +103,11 @@ class ModelSettings(Settings):
     )
     prediction_type: Prediction | None = flag(
         None, "what the denoiser predicts (default: as the base model's scheduler says)"
+    )
+    weights_dtype: Weights = flag(
+        "float32",
+        "precision that the base model's weights are held and saved in; what is trained is float32 while it is, and "
+        "half precision implies mixed_precision",
     )
     no_t5: bool = flag(
         False, "load Stable Diffusion 3 without its T5 text encoder, the largest of its parts, and save it so"
@@ -216,6 +223,9 @@ class FisherSettings(Settings):
         0.1,
         "share of the Fisher samples that are the concept's own; null (the paper) is uniform over all classes, or, "
         "where prompts are text, takes the replay prompts alone",
+    )
+    fisher_dtype: FisherType = flag(
+        "float32", "precision that training holds the Fisher information in; bfloat16 takes half the memory"
     )
     ewc: float = flag(
         1.0,

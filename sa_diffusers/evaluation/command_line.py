@@ -86,13 +86,13 @@ def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
         try:
             pipeline = load_pipeline(
                 name, revision, variant, kinds=SUPPORTED_PIPELINES, no_t5=config.no_t5,
-                single_file_config=config.single_file_config,
+                single_file_config=config.single_file_config, weights_dtype=config.weights_dtype,
             )  # fmt: skip
         except (ValueError, OSError) as error:
             # In the words of this program's flags.
             told = one_line(error).replace("--pretrained_model_name_or_path", f"--{role}")
             raise ValueError(told.replace("pretrained_model_name_or_path=", f"--{role} ")) from error
-        return objective_for(pipeline, config.prediction_type)
+        return objective_for(pipeline, config.prediction_type, weights_dtype=config.weights_dtype)
 
     return load
 
@@ -105,7 +105,7 @@ def subject_of(request: Request, load: Loader, accelerator: Accelerator) -> Subj
     """
     args, config = request.args, request.config
     base, erased = (
-        load(role, name).to(request.device) for role, name in (("base", args.base), ("erased", args.erased))
+        load(role, name).place(request.device) for role, name in (("base", args.base), ("erased", args.erased))
     )
     labels = base.labels
     if labels is not None and config.resolution not in (None, base.resolution):
@@ -145,6 +145,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "ending": recorded_ending(args.erased, args.erased_revision),
         "prediction_type": subject.base.prediction_type,
         "mixed_precision": subject.accelerator.mixed_precision,
+        "weights_dtype": config.weights_dtype,
         "blur": must_blur(config.blur, [*config.concept, *config.surrogate]),
         "command": args.command,
         "pairs": [
@@ -181,7 +182,7 @@ def run(args: EvaluationConfig) -> Report | None:
     config = erasure_of(args)
     load = loader(args, config)
     check_request(args, config, load)
-    accelerator = launched(config.mixed_precision)
+    accelerator = launched(config.precision)
     request = Request(args, config, accelerator.device)
     protocol = PROTOCOLS[args.protocol](request)
     scorers = request.classifier(), request.networks(), request.measures()

@@ -107,7 +107,7 @@ def erasure_of(args: EvaluationConfig) -> SelectiveAmnesiaConfig:
         values |= {"revision": None, "variant": None}
     values["pretrained_model_name_or_path"] = args.base
     names = ("concept", "surrogate", "sampler", "num_inference_steps", "guidance_scale", "classifier", "resolution",
-             "prediction_type", "revision", "variant", "mixed_precision", "blur")  # fmt: skip
+             "prediction_type", "revision", "variant", "mixed_precision", "weights_dtype", "blur")  # fmt: skip
     values |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not values.get("concept"):
         raise ValueError(f"{args.erased} has no {CONFIG_NAME} that says what was erased: give --concept")

@@ -3,6 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
@@ -138,6 +139,10 @@ class Family(ABC):
     def to(self, device: torch.device | str) -> "Family":
         """Move what encoding, sampling and training need."""
 
+    def place(self, device: torch.device | str) -> "Family":
+        """Move what is trained; what only encodes and decodes may rest on the CPU, and comes for the time of use."""
+        return self.to(device)
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest of all weights and settings that samples depend on."""
@@ -149,6 +154,10 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """Conditions of prompts, `[len(prompts), ...]`, on the model's device."""
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """What encodes prompts is at hand meanwhile, for `encode_prompts` many times over; see `place`."""
+        return nullcontext()
 
     def text_encoders(self) -> list[TextEncoder]:
         """Handles for attacks that learn a token; none where conditions are classes.

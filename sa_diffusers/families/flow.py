@@ -8,7 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..messages import shown
-from .base import Conditions, SamplingSettings
+from .base import Conditions
 from .paths import FlowPath
 from .samplers import check_flow_scheduler, is_of_flow, sampler_class, scheduler_of, shift_name
 from .scheduled import ScheduledObjective
@@ -119,8 +119,7 @@ class TransformerObjective(TextToImageObjective, FlowObjective):
 
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 16) -> Conditions:
         # T5 overflows in fp16; and what is trained under is to be what is sampled under.
-        with torch.autocast(self.device.type, enabled=False):
+        # There is none on `meta`, where shapes are found out.
+        kind = self.device.type if self.device.type != "meta" else "cpu"
+        with torch.autocast(kind, enabled=False):
             return super().encode_prompts(prompts, batch_size)
-
-    def call(self, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
-        return {**self.embedded(prompts, settings), "guidance_scale": settings.guidance_scale}

@@ -32,8 +32,6 @@ from .single_file import (
 from .trained import holds_trained, load_trained, read_trained
 from .weight_files import chosen_files, list_files, only_variant
 
-_FLOAT32 = {"dtype": torch.float32}
-
 
 def load_pipeline(
     name_or_path: str,
@@ -44,8 +42,9 @@ def load_pipeline(
     no_t5: bool = False,
     undistilled: bool = False,
     single_file_config: str | None = None,
+    weights_dtype: str = "float32",
 ) -> DiffusionPipeline:
-    """Load a pipeline in float32 from a folder, the Hub, or, when the Hub does not answer, the Hub's local cache.
+    """Load a pipeline from a folder, the Hub, or, when the Hub does not answer, the Hub's local cache.
 
     What the pipeline's index and its configurations say is checked before weights are loaded. A folder of an erasure
     that holds what was trained alone is put together with its base model, and so is a single file that holds the
@@ -62,6 +61,7 @@ def load_pipeline(
         undistilled: Refuse what is distilled to few steps, as what is trained must not be.
         single_file_config: Folder or name on the Hub of a pipeline of a single file's kind, whose configurations,
             tokenizers and further parts it takes. Default: as diffusers tells by the file's tensors.
+        weights_dtype: Precision of its weights: `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
         ValueError: There is no such model, no leave to read it, it is of another kind, its parts do not fit each other,
@@ -70,7 +70,7 @@ def load_pipeline(
     """
     name_or_path = expanded(name_or_path)
     check_name(name_or_path)
-    asked = _Asked(variant, kinds, no_t5, undistilled)
+    asked = _Asked(variant, kinds, no_t5, undistilled, weights_dtype)
     if is_single_file(name_or_path):
         tensors = tensors_of(name_or_path)
         source = expanded(single_file_config) if single_file_config else guessed_pipeline(name_or_path, tensors)
@@ -94,9 +94,15 @@ class _Asked:
     kinds: Collection[str] | None
     no_t5: bool
     undistilled: bool
+    weights_dtype: str
     given: Mapping[str, Any] = field(default_factory=dict)
     file: str | None = None
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> dict[str, torch.dtype]:
+        """What loaders are told of the weights' precision."""
+        return {"dtype": getattr(torch, self.weights_dtype)}
 
 
 def _load_from(name_or_path: str, revision: str | None, cache_dir: str | None, asked: _Asked) -> DiffusionPipeline:
@@ -142,6 +148,11 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
     optional = family.optional_parts if family is not None else ()
     if asked.no_t5 and not optional:
         raise ValueError(f"no_t5 has no meaning for {shown(kind)}, which does not work without: leave it out")
+    if asked.weights_dtype != "float32" and family is not None and family.own_pipeline:
+        raise ValueError(
+            f'weights_dtype="{asked.weights_dtype}" is for pipelines of diffusers, and {shown(kind)} is none of them: '
+            "leave it out"
+        )
     absent: dict[str, None] = {part: None for part in optional if asked.no_t5 or part not in parts}
     parts = {name: value for name, value in parts.items() if name not in absent}
     named = asked.file or name_or_path
@@ -158,7 +169,7 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
         return _load_file(name_or_path, place, asked, kind, family, parts, absent)
     files, needed = list_files(name_or_path, place), [part for part in parts if part not in asked.given]
     variant = asked.variant or only_variant(_place(name_or_path), needed, files)
-    options = {**_FLOAT32, **({"variant": variant} if variant else {})}
+    options = {**asked.dtype, **({"variant": variant} if variant else {})}
     if Path(name_or_path).is_dir():
         chosen = [Path(name_or_path) / name for part in needed for name in chosen_files(files, part, variant)]
         if fault := find_broken_weights(name_or_path, chosen):
@@ -196,9 +207,9 @@ def _load_file(
     try:
         folder = configurations_of(source, place)
         if whole:
-            pipeline = load_whole(asked.file, known, folder, absent, _FLOAT32)
+            pipeline = load_whole(asked.file, known, folder, absent, asked.dtype)
         else:
-            given = {family.denoiser: load_denoiser(asked.file, denoiser, family.denoiser, folder, _FLOAT32)}
+            given = {family.denoiser: load_denoiser(asked.file, denoiser, family.denoiser, folder, asked.dtype)}
     except Exception as error:  # what does not fit shows itself in as many ways as there are kinds of models
         why = "it lacks some of its tensors" if "meta tensor" in str(error) else shown_error(error)
         raise ValueError(
@@ -215,7 +226,7 @@ def _load_file(
 def _load_over_base(name_or_path: str, record: Recorded, place: dict[str, Any], asked: _Asked) -> DiffusionPipeline:
     """What was trained, in the pipeline of the base model that it belongs to."""
     try:
-        given = load_trained(name_or_path, record, place, _FLOAT32)
+        given = load_trained(name_or_path, record, place, asked.dtype)
     except Exception as error:
         fault = find_broken_weights(name_or_path) if Path(name_or_path).is_dir() else None
         raise ValueError(

@@ -38,14 +38,23 @@ def objective_for(
     prediction_type: str | None = None,
     snr_gamma: float | None = None,
     noise_offset: float = 0.0,
+    weights_dtype: str = "float32",
 ) -> Objective:
     """The objective of a pipeline.
 
+    Args:
+        pipeline: Its parts.
+        prediction_type: As of `Family.from_pipeline`, as the next two.
+        snr_gamma: Min-SNR weighting of the loss.
+        noise_offset: Of the noise.
+        weights_dtype: `"float32"`, or the half precision that its weights are expected in. Weights in half precision
+            are called under autocast, and trained as `sa_diffusers.training` does.
+
     Raises:
         ValueError: No family knows this kind of pipeline, its parts do not fit each other, it has adapters loaded, or
-            its weights are not in float32.
+            its weights are not in that precision.
     """
-    _check_modules(pipeline)
+    _check_modules(pipeline, weights_dtype)
     name = type(pipeline).__name__
     family = family_of(name)
     if family is None:
@@ -87,8 +96,9 @@ def unsupported(pipeline: str) -> str:
     )
 
 
-def _check_modules(pipeline: DiffusionPipeline) -> None:
+def _check_modules(pipeline: DiffusionPipeline, weights_dtype: str) -> None:
     """Refuse adapters, whose weights a saved pipeline would not hold, and weights that cannot be trained."""
+    types: set[str] = set()
     for name, module in pipeline.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
@@ -104,9 +114,16 @@ def _check_modules(pipeline: DiffusionPipeline) -> None:
             raise ValueError(f"the pipeline's {name} has an IP-Adapter loaded: call pipeline.unload_ip_adapter() first")
         if name == "safety_checker":
             continue
-        kinds = {value.dtype for value in module.parameters() if value.dtype != torch.float32}
-        if kinds:
+        # Layers that overflow stay float32 in any pipeline.
+        found = {str(value.dtype)[6:] for value in module.parameters()}
+        types |= found
+        if others := ", ".join(sorted(found - {"float32", weights_dtype})):
             raise ValueError(
-                f"the pipeline's {name} has weights in {', '.join(sorted(str(kind)[6:] for kind in kinds))}: load it "
-                "with dtype=torch.float32 (for less memory, give mixed_precision in place of it)"
+                f"the pipeline's {name} has weights in {others}: load it with dtype=torch.{weights_dtype}"
+                + (" (for less memory, give mixed_precision, or weights_dtype)" if weights_dtype == "float32" else "")
             )
+    if types and weights_dtype not in types:
+        raise ValueError(
+            f"the pipeline has no weights in {weights_dtype}, as weights_dtype says: load it with dtype="
+            f"torch.{weights_dtype}, or leave weights_dtype out"
+        )

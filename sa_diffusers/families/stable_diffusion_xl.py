@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from .base import Conditions, Denoiser, SamplingSettings
+from .base import Conditions, Denoiser
 from .registry import register
 from .stable_diffusion import UNetObjective
 
@@ -85,6 +85,3 @@ class StableDiffusionXLObjective(UNetObjective):
         added = {"text_embeds": conditions["text_embeds"], "time_ids": sizes.expand(len(noisy), -1)}
         hidden = conditions["encoder_hidden_states"]
         return module(noisy, timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
-
-    def call(self, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
-        return {**self.embedded(prompts, settings), "guidance_scale": settings.guidance_scale}

@@ -1,13 +1,16 @@
 """What text-to-image models of diffusers share: prompts through tokenizers and text encoders, pictures through an
 autoencoder, sampling by a pipeline of diffusers."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import offload_models
 from PIL import Image
 from torch import nn
 
@@ -90,6 +93,34 @@ class TextToImageObjective(ScheduledObjective):
             component.to(device)
         return self
 
+    def place(self, device: torch.device | str) -> "TextToImageObjective":
+        self.module.to(device)
+        for part in (self.pipeline.vae, *self._encoders()):
+            part.to("cpu")
+        return self
+
+    @contextlib.contextmanager
+    def at_hand(self, *parts: nn.Module) -> Iterator[None]:
+        """Parts are on the model's device meanwhile, wherever they rest."""
+        with offload_models(*parts, device=self.device):
+            yield
+
+    def reading(self) -> AbstractContextManager[Any]:
+        return self.at_hand(*self._encoders())
+
+    @contextlib.contextmanager
+    def autoencoder(self) -> Iterator[Any]:
+        """The autoencoder, on the model's device and in float32 meanwhile: in half precision some overflow."""
+        vae = self.pipeline.vae
+        kind = vae.dtype
+        with self.at_hand(vae):
+            # Not by its own `to`, which warns of what is done on purpose here.
+            nn.Module.to(vae, torch.float32)
+            try:
+                yield vae
+            finally:
+                nn.Module.to(vae, kind)
+
     def fingerprint(self) -> str:
         pipeline = self.pipeline
         facts = [
@@ -111,6 +142,9 @@ class TextToImageObjective(ScheduledObjective):
         return []
 
     def text_encoders(self) -> list[TextEncoder]:
+        # Who learns through them keeps graphs that end in them: they rest no longer.
+        for encoder in self._encoders():
+            encoder.to(self.device)
         return [TextEncoder(tokenizer, encoder) for _, tokenizer, encoder in self._texts()]
 
     def encode(self, prompts: list[str]) -> Conditions:
@@ -118,7 +152,9 @@ class TextToImageObjective(ScheduledObjective):
         raise NotImplementedError
 
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = _ENCODED_PROMPTS) -> Conditions:
-        parts = [self.encode(list(prompts[start : start + batch_size])) for start in range(0, len(prompts), batch_size)]
+        starts = range(0, len(prompts), batch_size)
+        with self.reading():
+            parts = [self.encode(list(prompts[start : start + batch_size])) for start in starts]
         return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
 
     def _window(self, name: str, tokenizer: Any, encoder: nn.Module) -> int:
@@ -165,9 +201,9 @@ class TextToImageObjective(ScheduledObjective):
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor, seed: int) -> torch.Tensor:
-        vae = self.pipeline.vae
         generator = torch.Generator().manual_seed(seed)
-        return self.to_samples(images.to(vae.device, vae.dtype), generator).float()
+        with self.autoencoder() as vae:
+            return self.to_samples(images.to(vae.device, vae.dtype), generator).float()
 
     def to_samples(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Samples of images `[batch, 3, height, width]` in [-1, 1], on the autoencoder's device; `generator`, on the
@@ -203,14 +239,14 @@ class TextToImageObjective(ScheduledObjective):
 
     def call(self, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
         """What the pipeline is called with for prompts, beside size, steps and generators."""
-        return {"prompt": prompts, "guidance_scale": settings.guidance_scale}
+        return {**self.embedded(prompts, settings), "guidance_scale": settings.guidance_scale}
 
     def embedded(self, prompts: list[str], settings: SamplingSettings) -> dict[str, torch.Tensor]:
-        """Embeddings of prompts, and of the empty one where it guides, as pipelines take them with a pooled one."""
-        said = dict(zip(_EMBEDDINGS, self.encode_prompts(prompts).values(), strict=True))
+        """Embeddings of prompts, and of the empty one where it guides, as pipelines take them, pooled ones behind."""
+        said = dict(zip(_EMBEDDINGS, self.encode_prompts(prompts).values(), strict=False))
         if settings.guidance_scale > 1:
             empty = self.encode_prompts([""] * len(prompts)).values()
-            said |= {f"negative_{name}": value for name, value in zip(_EMBEDDINGS, empty, strict=True)}
+            said |= {f"negative_{name}": value for name, value in zip(_EMBEDDINGS, empty, strict=False)}
         return said
 
     def sample_batch(
@@ -220,23 +256,30 @@ class TextToImageObjective(ScheduledObjective):
         sampler = made_of(self.sampled_by, self.pipeline, **{**self.unsampled, "scheduler": scheduler})
         sampler.set_progress_bar_config(disable=True)
         size = settings.resolution or self.resolution
-        return sampler(
-            height=size,
-            width=size,
-            num_inference_steps=settings.num_inference_steps,
-            generator=generators,
-            output_type="latent",
-            **self.call(prompts, settings),
-        ).images
+        given = self.call(prompts, settings)
+        # A pipeline works where its first part is: those that rest elsewhere are left out, unless it encodes itself.
+        encoders = {name: getattr(self.pipeline, name) for _, name in self.text_parts}
+        idle = ["vae"] if "prompt" in given else ["vae", *encoders]
+        sampler.register_modules(**dict.fromkeys(idle))
+        needed = [encoder for name, encoder in encoders.items() if encoder is not None and name not in idle]
+        with self.at_hand(*needed):
+            return sampler(
+                height=size,
+                width=size,
+                num_inference_steps=settings.num_inference_steps,
+                generator=generators,
+                output_type="latent",
+                **given,
+            ).images
 
     @torch.no_grad()
     def decode(self, samples: torch.Tensor) -> list[Image.Image]:
-        vae = self.pipeline.vae
         batch_size = max(1, _DECODED_LATENT_PIXELS // (samples.shape[-1] * samples.shape[-2]))
         pictures: list[Image.Image] = []
-        for part in samples.split(batch_size):
-            images = self.to_images(part.to(vae.device, vae.dtype))
-            pictures += self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
+        with self.autoencoder() as vae:
+            for part in samples.split(batch_size):
+                images = self.to_images(part.to(vae.device, vae.dtype))
+                pictures += self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
         return pictures
 
     def save(self, folder: Path) -> None:

@@ -36,6 +36,8 @@ from .information import FisherInformation
 KINDS = ("gradient", "jacobian")
 # A square of the Jacobian's holds as many samples as have so many timesteps together; one at the least.
 _SQUARED = 8
+# Squares whose prompts are embedded at once, so that text encoders need not come onto the device for each.
+_READ = 64
 
 
 class FisherEstimator:
@@ -156,6 +158,7 @@ class FisherEstimator:
             "num_samples": len(samples),
             "seed": self.seed,
             "precision": precision_in_use(self.accelerator),
+            "weights_dtype": ", ".join(sorted({str(value.dtype)[6:] for value in self.parameters.values()})),
             "samples": samples.fingerprint,
             "sample_origin": samples.origin,
         }
@@ -206,8 +209,10 @@ class FisherEstimator:
             counted(self.objective.module, passes),
             finishing(),
         ):  # fmt: skip
+            conditions: list[Conditions] = []
             for done, group in enumerate(mine[first:], start=first + 1):
-                gradient = self._gradient_that_fits(samples, group, device)
+                conditions = conditions or self._read(samples, mine[done - 1 :][:_READ])
+                gradient = self._gradient_that_fits(samples, group, conditions.pop(0), device)
                 for value, part in zip(values.values(), gradient, strict=True):
                     value.addcmul_(part, part)
                 bar.update(len(group))
@@ -220,19 +225,30 @@ class FisherEstimator:
                     check_stop()
         return passes
 
-    def _gradient_that_fits(self, samples: SampleSet, group: range, device: torch.device) -> list[torch.Tensor]:
+    def _read(self, samples: SampleSet, groups: list[range]) -> list[Conditions]:
+        """The conditions of some squares, on the CPU."""
+        with self.objective.reading():
+            read = [self.objective.encode_prompts([samples.conditions[index] for index in group]) for group in groups]
+        return [{name: value.cpu() for name, value in conditions.items()} for conditions in read]
+
+    def _gradient_that_fits(
+        self, samples: SampleSet, group: range, conditions: Conditions, device: torch.device
+    ) -> list[torch.Tensor]:
+        own = {name: value.to(device) for name, value in conditions.items()}
+
         def gradient(batch_size: int) -> list[torch.Tensor]:
             self.batch_size = batch_size
-            return self._summed_gradient(samples, group, device)
+            return self._summed_gradient(samples, group, own, device)
 
         return shrinking(gradient, self.batch_size, "fisher_batch_size", self.accelerator.num_processes)
 
-    def _summed_gradient(self, samples: SampleSet, group: range, device: torch.device) -> list[torch.Tensor]:
+    def _summed_gradient(
+        self, samples: SampleSet, group: range, conditions: Conditions, device: torch.device
+    ) -> list[torch.Tensor]:
         objective = self.objective
         # One draw a timestep, from its sample's own stream: noise and signs do not depend on how they are batched.
         generators = {index: generator_of("fisher", self.seed, index) for index in group}
         signs = {index: generator_of("fisher signs", self.seed, index) for index in group}
-        conditions = objective.encode_prompts([samples.conditions[index] for index in group])
         timesteps = torch.cat([objective.path.strata(self.timesteps, generators[index]) for index in group])
         rows = torch.arange(group.start, group.stop).repeat_interleave(self.timesteps)
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters.values()]

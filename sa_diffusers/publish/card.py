@@ -50,11 +50,12 @@ _SHOWN_SETTINGS = (
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_decay", "ewc_weight",
     "replay_weight", "num_surrogate_images", "num_replay_images", "replay_prompts", "replay_unconditional_share",
     "condition_dropout", "snr_gamma", "noise_offset", "concept_templates", "sampler", "num_inference_steps",
-    "guidance_scale", "surrogate_guidance_scale", "replay_guidance_scale", "resolution", "mixed_precision", "seed",
+    "guidance_scale", "surrogate_guidance_scale", "replay_guidance_scale", "resolution", "mixed_precision",
+    "weights_dtype", "fisher_dtype", "seed",
 )  # fmt: skip
 _SHOWN_FISHER = (
     "base_model", "revision", "train_method", "fisher_kind", "num_samples", "timesteps", "num_train_timesteps", "seed",
-    "reduction", "prediction_type", "trained_module",
+    "reduction", "prediction_type", "precision", "weights_dtype", "trained_module",
 )  # fmt: skip
 _SWITCHED_OFF = (
     "An adapter is no safety measure: whoever loads it can leave it out, switch it off or give it a negative strength, "

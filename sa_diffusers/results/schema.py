@@ -323,6 +323,7 @@ class Report(Results):
     pairs: list[ErasedPair] = absent(factory=list)
     prediction_type: str | None = absent()
     mixed_precision: str | None = absent()
+    weights_dtype: str | None = absent()
     device: str | None = absent()
     identity: str | None = absent()
     handed_in: dict[str, str] = absent(factory=dict)

@@ -228,6 +228,7 @@ class ReportStage(Stage):
             "ending": recorded_ending(str(self.output.path)),
             "blur": subject.blur,
             "mixed_precision": str(subject.accelerator.mixed_precision),
+            "weights_dtype": subject.config.weights_dtype,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": subject.seconds,
             "cost": self._cost(),

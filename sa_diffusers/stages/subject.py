@@ -36,7 +36,7 @@ from ..training.settings import adapted_layers, sampling_settings
 
 # What every sample depends on, and every figure: the model, and how it is sampled.
 MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32",
-         "no_t5")  # fmt: skip
+         "no_t5", "weights_dtype")  # fmt: skip
 SAMPLING = ("concept", "seed", "sampler", "num_inference_steps", "guidance_scale", "resolution")
 
 
@@ -189,10 +189,10 @@ def prepare(
         place = (config.pretrained_model_name_or_path, config.revision)
         pipeline = load_pipeline(
             *place, config.variant, config.cache_dir, known, config.no_t5, not config.train_distilled,
-            config.single_file_config,
+            config.single_file_config, config.weights_dtype,
         )  # fmt: skip
         revision = resolved_revision(*place, config.cache_dir)
-    objective = build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset)
+    objective = built(config, build_objective, pipeline)
     if alone:
         check_apart(config.pretrained_model_name_or_path, given is not None, objective)
     if given is not None:
@@ -209,7 +209,6 @@ def prepare(
     elif config.replay_prompts not in builtin_vocabularies():
         warn_of_cut_prompts(objective, prompts, f"replay_prompts={config.replay_prompts}")
     warn_of_cut_prompts(objective, config.validation_prompts, "validation_prompts")
-    objective.to(accelerator.device)
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(objective.module)
     if config.gradient_checkpointing and not getattr(objective.module, "_supports_gradient_checkpointing", False):
@@ -224,6 +223,20 @@ def prepare(
     for settings in (subject.settings, subject.surrogate_settings, subject.replay_settings):
         objective.check_sampling(settings, getattr(pipeline, "scheduler", None))
     return subject
+
+
+def built(
+    config: SelectiveAmnesiaConfig, build_objective: Callable[..., Objective], pipeline: DiffusionPipeline
+) -> Objective:
+    """The objective of a pipeline, by the settings.
+
+    Args:
+        config: The settings.
+        build_objective: With the arguments of `objective_for`; `weights_dtype` only where it is none of float32.
+        pipeline: The base model's, or the erased one.
+    """
+    half = {} if config.weights_dtype == "float32" else {"weights_dtype": config.weights_dtype}
+    return build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset, **half)
 
 
 def check_artifacts_dir(config: SelectiveAmnesiaConfig) -> None:

@@ -17,6 +17,7 @@ from ..passes import Passes
 from ..processes import finishing, say
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
+from ..training.memory import memory_plan
 from ..training.settings import (
     ADAPTER_SETTINGS,
     TRAINING_SETTINGS,
@@ -150,7 +151,15 @@ class TrainingStage(Stage):
         ]
         if self.output.names_finished(self._identity) and not self.starts_over:
             return [*lines, "          these weights are there already: only what is missing is made"]
-        return [*lines, *self._checkpoint_plan()]
+        return [*lines, *self._memory_plan(), *self._checkpoint_plan()]
+
+    def _memory_plan(self) -> list[str]:
+        """What the training takes of the device, told before anything of the model is there."""
+        subject, accelerator = self.subject, self.subject.accelerator
+        return memory_plan(
+            subject.objective, subject.config, subject.pairs[0].concept, str(accelerator.mixed_precision),
+            accelerator.num_processes, accelerator.device,
+        )  # fmt: skip
 
     def _what_is_trained(self, total: int) -> str:
         subject, config = self.subject, self.subject.config

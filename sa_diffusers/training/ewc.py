@@ -19,6 +19,7 @@ class ElasticWeightConsolidation:
             theta are the weights with its update, and the gradient goes on to its matrices.
         fisher: Name and diagonal Fisher information, of the parameter's shape, non-negative. May hold other names too.
         weight: Weight of the term, at least 0.
+        dtype: What the Fisher information is held in; the sums are float32.
 
     Raises:
         ValueError: A parameter has no Fisher information, or one of another shape, or the weight is negative.
@@ -29,6 +30,7 @@ class ElasticWeightConsolidation:
         parameters: Trainable | Mapping[str, nn.Parameter],
         fisher: Mapping[str, torch.Tensor],
         weight: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if weight < 0:
             raise ValueError(f"ewc_weight={weight} must be at least 0")
@@ -37,7 +39,7 @@ class ElasticWeightConsolidation:
         self.parameters = self.trainable.parameters
         self.fisher: dict[str, torch.Tensor] = {}
         for name, parameter in self.trainable.weights.items():
-            self.fisher[name] = _checked(fisher, name, parameter)
+            self.fisher[name] = _checked(fisher, name, parameter).to(dtype)
         self.shift = self.trainable.shift
         if isinstance(self.trainable, FullWeights):
             self.anchor = self.trainable.anchor

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Loop:
         controller: Measures the training, tunes and ends it; None leaves all to the settings.
         neighbours: Samples what drifts most in the excursion; None leaves it out.
         adapter: What is trained, where it is not the module's own weights.
+        types: Name of a parameter, and the type that it was loaded in.
         stopped: The step after which a callback or the controller ended the training; None if none did.
         stopped_by_caller: Whether it was a callback.
         ending: What the controller says of the end; None where it says nothing.
@@ -91,6 +92,7 @@ class Loop:
     controller: Controller | None = None
     neighbours: Neighbours | None = None
     adapter: LowRankAdapter | None = None
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
     stopped: int | None = field(default=None, init=False)
     stopped_by_caller: bool = field(default=False, init=False)
     ending: Ending | None = field(default=None, init=False)
@@ -110,13 +112,18 @@ class Loop:
         prepared = dict(module.named_parameters())
         parameters = {name: prepared[name] for name in self.names}
         self.trainable: Trainable = (
-            AdapterWeights(module, parameters, self.adapter) if self.adapter else FullWeights(module, parameters)
+            AdapterWeights(module, parameters, self.adapter)
+            if self.adapter
+            else FullWeights(module, parameters, self.types)
         )
         # A weight of zero leaves the term out, and the Fisher information with it; the anchor serves the teacher too.
-        weight = config.ewc_weight or 0.0
-        factored = isinstance(self.trainable, AdapterWeights) and config.fisher_form == "rows_by_columns"
-        kind: Any = RowsByColumns if factored else ElasticWeightConsolidation
-        self.ewc = kind(self.trainable, fisher.values, weight) if fisher else None
+        weight, held = config.ewc_weight or 0.0, getattr(torch, config.fisher_dtype)
+        if fisher is None:
+            self.ewc = None
+        elif isinstance(self.trainable, AdapterWeights) and config.fisher_form == "rows_by_columns":
+            self.ewc = RowsByColumns(self.trainable, fisher.values, weight)
+        else:
+            self.ewc = ElasticWeightConsolidation(self.trainable, fisher.values, weight, held)
         self.teacher: Denoiser | None = self.trainable.teacher if config.target == "frozen" else None
         self.parameters = list(self.trainable.parameters.values())
         self.average = make_average(config, self.parameters)

@@ -60,15 +60,16 @@ def drifts(
     timesteps = objective.path.strata(min(_TIMESTEPS, objective.num_train_timesteps), generator).to(objective.device)
     noise = objective.draw_noise(samples[:1].expand(len(timesteps), *samples.shape[1:]).to(objective.device), generator)
     found = torch.zeros(len(rows), device=objective.device)
-    for place in range(accelerator.process_index, len(rows), accelerator.num_processes):
-        row = rows[place]
-        sample = samples[row : row + 1].to(objective.device).expand(len(timesteps), *samples.shape[1:])
-        with accelerator.autocast():
-            conditions = objective.encode_prompts([prompts[row]] * len(timesteps))
-            ours, theirs = (
-                objective.answer(of, sample, conditions, timesteps, noise).float() for of in (module, teacher)
-            )
-        found[place] = objective.deviation(ours, theirs, timesteps).mean()
+    with objective.reading():
+        for place in range(accelerator.process_index, len(rows), accelerator.num_processes):
+            row = rows[place]
+            sample = samples[row : row + 1].to(objective.device).expand(len(timesteps), *samples.shape[1:])
+            with accelerator.autocast():
+                conditions = objective.encode_prompts([prompts[row]] * len(timesteps))
+                ours, theirs = (
+                    objective.answer(of, sample, conditions, timesteps, noise).float() for of in (module, teacher)
+                )
+            found[place] = objective.deviation(ours, theirs, timesteps).mean()
     if accelerator.num_processes > 1:
         found = accelerator.reduce(found, reduction="sum")
     by_prompt: dict[str, list[float]] = {}

@@ -22,7 +22,7 @@ TRAINING_SETTINGS = (
     "replay_weight", "replay_surrogates", "seed", "max_train_steps", "target",
     "condition_dropout", "naive", "snr_gamma", "noise_offset", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
     "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-    "use_ema", "ema_decay", "ema_warmup", "save_components",
+    "use_ema", "ema_decay", "ema_warmup", "save_components", "fisher_dtype",
 )  # fmt: skip
 ADAPTER_SETTINGS = ("adapter", "lora_rank", "fisher_form")
 _DROPPED = 0.2

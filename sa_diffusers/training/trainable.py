@@ -1,6 +1,7 @@
 """What is trained, where it started, and the model as it was."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -44,23 +45,54 @@ class Trainable(Protocol):
         """Let the parameters be what they were at first."""
 
 
+@contextlib.contextmanager
+def in_float32(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.dtype]]:
+    """Hold parameters in float32 meanwhile, where small updates add up; afterwards they are rounded to what they were.
+
+    Args:
+        parameters: Name and parameter; the tensors behind them are replaced.
+
+    Returns:
+        Name, and the type that the parameter had.
+    """
+    types = {name: parameter.dtype for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    try:
+        yield types
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(types[name])
+
+
 class FullWeights:
     """Selected parameters of a module, trained in place; theta* is a copy of them, made when it is first asked for.
 
     Args:
         module: The module; None where no teacher is asked for.
         parameters: Name and parameter.
+        types: Name, and the type that theta* is kept in without loss, as it was loaded. Default: the parameter's.
     """
 
-    def __init__(self, module: nn.Module | None, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        module: nn.Module | None,
+        parameters: Mapping[str, nn.Parameter],
+        types: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         self.module = module
         self.parameters = dict(parameters)
         self.weights = self.parameters
+        self.types = types or {}
 
     @cached_property
     def anchor(self) -> dict[str, torch.Tensor]:
         """Name and theta*."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return {
+            name: parameter.detach().to(self.types.get(name, parameter.dtype), copy=True)
+            for name, parameter in self.parameters.items()
+        }
 
     @cached_property
     def teacher(self) -> "FrozenModule":

@@ -49,6 +49,7 @@ from .neighbours import Neighbours
 from .probes import Probes
 from .progress import Progress
 from .settings import adapted_layers, dropped_conditions, global_batch, make_optimizer, training_identity
+from .trainable import in_float32
 from .validation import Validation
 
 
@@ -84,8 +85,8 @@ class Training:
         ending: What the probes say of the end; None where they say nothing.
 
     Raises:
-        ValueError: The selection matches nothing, the weights are not float32, or replay or Fisher information is
-            missing or belongs to another model.
+        ValueError: The selection matches nothing, the weights are of another precision than `weights_dtype`, or replay
+            or Fisher information is missing or belongs to another model.
     """
 
     def __init__(
@@ -128,11 +129,12 @@ class Training:
                 f"ewc={config.ewc:g} is calibrated by probes, and there are none: give them, or ewc_weight, or set ewc "
                 "to 0"
             )
-        halves = [name for name, parameter in self.parameters.items() if parameter.dtype != torch.float32]
+        known = (torch.float32, getattr(torch, config.weights_dtype))
+        halves = [name for name, parameter in self.parameters.items() if parameter.dtype not in known]
         if halves:
             raise ValueError(
-                f"{halves[0]} is {self.parameters[halves[0]].dtype}: load the model in float32, and train it in half "
-                "precision with mixed_precision"
+                f"{halves[0]} is {self.parameters[halves[0]].dtype}: load the model in {config.weights_dtype}, as "
+                "weights_dtype says, and train it in half precision with mixed_precision"
             )
         if self.fisher is not None and identity is None:
             expected = fisher_identity(objective, fingerprint_module(objective.module))
@@ -215,8 +217,9 @@ class Training:
         checkpointing = getattr(module, "is_gradient_checkpointing", False)
         try:
             # Dropout is seeded step by step; the caller's own generator stays where it was.
-            with self._adapted() as adapter, torch.random.fork_rng(), finishing():
-                self._train(choice.folder, adapter)
+            with (self._adapted() as adapter, torch.random.fork_rng(), finishing(),
+                  in_float32({} if self.layers else self.parameters) as types):  # fmt: skip
+                self._train(choice.folder, adapter, types)
             finished = True
             return self.history
         except RuntimeError as error:
@@ -243,13 +246,13 @@ class Training:
         finally:
             adapter.remove()
 
-    def _train(self, checkpoint: Path | None, adapter: LowRankAdapter | None) -> None:
+    def _train(self, checkpoint: Path | None, adapter: LowRankAdapter | None, types: Mapping[str, torch.dtype]) -> None:
         module = self.objective.module
         self._trained = self.parameters if adapter is None else adapter.parameters
         with only_trainable(module, self._trained):
-            self._run(checkpoint, adapter)
+            self._run(checkpoint, adapter, types)
 
-    def _run(self, checkpoint: Path | None, adapter: LowRankAdapter | None) -> None:
+    def _run(self, checkpoint: Path | None, adapter: LowRankAdapter | None, types: Mapping[str, torch.dtype]) -> None:
         module = self.objective.module
         module.train()
         if self.config.gradient_checkpointing:
@@ -259,7 +262,7 @@ class Training:
             self.objective, self.config, self.accelerator, self._trained,
             self._optimizer(), self.batches(),
             self.fisher, self.progress, validation, step_functions(self.callbacks), self.output_dir, self.identity,
-            self.controller, self._neighbours, adapter,
+            self.controller, self._neighbours, adapter, types,
         )  # fmt: skip
         with counted(self.objective.module, self.progress.passes):
             loop.run(checkpoint, self.checkpoint_bytes())

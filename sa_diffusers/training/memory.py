@@ -1,0 +1,338 @@
+"""What a training takes of a device's memory, before anything is there: an estimate, and what would make it less."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ..configuration import SelectiveAmnesiaConfig
+from ..families import modules_of
+from ..families.base import Conditions, Objective
+from ..footprint import as_in_autocast, bytes_of, checkpointing, peak_bytes, without_values
+
+_FLOAT = 4
+# Bytes that an optimiser keeps of each parameter: Prodigy two moments, the start and a sum; AdamW its moments.
+_PRODIGY, _ADAMW = 16, 8
+# Two moments of a byte each, and a scale of four for each block of 256; small tensors have AdamW's own.
+_8BIT, _SMALL = 2 + 2 * 4 / 256, 4096
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training takes of one device, about.
+
+    Attributes:
+        weights: The network that is trained; what is trained in float32.
+        gradients: Of what is trained.
+        optimizer: What the optimiser keeps.
+        average: The averaged weights.
+        anchor: theta*, which the frozen model that teaches is called with.
+        fisher: Fisher information.
+        activations: What a forward and backward pass holds at its peak beside all that; None where it could not be
+            counted.
+        rows: Rows of that pass.
+        step: What the optimiser's step takes meanwhile.
+        encoding: Text encoders, while they are in use.
+        decoding: The autoencoder and what it makes of one image, while it is in use.
+        draws: Whether images are sampled while it trains; else these two are in use before, beside the weights alone.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    anchor: int
+    fisher: int
+    activations: int | None
+    rows: int
+    step: int = 0
+    encoding: int = 0
+    decoding: int = 0
+    draws: bool = False
+
+    @property
+    def kept(self) -> int:
+        """What is there all along."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.anchor + self.fisher
+
+    @property
+    def total(self) -> int:
+        """The peak: in the passes, in the optimiser's step, or where prompts or images are encoded or decoded."""
+        in_use = max(self.encoding, self.decoding)
+        training = self.kept + max(self.activations or 0, self.step, in_use if self.draws else 0)
+        return max(training, self.weights + in_use)
+
+    def parts(self) -> dict[str, int]:
+        """What takes memory, in words."""
+        named = {
+            "weights": self.weights, "gradients": self.gradients, "optimiser": self.optimizer, "average": self.average,
+            "theta*": self.anchor, "Fisher information": self.fisher,
+            f"activations of {self.rows} rows": self.activations or 0,
+        }  # fmt: skip
+        return {name: size for name, size in named.items() if size}
+
+
+def blank_of(objective: Objective) -> Objective:
+    """The model without its weights, on the device `meta`."""
+    pipeline = getattr(objective, "pipeline", None)
+    modules = [objective.module, *(modules_of(pipeline) if pipeline is not None else [])]
+    components = pipeline.components.values() if pipeline is not None else ()
+    # Tokenizers are large, and nothing is changed in them.
+    return without_values(objective, modules, [part for part in components if callable(getattr(part, "encode", None))
+                                               and not isinstance(part, nn.Module)])  # fmt: skip
+
+
+def shapes_of(blank: Objective, prompt: str, resolution: int | None = None) -> tuple[torch.Tensor, Conditions]:
+    """One sample and the conditions of one prompt, on the device `meta`.
+
+    Args:
+        blank: As `blank_of` gives it.
+        prompt: Any, or a class.
+        resolution: Height and width in pixels. Default: the model's own.
+    """
+    size = resolution or blank.resolution
+    channels = blank.channels
+    with torch.no_grad():
+        conditions = blank.encode_prompts([prompt])
+        samples = blank.encode_images(torch.zeros(1, channels, size, size, device="meta"), 0)
+    return samples, {name: value.to("meta") for name, value in conditions.items()}
+
+
+def training_memory(
+    objective: Objective,
+    config: SelectiveAmnesiaConfig,
+    shapes: tuple[torch.Tensor, Conditions] | None = None,
+    prompt: str = "",
+    precision: str | None = None,
+    processes: int = 1,
+    on_cuda: bool = True,
+    counts_activations: bool = True,
+) -> Memory:
+    """What training a model takes of a device, by its shapes alone: nothing is computed.
+
+    Args:
+        objective: The model; its weights are not looked at, and may be on the device `meta`.
+        config: The settings.
+        shapes: One sample and its conditions. Default: found out by `shapes_of`.
+        prompt: For that.
+        precision: Mixed precision. Default: as the settings say, else none.
+        processes: That train together.
+        on_cuda: Whether the device is a GPU, where AdamW takes one more copy for a step.
+        counts_activations: Else nothing but what is kept is counted, which takes no time.
+    """
+    blank = blank_of(objective)
+    for part in objective.optional_parts if config.no_t5 else ():
+        setattr(blank.pipeline, part, None)  # type: ignore[attr-defined]
+    parameters = blank.select(config.train_method)
+    half = getattr(torch, config.weights_dtype)
+    trained = sum(parameter.numel() for parameter in parameters.values())
+    loaded = {name: half if half.itemsize < value.element_size() else value.dtype for name, value in parameters.items()}
+    _set_types(blank.module, parameters, half)
+    rows = config.train_batch_size * (2 if config.replays else 1)
+    needs_anchor = config.consolidates or config.probes or config.target == "frozen"
+    small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
+    optimizer = (_PRODIGY if config.learning_rate is None else _ADAMW) * trained
+    if config.use_8bit_adam:
+        optimizer = math.ceil(_8BIT * (trained - small)) + _ADAMW * small
+    steps_at_once = on_cuda and config.learning_rate is not None and not config.use_8bit_adam
+    activations = encoding = decoding = None
+    if counts_activations:
+        with contextlib.suppress(*_UNCOUNTED):
+            shapes = shapes or shapes_of(blank, prompt, config.resolution)
+            activations = activation_bytes(
+                blank, parameters, *shapes, rows, precision or config.precision or "no", config.gradient_checkpointing
+            )
+        with contextlib.suppress(*_UNCOUNTED):
+            encoding, decoding = in_use_bytes(blank, shapes)
+    return Memory(
+        weights=bytes_of((*blank.module.parameters(), *blank.module.buffers())),
+        # Processes that train together gather them in as much again.
+        gradients=_FLOAT * trained * (2 if processes > 1 else 1),
+        optimizer=optimizer,
+        average=_FLOAT * trained * config.use_ema,
+        anchor=sum(value.numel() * loaded[name].itemsize for name, value in parameters.items()) * needs_anchor,
+        fisher=getattr(torch, config.fisher_dtype).itemsize * trained * config.consolidates,
+        activations=activations,
+        rows=rows,
+        step=_FLOAT * trained * steps_at_once,
+        draws=bool(config.validation_prompts or (config.stops and config.classifier)),
+        encoding=encoding or 0,
+        decoding=decoding or 0,
+    )
+
+
+# A model that does what shapes alone do not tell cannot be counted; its run goes on.
+_UNCOUNTED = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
+
+def _set_types(module: nn.Module, trained: Mapping[str, nn.Parameter], half: torch.dtype) -> None:
+    """What is trained in float32 and requires a gradient; the rest as the weights are loaded, and requires none."""
+    for name, parameter in module.named_parameters():
+        wanted = torch.float32 if name in trained else parameter.dtype
+        if name not in trained and half.itemsize < parameter.element_size():
+            wanted = half
+        parameter.data = parameter.data.to(wanted)
+        parameter.requires_grad_(name in trained)
+
+
+def activation_bytes(
+    blank: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: torch.Tensor,
+    conditions: Conditions,
+    rows: int,
+    precision: str,
+    recomputes: bool,
+) -> int:
+    """What a forward and backward pass holds at its peak, beside weights and gradients.
+
+    Args:
+        blank: A model on the device `meta`.
+        parameters: What is trained of it.
+        samples: `[1, ...]`.
+        conditions: Each `[1, ...]`.
+        rows: Of the pass.
+        precision: Mixed precision.
+        recomputes: Whether activations are computed again in the backward pass.
+    """
+    module = blank.module
+    module.train()
+    if recomputes:
+        module.enable_gradient_checkpointing(checkpointing(precision))
+    given = torch.empty(rows, *samples.shape[1:], device="meta")
+    own = {name: value.expand(rows, *value.shape[1:]).contiguous() for name, value in conditions.items()}
+    timesteps = torch.zeros(rows, dtype=torch.int64, device="meta")
+    # They are counted by themselves.
+    handles = [value.register_post_accumulate_grad_hook(_let_go) for value in parameters.values()]
+
+    def passes() -> None:
+        loss = blank.negative_elbo(module, given, own, timesteps, torch.empty_like(given))
+        loss.mean().backward()
+
+    try:
+        with as_in_autocast(precision):
+            return peak_bytes(passes)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _let_go(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def in_use_bytes(blank: Objective, shapes: tuple[torch.Tensor, Conditions] | None) -> tuple[int, int]:
+    """What text encoders take; and the autoencoder in float32, with what it makes of one image.
+
+    Args:
+        blank: A model on the device `meta`.
+        shapes: As of `shapes_of`; without, the autoencoder alone is counted.
+    """
+    pipeline = getattr(blank, "pipeline", None)
+    encoders = [handle.encoder for handle in blank.text_encoders()]
+    encoding = sum(bytes_of((*encoder.parameters(), *encoder.buffers())) for encoder in encoders)
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or vae is blank.module:
+        return encoding, 0
+    vae = vae.float()
+    decoding = bytes_of(vae.parameters())
+    if shapes is not None:
+        with contextlib.suppress(*_UNCOUNTED), torch.no_grad():
+            decoding += peak_bytes(lambda: vae.decode(shapes[0]))
+    return encoding, decoding
+
+
+def free_bytes(device: torch.device, weights: int) -> int:
+    """What a training may take of a device; on a CPU its weights, which are there already, are part of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + weights
+
+
+def changes_for_less(config: SelectiveAmnesiaConfig, objective: Objective) -> Iterator[dict[str, Any]]:
+    """Settings that would take less memory: one at a time, the harmless ones first, then more and more together."""
+    single: list[dict[str, Any]] = []
+    if config.train_batch_size > 1:
+        # The steps stay the same, to rounding.
+        split = config.train_batch_size * config.gradient_accumulation_steps
+        single.append({"train_batch_size": 1, "gradient_accumulation_steps": split})
+    if not config.gradient_checkpointing and getattr(objective.module, "_supports_gradient_checkpointing", False):
+        single.append({"gradient_checkpointing": True})
+    if config.consolidates and config.fisher_dtype == "float32":
+        single.append({"fisher_dtype": "bfloat16"})
+    if config.weights_dtype == "float32" and config.mixed_precision in (None, "bf16") and not objective.own_pipeline:
+        single.append({"weights_dtype": "bfloat16"})
+    if not config.no_t5 and any(getattr(objective.pipeline, part, None) for part in objective.optional_parts):
+        single.append({"no_t5": True})
+    if config.train_method == "full" and "xattn" in (objective.selections or {}):
+        single.append({"train_method": "xattn"})
+    yield from single
+    for count in range(2, len(single) + 1):
+        yield {name: value for change in single[:count] for name, value in change.items()}
+
+
+def as_flags(change: Mapping[str, Any]) -> str:
+    """Settings as they are typed."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items())
+
+
+def memory_plan(
+    objective: Objective, config: SelectiveAmnesiaConfig, prompt: str, precision: str, processes: int,
+    device: torch.device,
+) -> list[str]:  # fmt: skip
+    """What a training will take of its device, and what would make it fit where it does not: lines of a plan.
+
+    Args:
+        objective: The model; nothing of it need be on the device.
+        config: The settings.
+        prompt: Any, or a class, that it is trained under.
+        precision: Mixed precision in use.
+        processes: That train together.
+        device: Where.
+    """
+
+    def needed(changes: Mapping[str, Any], counts: bool = True) -> Memory:
+        changed = config.replace(**changes)
+        return training_memory(
+            objective, changed, None, prompt, changed.precision or precision, processes, device.type == "cuda", counts
+        )
+
+    kept = needed({}, counts=False)
+    free = free_bytes(device, kept.weights)
+    if kept.kept < _LITTLE * free:
+        return [f"memory    {_sized(kept.kept)} for weights and what training keeps of them, of {_sized(free)} that "
+                f"are free ({device.type})"]  # fmt: skip
+    whole = needed({})
+    parts = ", ".join(f"{name} {_sized(size)}" for name, size in whole.parts().items())
+    note = "" if whole.activations else "; activations, which cannot be counted for this model, come on top"
+    lines = [
+        f"memory    about {_sized(whole.total)} at the peak of training, of {_sized(free)} that are free "
+        f"({device.type}): {parts}{note}"
+    ]
+    if device.type != "cpu" and whole.encoding + whole.decoding:
+        lines.append(f"          while they are in use, {_sized(whole.encoding)} for text encoders and "
+                     f"{_sized(whole.decoding)} for the autoencoder; else they are on the CPU")  # fmt: skip
+    if whole.total <= free:
+        return lines
+    least = whole
+    for change in changes_for_less(config, objective):
+        found = needed(change)
+        if found.total <= free:
+            return [*lines, f"warning: that is more than is free: {as_flags(change)} would make it "
+                            f"{_sized(found.total)}"]  # fmt: skip
+        least = min(least, found, key=lambda memory: memory.total)
+    return [*lines, f"warning: that is more than is free, and no flag makes it fit: it takes {_sized(least.total)} at "
+                    "the least"]  # fmt: skip
+
+
+# Of what is free; what keeps so little is counted no further.
+_LITTLE = 1 / 200
+
+
+def _sized(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

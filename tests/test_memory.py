@@ -1,0 +1,165 @@
+"""What a training is said to take of memory, beside what it takes."""
+
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
+
+from sa_diffusers import Erasure, SampleSet, SelectiveAmnesiaConfig, objective_for
+from sa_diffusers.families.digests import fingerprint_module
+from sa_diffusers.fisher import FisherInformation, fisher_identity
+from sa_diffusers.footprint import peak_bytes, without_values
+from sa_diffusers.training.memory import Memory, memory_plan, training_memory
+from sa_diffusers.training.training import Training
+
+from .tiny_families import FAMILIES, SIZE
+
+CASES = [
+    {},
+    {"gradient_checkpointing": True, "train_method": "xattn"},
+    {"learning_rate": 1e-4, "train_method": "noxattn", "gradient_accumulation_steps": 4},
+    {"weights_dtype": "bfloat16", "fisher_dtype": "bfloat16"},
+]
+
+
+def config_of(**settings):
+    return SelectiveAmnesiaConfig(
+        **{"concept": ["brad pitt"], "surrogate": ["a middle aged man"], "resolution": SIZE, "max_train_steps": 2,
+           "ewc_weight": 1.0, "num_probe_images": 0, "train_batch_size": 8, "report_to": "none",
+           "condition_dropout": 0.0, **settings}
+    )  # fmt: skip
+
+
+def measured(function):
+    """Bytes that a call holds at its peak, by what torch's own profiler records of the allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    now = peak = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def in_type(pipeline, weights_dtype):
+    if weights_dtype != "float32":
+        pipeline.to(getattr(torch, weights_dtype))
+    return pipeline
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_training_takes_what_was_said(family, settings):
+    """Within a tenth, and a quarter in bfloat16, where a CPU casts less than a GPU, which is what is counted."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = config_of(**settings)
+    objective = objective_for(in_type(family.build(), config.weights_dtype), weights_dtype=config.weights_dtype)
+    told = training_memory(objective, config, prompt="brad pitt", on_cuda=False)
+    parameters = objective.select(config.train_method)
+    fisher = FisherInformation(
+        {name: torch.ones_like(value, dtype=torch.float32) for name, value in parameters.items()},
+        fisher_identity(objective, fingerprint_module(objective.module), config.train_method),
+    )
+    images = torch.rand(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples = SampleSet(objective.encode_images(images, 0), ["brad pitt"] * 16, ["a man"] * 16, list(range(16)), {})
+    training = Training(objective, config, samples, samples, fisher)
+    # They are there before it begins, Fisher information unless it is held in another type.
+    before = sum(value.numel() * value.element_size() for value in objective.module.parameters())
+    before += told.fisher if config.fisher_dtype == "float32" else 0
+    took = measured(training.train)
+    assert (told.total - before) == pytest.approx(took, rel=0.1 if config.weights_dtype == "float32" else 0.25)
+
+
+def test_what_is_kept_is_what_the_formulas_say():
+    """Of each trained parameter: value, gradient, Prodigy's four, average, theta*, Fisher information."""
+    objective = objective_for(FAMILIES["stable diffusion"].build())
+    trained = sum(value.numel() for value in objective.select("xattn").values())
+    whole = sum(value.numel() for value in objective.module.parameters())
+    told = training_memory(objective, config_of(train_method="xattn"), prompt="brad pitt")
+    assert told.kept == 4 * whole + 4 * (1 + 4 + 1 + 1 + 1) * trained
+    half = config_of(train_method="xattn", weights_dtype="bfloat16", fisher_dtype="bfloat16", use_ema=False)
+    told = training_memory(objective, half, prompt="brad pitt")
+    # theta* is kept as it was loaded, which loses nothing.
+    assert told.kept == 2 * (whole - trained) + (4 + 4 + 16 + 2 + 2) * trained
+
+
+def test_a_model_of_real_size_is_counted_in_no_memory():
+    before = psutil.Process().memory_info().rss
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    given = (torch.empty(2, 4, 64, 64, device="meta"), torch.zeros(2, device="meta"),
+             torch.empty(2, 77, 768, device="meta"))  # fmt: skip
+    assert 5e9 < peak_bytes(lambda: unet(*given).sample.mean().backward()) < 20e9
+    assert psutil.Process().memory_info().rss - before < 1e9
+
+
+def test_a_copy_without_values_leaves_the_model_alone():
+    pipeline = FAMILIES["SD3"].build()
+    weights = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    blank = without_values(pipeline.transformer, [pipeline.transformer])
+    assert all(value.is_meta for value in blank.state_dict().values())
+    assert blank.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in pipeline.transformer.state_dict().items())
+
+
+@pytest.fixture
+def roomless(monkeypatch):
+    """A machine with so many bytes free."""
+
+    def leave(size):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": size}))
+
+    return leave
+
+
+def plan_of(config, objective=None):
+    objective = objective or objective_for(FAMILIES["SD3"].build())
+    return "\n".join(memory_plan(objective, config, "brad pitt", "no", 1, torch.device("cpu")))
+
+
+def test_the_plan_says_what_would_make_it_fit(roomless):
+    objective = objective_for(FAMILIES["SD3"].build())
+    config = config_of(train_batch_size=16)
+    whole = training_memory(objective, config, prompt="brad pitt", on_cuda=False)
+    roomless(10**8)
+    assert "warning" not in plan_of(config)
+    roomless(whole.total - whole.weights - 10**4)
+    told = plan_of(config)
+    assert f"activations of {whole.rows} rows" in told
+    assert "--train_batch_size 1 --gradient_accumulation_steps 32 would make it" in told
+    small = training_memory(
+        objective, config_of(train_batch_size=1, gradient_accumulation_steps=32), prompt="brad pitt", on_cuda=False
+    )
+    assert f"{small.total / 1e6:.1f} MB" in told
+    roomless(1)
+    assert "no flag makes it fit" in plan_of(config)
+
+
+def test_a_run_says_it_before_it_begins(tiny_settings, roomless):
+    erasure = Erasure(SelectiveAmnesiaConfig(**tiny_settings))
+    (line,) = [line for line in erasure.plan().splitlines() if line.startswith("memory")]
+    assert "that are free (cpu)" in line
+    roomless(10**8)
+    assert "at the peak of training" in erasure.plan()
+
+
+def test_a_model_that_cannot_be_counted_is_planned_all_the_same(roomless):
+    objective = objective_for(FAMILIES["SD3"].build())
+    objective.negative_elbo = None
+    roomless(10**7)
+    assert "cannot be counted" in plan_of(config_of(), objective)
+
+
+def test_memory_adds_up():
+    memory = Memory(1, 2, 3, 4, 5, 6, 70, 8, step=9, encoding=100, decoding=50)
+    assert memory.kept == 21
+    # Text encoders come before training, beside the weights alone, unless images are sampled on the way.
+    assert memory.total == 101
+    assert replace(memory, encoding=0, decoding=0).total == 91
+    assert replace(memory, draws=True).total == 121
+    assert memory.parts()["activations of 8 rows"] == 70

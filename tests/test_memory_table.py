@@ -1,0 +1,37 @@
+"""docs/memory.md: what it says is what `docs/memory.py` counts. One model is counted again; all take minutes."""
+
+import runpy
+
+import pytest
+
+from .conftest import REPOSITORY
+
+PAGE = runpy.run_path(str(REPOSITORY / "docs" / "memory.py"))
+KEPT = (REPOSITORY / "docs" / "memory.md").read_text()
+
+
+def kept_row(name, selection, weights):
+    """As it stands on the page."""
+    section = KEPT.partition(f"## {PAGE['BASES'][name].name}\n")[2].partition("\n## ")[0]
+    (line,) = [line for line in section.splitlines() if line.startswith(f"| {selection} | {weights} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_is_what_the_command_writes():
+    PAGE["text"].__globals__["row"] = kept_row
+    assert PAGE["text"]() == KEPT
+
+
+@pytest.mark.parametrize("weights", PAGE["WEIGHTS"])
+def test_a_model_counted_again_takes_what_stands_there(weights):
+    found = PAGE["row"]("stable-diffusion-v1-4", "xattn", weights)
+    assert found == kept_row("stable-diffusion-v1-4", "xattn", weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    # As their publishers give them.
+    [("stable-diffusion-v1-4", 0.12), ("stable-diffusion-xl-base-1.0", 0.82), ("FLUX.1-dev", 4.9)],
+)
+def test_text_encoders_are_as_large_as_published(name, billions):
+    assert PAGE["blank"](name)[2] / 1e9 == pytest.approx(billions, rel=0.05)
