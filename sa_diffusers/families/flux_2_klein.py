@@ -35,6 +35,8 @@ class Flux2KleinObjective(TransformerObjective):
     kind = "flux-2-klein"
     title = "FLUX.2 klein"
     sampled_by = Flux2KleinPipeline
+    # The norms of its batches.
+    samples_with = ("vae",)
     # Of 512, those of the chat template before a prompt left out.
     read_tokens = {"tokenizer": 509}
     packed = 4

@@ -41,6 +41,7 @@ class TextToImageObjective(ScheduledObjective):
         read_tokens: Tokenizer -> tokens that its encoder is given, where that is not the tokenizer's own limit.
         sampled_by: The pipeline that samples from a prompt alone, whatever the class of the given one.
         unsampled: What that pipeline is made with in place of the given one's parts and settings.
+        samples_with: Names of parts that it takes beside the denoiser, though it is given embeddings and gives latents.
         takes_mode: Whether a sample is the most likely latents of an image, in place of latents drawn from the
             autoencoder's posterior.
     """
@@ -52,6 +53,7 @@ class TextToImageObjective(ScheduledObjective):
     read_tokens: Mapping[str, int] = {}
     sampled_by: type[DiffusionPipeline]
     unsampled: Mapping[str, Any] = {}
+    samples_with: Sequence[str] = ()
     takes_mode = False
 
     def __init__(
@@ -258,11 +260,11 @@ class TextToImageObjective(ScheduledObjective):
         size = settings.resolution or self.resolution
         given = self.call(prompts, settings)
         # A pipeline works where its first part is: those that rest elsewhere are left out, unless it encodes itself.
-        encoders = {name: getattr(self.pipeline, name) for _, name in self.text_parts}
-        idle = ["vae"] if "prompt" in given else ["vae", *encoders]
-        sampler.register_modules(**dict.fromkeys(idle))
-        needed = [encoder for name, encoder in encoders.items() if encoder is not None and name not in idle]
-        with self.at_hand(*needed):
+        encoders = [name for _, name in self.text_parts]
+        needed = [*self.samples_with, *(encoders if "prompt" in given else [])]
+        sampler.register_modules(**{name: None for name in ("vae", *encoders) if name not in needed})
+        parts = (getattr(self.pipeline, name) for name in needed)
+        with self.at_hand(*(part for part in parts if part is not None)):
             return sampler(
                 height=size,
                 width=size,
