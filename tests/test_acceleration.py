@@ -30,10 +30,10 @@ def objective(family):
     return objective_for(family.build())
 
 
-def step(objective):
+def step(objective, family):
     """A forward and a backward pass: the losses, and the gradient of every parameter."""
     module = objective.module
-    samples, timesteps, noise = drawn(objective)
+    samples, timesteps, noise = drawn(objective, family.size)
     conditions = objective.encode_prompts(PROMPTS * 2)
     module.requires_grad_(True)
     module.train()
@@ -51,35 +51,35 @@ def assert_same(one, other):
         torch.testing.assert_close(one[1][name], value, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(objective):
-    plain = step(objective)
+def test_gradient_checkpointing_gives_the_same_gradient(family, objective):
+    plain = step(objective, family)
     objective.module.enable_gradient_checkpointing()
     calls, original = [], torch.utils.checkpoint.checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             torch.utils.checkpoint, "checkpoint", lambda *given, **named: calls.append(1) or original(*given, **named)
         )
-        checkpointed = step(objective)
+        checkpointed = step(objective, family)
     assert calls
     assert_same(checkpointed, plain)
 
 
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_every_kernel_of_pytorch_s_attention_gives_the_same_gradient(objective, kernel):
+def test_every_kernel_of_pytorch_s_attention_gives_the_same_gradient(family, objective, kernel):
     """Those that a CPU has."""
-    plain = step(objective)
+    plain = step(objective, family)
     # What has a mask, a text encoder, is left to the kernel that can do it.
     with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
-        chosen = step(objective)
+        chosen = step(objective, family)
     assert_same(chosen, plain)
 
 
 def test_attention_that_a_pipeline_in_memory_has_chosen_is_kept(family, tmp_path):
     """By `set_attention_backend` of diffusers: samples, Fisher information and training call the module as it is."""
-    plain = step(objective_for(family.build()))
+    plain = step(objective_for(family.build()), family)
     pipeline = family.build()
     getattr(pipeline, family.part).set_attention_backend("_native_math")
-    assert_same(step(objective_for(pipeline)), plain)
+    assert_same(step(objective_for(pipeline), family), plain)
 
 
 @pytest.mark.parametrize("installed", [False] if not HAS_XFORMERS else [])
