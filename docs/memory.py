@@ -40,13 +40,13 @@ without values, and adds up what is alive at the peak (`sa_diffusers/footprint.p
 own model and settings before anything is on the device, and names the flag that would make it fit where it does not.
 
 Checked against torch's own record of its allocator (`tests/test_memory.py`): whole trainings of tiny models of every
-family on a CPU take what is said within a tenth in float32 (mostly within 2 %). In bfloat16 they take up to a quarter
-less, because what is counted is what CUDA casts to float32 in norms, and a CPU does not. None of this has been measured
-on a GPU yet.
+family on a CPU take what is said within a tenth in float32. In bfloat16 they take up to three tenths less, because what
+is counted is what CUDA casts to float32 in norms, and a CPU does not. None of this has been measured on a GPU yet.
 """
 READING = f"""\
 GB are of 10^9 bytes. Sizes are those of the model's own images, one image of the surrogate and one of replay in a pass
-(`--train_batch_size 1`), the default optimiser (Prodigy) and the average of the weights. `network` is all of the
+(`--train_batch_size 1`), the default optimiser (Prodigy) and the average of the weights. Prompts are the longest that
+the model reads: Z-Image and Qwen-Image, which read no padding, take less of shorter ones. `network` is all of the
 denoiser, what is trained of it in float32; gradients, optimiser, average, theta\\* and Fisher information are of what
 is trained. The teacher (`--target frozen`) is the same network called with theta\\*: it takes nothing more.
 Activations are given without and with `--gradient_checkpointing`; bfloat16 is `--weights_dtype bfloat16`, with mixed
@@ -60,7 +60,9 @@ network. What is sampled and what the Fisher information takes in batches is cut
 IN_USE = """\
 Text encoders and autoencoder rest on the CPU and are on the GPU only while prompts are embedded (once, before training)
 and images encoded or decoded (samples before, images of checks and validation). The autoencoder works in float32
-whatever the weights are held in, since some overflow otherwise; what it takes of one image is counted in.
+whatever the weights are held in, since some overflow otherwise; what it takes of one image is counted in. What text
+encoders compute comes on top of their weights and is not counted, here nor in a plan: of up to 16 prompts at a time the
+hidden states of all layers, and the logits of FLUX.2 klein's and Qwen-Image's, which are some GB.
 """
 HALF = """\
 ## Weights in half precision
@@ -88,6 +90,8 @@ def blank(name: str) -> tuple[Any, tuple, int, int]:
         module, vae = made(diffusers, settings), made(diffusers, PARTS["vaes"][parts["vae"]])
         encoders = [made(transformers, PARTS["text_encoders"][one]) for one in parts["text_encoders"]]
         conditions = {one: torch.empty(1, *shape) for one, shape in parts["conditions"].items()}
+    # Texts are as long as the model reads.
+    conditions |= {one: torch.ones(conditions[one].shape) for one in family.lengths}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if issubclass(family, FlowObjective) else None
     given = {
         family.denoiser: module,

@@ -50,6 +50,59 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return held.peak
 
 
+@contextlib.contextmanager
+def values_between(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep tensors on the CPU meanwhile, but for those inside of modules on `meta`.
+
+    How long a text is, and which of its tokens are read, goes by values; what text encoders make of them does not. What
+    comes out of a module are zeros, which take no memory.
+
+    Args:
+        modules: On `meta`.
+    """
+    mode = _OnTheCPU()
+
+    def enter(module: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        mode.depth += 1
+        return tree_map_only(torch.Tensor, lambda value: torch.empty_like(value, device="meta"), (given, named))
+
+    def leave(module: nn.Module, given: tuple, output: Any) -> Any:
+        mode.depth -= 1
+        return tree_map_only(torch.Tensor, lambda value: torch.zeros((), dtype=value.dtype).expand(value.shape), output)
+
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _OnTheCPU(TorchFunctionMode):
+    """What has values is not moved to where there are none, except inside of modules.
+
+    Attributes:
+        depth: Of modules that are being called.
+    """
+
+    depth = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), named: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is torch.Tensor.__bool__ and arguments[0].is_meta:
+            # Masks are asked whether they can be left out; it makes no difference to shapes.
+            return True
+        moved = function(*arguments, **(named or {}))
+        if function is torch.Tensor.to and not self.depth and moved.is_meta and not arguments[0].is_meta:
+            return arguments[0].to(moved.dtype)
+        return moved
+
+
 class _Held(TorchDispatchMode):
     """Adds up the storages that operations make, and takes those away that are let go of."""
 

@@ -31,7 +31,16 @@ def test_a_model_counted_again_takes_what_stands_there(weights):
 @pytest.mark.parametrize(
     ("name", "billions"),
     # As their publishers give them.
-    [("stable-diffusion-v1-4", 0.12), ("stable-diffusion-xl-base-1.0", 0.82), ("FLUX.1-dev", 4.9)],
+    [
+        ("stable-diffusion-v1-4", 0.12),
+        ("stable-diffusion-xl-base-1.0", 0.82),
+        ("FLUX.1-dev", 4.9),
+        ("Z-Image", 4.02),
+        ("Sana_1600M_1024px", 2.61),
+        ("Qwen-Image", 8.29),
+        ("FLUX.2-klein-base-4B", 4.02),
+        ("FLUX.2-klein-base-9B", 8.19),
+    ],
 )
 def test_text_encoders_are_as_large_as_published(name, billions):
     assert PAGE["blank"](name)[2] / 1e9 == pytest.approx(billions, rel=0.05)

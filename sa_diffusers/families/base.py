@@ -44,6 +44,7 @@ class Family(ABC):
         title: What the family is called in messages, if its pipeline's name does not say.
         script: The script in `examples/` that erases from it, for the card; None where it is the user's own.
         optional_parts: Parts of its pipeline that it also works without: a T5, which `no_t5` leaves out.
+        lengths: Conditions whose values say how long a text is, by which others are cut.
         undistilled: A model to train in place of one that is distilled to few steps.
         defaults: Settings that its models are sampled with where nobody says otherwise, by name.
         adapted: Regular expression on the parameters that an adapter is trained on where nobody says otherwise; None
@@ -63,6 +64,7 @@ class Family(ABC):
     title: str = ""
     script: str | None = None
     optional_parts: Sequence[str] = ()
+    lengths: Sequence[str] = ()
     undistilled: str | None = None
     defaults: Mapping[str, Any] = {}
     adapted: str | None = None

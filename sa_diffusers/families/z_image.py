@@ -47,6 +47,7 @@ class ZImageObjective(TransformerObjective):
     title = "Z-Image"
     sampled_by = ZImagePipeline
     read_tokens = {"tokenizer": _READ - _BEFORE}
+    lengths = ("mask",)
     takes_mode = True
     undistilled = "Tongyi-MAI/Z-Image"
     defaults = {"sampler": "flow_euler", "num_inference_steps": 50, "guidance_scale": 6.0}

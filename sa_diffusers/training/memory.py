@@ -13,7 +13,7 @@ from torch import nn
 from ..configuration import SelectiveAmnesiaConfig
 from ..families import modules_of
 from ..families.base import Conditions, Objective
-from ..footprint import as_in_autocast, bytes_of, checkpointing, peak_bytes, without_values
+from ..footprint import as_in_autocast, bytes_of, checkpointing, peak_bytes, values_between, without_values
 
 _FLOAT = 4
 # Bytes that an optimiser keeps of each parameter: Prodigy two moments, the start and a sum; AdamW its moments.
@@ -88,7 +88,7 @@ def blank_of(objective: Objective) -> Objective:
 
 
 def shapes_of(blank: Objective, prompt: str, resolution: int | None = None) -> tuple[torch.Tensor, Conditions]:
-    """One sample and the conditions of one prompt, on the device `meta`.
+    """One sample and the conditions of one prompt, on the device `meta`; on the CPU what a family reads the values of.
 
     Args:
         blank: As `blank_of` gives it.
@@ -97,10 +97,15 @@ def shapes_of(blank: Objective, prompt: str, resolution: int | None = None) -> t
     """
     size = resolution or blank.resolution
     channels = blank.channels
+    pipeline = getattr(blank, "pipeline", None)
+    encoders = [part for part in modules_of(pipeline) if part is not blank.module] if pipeline is not None else []
     with torch.no_grad():
-        conditions = blank.encode_prompts([prompt])
+        with values_between(encoders):
+            conditions = blank.encode_prompts([prompt])
         samples = blank.encode_images(torch.zeros(1, channels, size, size, device="meta"), 0)
-    return samples, {name: value.to("meta") for name, value in conditions.items()}
+    return samples, {
+        name: value if name in blank.lengths else value.to("meta") for name, value in conditions.items()
+    }  # fmt: skip
 
 
 def training_memory(
@@ -145,8 +150,9 @@ def training_memory(
         with contextlib.suppress(*_UNCOUNTED):
             shapes = shapes or shapes_of(blank, prompt, config.resolution)
             activations = activation_bytes(
-                blank, parameters, *shapes, rows, precision or config.precision or "no", config.gradient_checkpointing
-            )
+                blank, parameters, *shapes, rows, precision or config.precision or "no", config.gradient_checkpointing,
+                config.target == "frozen",
+            )  # fmt: skip
         with contextlib.suppress(*_UNCOUNTED):
             encoding, decoding = in_use_bytes(blank, shapes)
     return Memory(
@@ -188,6 +194,7 @@ def activation_bytes(
     rows: int,
     precision: str,
     recomputes: bool,
+    has_teacher: bool = False,
 ) -> int:
     """What a forward and backward pass holds at its peak, beside weights and gradients.
 
@@ -199,24 +206,33 @@ def activation_bytes(
         rows: Of the pass.
         precision: Mixed precision.
         recomputes: Whether activations are computed again in the backward pass.
+        has_teacher: Whether the frozen model is asked for a target before.
     """
     module = blank.module
     module.train()
     if recomputes:
         module.enable_gradient_checkpointing(checkpointing(precision))
-    given = torch.empty(rows, *samples.shape[1:], device="meta")
-    own = {name: value.expand(rows, *value.shape[1:]).contiguous() for name, value in conditions.items()}
-    timesteps = torch.zeros(rows, dtype=torch.int64, device="meta")
     # They are counted by themselves.
     handles = [value.register_post_accumulate_grad_hook(_let_go) for value in parameters.values()]
 
+    def batch() -> tuple[torch.Tensor, Conditions, torch.Tensor, torch.Tensor]:
+        given = torch.empty(rows, *samples.shape[1:], device="meta")
+        own = {name: value.expand(rows, *value.shape[1:]).contiguous() for name, value in conditions.items()}
+        return given, own, torch.zeros(rows, dtype=torch.int64, device="meta"), torch.empty_like(given)
+
     def passes() -> None:
-        loss = blank.negative_elbo(module, given, own, timesteps, torch.empty_like(given))
-        loss.mean().backward()
+        # The batch itself is let go of before the backward pass, but for what that needs.
+        blank.negative_elbo(module, *batch()).mean().backward()
+
+    @torch.no_grad()
+    def teaching() -> None:
+        # The teacher has conditions of its own beside the batch's.
+        given, _, timesteps, noise = batch()
+        blank.predict(module, given, batch()[1], timesteps, noise)
 
     try:
         with as_in_autocast(precision):
-            return peak_bytes(passes)
+            return max(peak_bytes(passes), peak_bytes(teaching) if has_teacher else 0)
     finally:
         for handle in handles:
             handle.remove()
@@ -243,7 +259,7 @@ def in_use_bytes(blank: Objective, shapes: tuple[torch.Tensor, Conditions] | Non
     decoding = bytes_of(vae.parameters())
     if shapes is not None:
         with contextlib.suppress(*_UNCOUNTED), torch.no_grad():
-            decoding += peak_bytes(lambda: vae.decode(shapes[0]))
+            decoding += peak_bytes(lambda: blank.to_images(shapes[0]))  # type: ignore[attr-defined]
     return encoding, decoding
 
 
