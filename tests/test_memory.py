@@ -119,7 +119,7 @@ def test_a_model_of_real_size_is_counted_in_no_memory():
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
     given = (torch.empty(2, 4, 64, 64, device="meta"), torch.zeros(2, device="meta"),
              torch.empty(2, 77, 768, device="meta"))  # fmt: skip
-    assert 5e9 < peak_bytes(lambda: unet(*given).sample.mean().backward()) < 20e9
+    assert 3.5e9 < peak_bytes(lambda: unet(*given).sample.mean().backward()) < 20e9
     assert psutil.Process().memory_info().rss - before < 1e9
 
 

@@ -95,6 +95,15 @@ def test_what_is_near_is_replayed_and_probed():
     assert "drift_neighbours" in state.readings[0]
 
 
+def test_a_run_with_one_prompt_to_remember_has_no_neighbours_to_probe():
+    training = near(max_train_steps=2)
+    only = training.controller.probes.remembered
+    only.prompts[:] = ["a cow"] * len(only)
+    training.train()
+    assert training.controller.state.probed == []
+    assert training._neighbours.asked == [training.controller.state.near]
+
+
 def test_a_resumed_run_replays_and_probes_the_same(tmp_path):
     whole = near(tmp_path / "whole", max_train_steps=20)
     whole.train()

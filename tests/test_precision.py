@@ -150,8 +150,8 @@ def test_what_only_encodes_and_decodes_stays_behind(family):
 
 def test_samples_are_those_of_a_model_whose_parts_are_all_in_one_place(family):
     settings = SamplingSettings(**{**objective_for(family.build()).defaults, "num_inference_steps": 2,
-                                   "guidance_scale": 3.0, "resolution": SIZE})  # fmt: skip
-    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+                                   "guidance_scale": 3.0, "resolution": family.size})  # fmt: skip
+    images = torch.rand(2, 3, family.size, family.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = []
     for move in ("to", "place"):
         objective = objective_for(family.build())

@@ -299,7 +299,8 @@ class Loop:
         further = self.neighbours.replay(state.near)
         if further is not None and self.batches.replay is not None:
             self.batches.replay_too(further, _NEAR_SHARE)
-        controller.probes.add(self.neighbours.probes(state.probed), self.trainable.teacher)
+        if state.probed:
+            controller.probes.add(self.neighbours.probes(state.probed), self.trainable.teacher)
         module.train()
 
     def _controlled(self, done: int, bar: tqdm) -> bool:
