@@ -120,7 +120,8 @@ def test_the_python_of_the_page_on_reports_runs(world, tmp_path):
 def test_the_python_of_the_page_on_python_runs(world, tmp_path):
     result = run_blocks(
         REPOSITORY / "docs" / "python.md", world, tmp_path, num_surrogate_images=16, num_replay_images=32,
-        num_inference_steps=3, num_fisher_samples=2, fisher_timesteps=4, train_batch_size=2, num_eval_images=2,
+        num_inference_steps=3, num_fisher_samples=2, fisher_timesteps=4, max_train_steps=60, train_batch_size=2,
+        num_eval_images=2,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     # What the first block, the callback and the last one print.
