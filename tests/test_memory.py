@@ -113,6 +113,22 @@ def test_what_is_kept_is_what_the_formulas_say():
     assert told.kept == 2 * (whole - trained) + (4 + 4 + 16 + 2 + 2) * trained
 
 
+def test_of_an_adapter_its_matrices_are_kept_beside_the_weights():
+    """Gradient, AdamW's two moments and the average are of its numbers; the teacher is no copy."""
+    objective = objective_for(FAMILIES["stable diffusion"].build())
+    whole = sum(value.numel() for value in objective.module.parameters())
+    matrices = {name: value for name, value in objective.select("xattn").items() if value.dim() == 2}
+    numbers = sum(2 * sum(value.shape) for value in matrices.values())
+    settings = {"train_method": "xattn", "adapter": "lora", "lora_rank": 2, "learning_rate": 1e-4}
+    told = training_memory(objective, config_of(**settings), prompt="brad pitt")
+    fisher = sum(value.numel() for value in matrices.values())
+    assert told.kept == 4 * whole + 4 * (1 + 1 + 2 + 1) * numbers + 4 * fisher
+    told = training_memory(objective, config_of(**settings, weights_dtype="bfloat16"), prompt="brad pitt")
+    assert told.kept == 2 * whole + 4 * (1 + 1 + 2 + 1) * numbers + 4 * fisher
+    told = training_memory(objective, config_of(**settings, fisher_form="rows_by_columns"), prompt="brad pitt")
+    assert told.fisher == 4 * sum(sum(value.shape) for value in matrices.values())
+
+
 def test_a_model_of_real_size_is_counted_in_no_memory():
     before = psutil.Process().memory_info().rss
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..configuration import SelectiveAmnesiaConfig
 from ..families import modules_of
+from ..families.adapters import adapter_layers
 from ..families.base import Conditions, Objective
 from ..footprint import as_in_autocast, bytes_of, checkpointing, peak_bytes, values_between, without_values
 
@@ -28,7 +29,7 @@ class Memory:
 
     Attributes:
         weights: The network that is trained; what is trained in float32.
-        gradients: Of what is trained.
+        gradients: Of what is trained: the selected weights, or the matrices of an adapter on them.
         optimizer: What the optimiser keeps.
         average: The averaged weights.
         anchor: theta*, which the frozen model that teaches is called with.
@@ -135,12 +136,23 @@ def training_memory(
         setattr(blank.pipeline, part, None)  # type: ignore[attr-defined]
     parameters = blank.select(config.train_method)
     half = getattr(torch, config.weights_dtype)
-    trained = sum(parameter.numel() for parameter in parameters.values())
+    selected = trained = sum(parameter.numel() for parameter in parameters.values())
+    small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
+    if config.adapter is not None:
+        # Its matrices are trained in place of the weights; the teacher is the network without it.
+        layers = adapter_layers(blank.module, parameters)
+        trained, small = layers.numbers(config.lora_rank), 0
+        selected = sum(rows * columns for rows, columns in layers.sizes.values())
+        if config.fisher_form == "rows_by_columns":
+            selected = sum(map(sum, layers.sizes.values()))
     loaded = {name: half if half.itemsize < value.element_size() else value.dtype for name, value in parameters.items()}
     _set_types(blank.module, parameters, half)
+    weights = bytes_of((*blank.module.parameters(), *blank.module.buffers()))
+    if config.adapter is not None:
+        weights -= sum(value.numel() * (_FLOAT - loaded[name].itemsize) for name, value in parameters.items())
+        weights += _FLOAT * trained
     rows = config.train_batch_size * (2 if config.replays else 1)
-    needs_anchor = config.consolidates or config.probes or config.target == "frozen"
-    small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
+    needs_anchor = config.adapter is None and (config.consolidates or config.probes or config.target == "frozen")
     optimizer = (_PRODIGY if config.learning_rate is None else _ADAMW) * trained
     if config.use_8bit_adam:
         optimizer = math.ceil(_8BIT * (trained - small)) + _ADAMW * small
@@ -156,13 +168,13 @@ def training_memory(
         with contextlib.suppress(*_UNCOUNTED):
             encoding, decoding = in_use_bytes(blank, shapes)
     return Memory(
-        weights=bytes_of((*blank.module.parameters(), *blank.module.buffers())),
+        weights=weights,
         # Processes that train together gather them in as much again.
         gradients=_FLOAT * trained * (2 if processes > 1 else 1),
         optimizer=optimizer,
         average=_FLOAT * trained * config.use_ema,
         anchor=sum(value.numel() * loaded[name].itemsize for name, value in parameters.items()) * needs_anchor,
-        fisher=getattr(torch, config.fisher_dtype).itemsize * trained * config.consolidates,
+        fisher=getattr(torch, config.fisher_dtype).itemsize * selected * config.consolidates,
         activations=activations,
         rows=rows,
         step=_FLOAT * trained * steps_at_once,
