@@ -67,7 +67,9 @@ def test_what_the_first_steps_move_most_is_found(tiny_objective):
                 values.append((pair[0] - pair[1]).square().mean().item())
         assert found[prompt] == pytest.approx(sum(values) / len(values), rel=1e-4)
     assert found["a cow"] != found["a pig"]
-    assert farthest({"a": 1.0, "b": 3.0, "c": 2.0, **{f"{n}": 0.0 for n in range(5)}}, 40) == ["b", "c"]
+    assert farthest({"a": 1.0, "b": 3.0, "c": 2.0, **{f"{n}": 0.0 for n in range(5)}}) == ["b", "c"]
+    # Of few prompts, as of classes, as many are told one by one as were asked for.
+    assert farthest({"a": 1.0, "b": 3.0, "c": 2.0}, 5) == ["b", "c", "a"]
 
 
 def test_near_samples_take_their_share_of_every_step(tiny_objective):

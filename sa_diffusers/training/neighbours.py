@@ -78,7 +78,8 @@ def drifts(
     return {prompt: sum(values) / len(values) for prompt, values in by_prompt.items()}
 
 
-def farthest(drift: dict[str, float], count: int = _NEAREST) -> list[str]:
-    """The prompts that drift most, the farthest first; few of few prompts."""
-    count = min(count, max(1, round(_NEAR_SHARE * len(drift))))
+def farthest(drift: dict[str, float], count: int | None = None) -> list[str]:
+    """The prompts that drift most, the farthest first; without a count those that lie near, few of few prompts."""
+    if count is None:
+        count = min(_NEAREST, max(1, round(_NEAR_SHARE * len(drift))))
     return sorted(drift, key=lambda prompt: -drift[prompt])[:count]
