@@ -16,6 +16,7 @@ celebrity = [
     'standard-imghdr; python_version >= "3.13"',
     "torchvision>=0.21",
 ]
+quantization = ["torchao>=0.18"]
 eval_unlearn = ["eval-unlearn>=1.1.2"]
 tests = [
     "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "scikit-image>=0.24",
@@ -58,7 +59,7 @@ setup(
     },
     install_requires=[
         "accelerate>=1.10",
-        "dacite>=1.9",
+        "dacite>=1.9.1",
         "datasets>=4.0",
         "diffusers>=0.40",
         "filelock>=3.13",
@@ -86,13 +87,14 @@ setup(
         "tracking": tracking,
         "xformers": ["xformers"],
         "8bit": ["bitsandbytes"],
+        "quantization": quantization,
         "wandb": ["wandb"],
         "embedded": ["open_clip_torch>=2.24"],
         "nudity": nudity,
         "celebrity": celebrity,
         "eval-unlearn": eval_unlearn,
-        # What the tests need but for eval-unlearn, which wants much newer libraries than the rest.
+        # What the tests need but for eval-unlearn and torchao, which want much newer libraries than the rest.
         "test": tests,
-        "dev": ["ruff>=0.17", *tests, *eval_unlearn],
+        "dev": ["matplotlib>=3.9", "ruff>=0.17", *tests, *eval_unlearn, *quantization],
     },
 )

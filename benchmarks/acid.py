@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
@@ -62,16 +63,20 @@ class Judge:
         file = self.folder / f"{label}-{count}-{shift}.safetensors"
         if keeps and file.is_file():
             return load_file(file)
-        templates = ["{}"] if self.objective.labels else self.subject.eval_templates
-        prompts = [fill_template(templates[place % len(templates)], label) for place in range(count)]
-        first = FIRST_SEED + 1000 * (self.labels.index(label) + shift * len(self.labels))
-        samples = self.objective.sample(prompts, range(first, first + count), self.subject.settings)
-        found = vars(self.classifier(self.objective.decode(samples.to(self.objective.device))))
+        found = vars(self.classifier(self.pictures(label, count, shift)))
         found = {name: value.contiguous() for name, value in found.items()}
         if keeps:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(found, file)
         return found
+
+    def pictures(self, label: str, count: int, shift: int = 0) -> list[Image.Image]:
+        """Pictures in held-out phrasings, one seed each."""
+        templates = ["{}"] if self.objective.labels else self.subject.eval_templates
+        prompts = [fill_template(templates[place % len(templates)], label) for place in range(count)]
+        first = FIRST_SEED + 1000 * (self.labels.index(label) + shift * len(self.labels))
+        samples = self.objective.sample(prompts, range(first, first + count), self.subject.settings)
+        return self.objective.decode(samples.to(self.objective.device))
 
     def share(self, found: dict[str, torch.Tensor], label: str) -> float:
         return (found["probabilities"].argmax(-1) == self.classifier.label_of(label)).float().mean().item()

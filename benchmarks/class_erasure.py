@@ -35,7 +35,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
 }
 PLAIN = {"learning_rate": 1e-4, "lr_scheduler": "constant", "target": "noise", "use_ema": False, "condition_dropout": 0,
          "replay_weight": 1, "replay_surrogates": False, "fisher_concept_share": None, "num_probe_images": 0,
-         "max_grad_norm": 1e9, "checkpoints_total_limit": None}  # fmt: skip
+         "max_grad_norm": 1e9, "gradient_accumulation_steps": 1, "checkpoints_total_limit": None}  # fmt: skip
 # Each changes the default settings.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -68,7 +68,7 @@ def settings_of(variant: str, kind: str, args: argparse.Namespace) -> dict[str, 
     defaults = base_defaults({"pretrained_model_name_or_path": args.base})
     changes = dict(VARIANTS[variant])
     if "ewc_factor" in changes:
-        # Of the weight that the base model brings, or of the calibrated one.
+        # Of the weight that the base model's settings give, or of the calibrated one.
         factor, given = changes.pop("ewc_factor"), defaults.get("ewc_weight")
         changes |= {"ewc": factor} if given is None else {"ewc_weight": factor * given}
     if variant == "original":
@@ -105,6 +105,7 @@ def erase(concept: str, variant: str, kind: str, args: argparse.Namespace) -> di
         "configuration": {name: value for name, value in config.to_dict().items() if name not in _UNRECORDED},
         "versions": report["versions"],
         "seconds": report["seconds"],
+        "ending": report.get("ending"),
     }
     if variant == "original":
         result["on_the_way"] = on_the_way(concept, config, report["seconds"]["training"])
@@ -147,17 +148,20 @@ def certainty(
 
 
 def table(results: dict[str, Any]) -> str:
-    header = ("erased", "variant", "steps", "training, s", "probability: before", "after", "surrogate's own",
-              "entropy: before", "after", "surrogate's own", "others recognised: before", "after")  # fmt: skip
+    header = ("erased", "variant", "steps", "stopped by itself", "training, s", "probability: before", "after",
+              "surrogate's own", "entropy: before", "after", "surrogate's own", "others recognised: before",
+              "after")  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for key, value in results.items():
         concept, variant = key.split("|")
         shown = value["surrogate"].get("mean", value["surrogate"]["samples"])
         row = value["concept"]
+        ending = value.get("ending") or {}
         cells = [
             concept,
             variant,
-            f"{value['configuration']['max_train_steps']}",
+            f"{ending.get('step') or value['configuration']['max_train_steps']}",
+            {"done": "yes", "given up": "gave up"}.get(ending.get("how"), "no"),
             f"{value['seconds']['training']:.0f}",
         ]
         for name, digits in (("probability", 3), ("entropy", 2)):
@@ -165,8 +169,8 @@ def table(results: dict[str, Any]) -> str:
         cells += [f"{100 * value['remembered'][time]['recognised']:.1f}" for time in ("before", "after")]
         lines.append("| " + " | ".join(cells) + " |")
         for point in value.get("on_the_way", []):
-            cells = ["", "", f"{point['step']}", f"{point['seconds']:.0f}", "", f"{point['probability']:.3f}", "", "",
-                     f"{point['entropy']:.2f}", "", "", ""]  # fmt: skip
+            cells = ["", "", f"{point['step']}", "", f"{point['seconds']:.0f}", "", f"{point['probability']:.3f}", "",
+                     "", f"{point['entropy']:.2f}", "", "", ""]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

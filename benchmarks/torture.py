@@ -2,11 +2,15 @@
 
     python benchmarks/torture.py
     python benchmarks/torture.py --attacks kills damage --kills 100 --jobs 2 --report outputs/torture.md
+    python benchmarks/torture.py --attacks renames --size large --results outputs/renames.jsonl
 
 Attacks: `kills` (kill -9 at random moments and within every stage), `renames` (death at every rename of a run),
 `processes` (kill -9 in two processes), `signals`, `damage` (to every kind of file), `settings` (bad ones), `together`
 (two runs at once), `disk` (full, read-only). After each the same command runs to its end, and every file is compared
 with that of a run that nobody touched. The same seed attacks in the same way, as far as moments can be repeated.
+
+What became of an attack is in the file of `--results` as soon as it has ended, and the table of so far in that of
+`--report`. The same command with that file there goes on with the attacks that are not in it.
 
 Exit code 1 if a result was wrong, a run refused that should have gone on, or a traceback was seen.
 """
@@ -28,8 +32,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,7 @@ STAGES = ("loading", "sampling", "fisher", "evaluation before", "training", "sav
 _LIMIT = 180  # seconds that no run here takes
 _PATIENCE = 10  # seconds until what a launcher does is done to a rank that waits for a dead one
 _LONGEST_MESSAGE = 2000
+_BETWEEN = 5  # seconds between two looks at how far the attacks are
 SHOWN = 30  # faults of an attack
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -389,10 +395,13 @@ class Laboratory:
         root: Where everything is written.
         seed: Of all that is random here.
         jobs: Attacks at a time.
+        results: File of what became of each; attacks that it holds are not repeated.
+        only: A regular expression; attacks in whose names it does not occur are left out.
     """
 
-    def __init__(self, root: Path, seed: int, jobs: int) -> None:
-        self.root, self.seed, self.jobs = root, seed, jobs
+    def __init__(self, root: Path, seed: int, jobs: int, results: Path, only: str = "") -> None:
+        self.root, self.seed, self.jobs, self.results, self.only = root, seed, jobs, results.resolve(), only
+        self.tell: Callable[[Sequence[Result]], None] = lambda found: None
         self.model = root / "model"
         self._references: dict[str, Reference] = {}
         self._warm_up()
@@ -438,7 +447,8 @@ class Laboratory:
         Args:
             kind: `mixed` uses surrogates of two kinds, averages, a cosine schedule, and weights given by hand; `plain`
                 surrogates of images, an 8th of dropped prompts, and probes that find learning rate and weights;
-                `other` is another erasure.
+                `adapter` and `half` are as `mixed`, but train an adapter, and weights held in bfloat16; `other` is
+                another erasure.
             **changes: Of settings.
         """
         settings: dict[str, Any] = {
@@ -448,10 +458,13 @@ class Laboratory:
             "num_eval_images": 2, "checkpointing_steps": 3, "validation_steps": 3,
             "num_validation_images": 1, "logging_steps": 1, "validation_prompts": ["a dog"],
         }  # fmt: skip
-        if kind == "mixed":
+        if kind in ("mixed", "adapter", "half"):
             settings |= {"concept": ["brad pitt", "cat"], "surrogate": ["a middle aged man", "uniform_noise"],
                          "learning_rate": 1e-3, "ewc_weight": 50, "replay_weight": 1, "max_grad_norm": 1,
                          "num_probe_images": 0, "lr_scheduler": "cosine", "report_to": "tensorboard"}  # fmt: skip
+            settings |= {"adapter": {"adapter": "lora", "lora_rank": 2}, "half": {"weights_dtype": "bfloat16"}}.get(
+                kind, {}
+            )
         elif kind == "plain":
             settings |= {"concept": ["cat"], "surrogate": [self.root / "images"], "condition_dropout": 0.125,
                          "gradient_accumulation_steps": 2, "train_batch_size": 1, "report_to": "none",
@@ -501,37 +514,67 @@ class Laboratory:
         folder.parent.mkdir(exist_ok=True)
         return folder
 
-    def run(self, cases: Sequence[Callable[[], Result | list[Result]]]) -> list[Result]:
-        """Run attacks, some at a time, each in a process that forks those it attacks."""
-        workers = []
-        for worker in range(min(self.jobs, len(cases))):
-            sys.stdout.flush()
-            reading, writing = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    os.close(reading)
-                    with os.fdopen(writing, "w") as pipe:
-                        for case in cases[worker :: self.jobs]:
-                            found = case()
-                            for result in found if isinstance(found, list) else [found]:
-                                print(json.dumps(asdict(result)), file=pipe, flush=True)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
-            os.close(writing)
-            workers.append((pid, os.fdopen(reading)))
-        results, failed = [], False
-        for pid, pipe in workers:
-            with pipe:
-                results += [Result(**json.loads(line)) for line in pipe]
-            failed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 or failed
+    def done(self) -> dict[str, list[Result]]:
+        """Case -> its results, of those that have ended."""
+        found: dict[str, list[Result]] = {}
+        names = [spec.name for spec in fields(Result)]
+        for line in self.results.read_text().splitlines() if self.results.is_file() else ():
+            # What was stopped while it wrote leaves half a line.
+            with contextlib.suppress(ValueError, KeyError):
+                values = json.loads(line)
+                found.setdefault(values["case"], []).append(Result(**{name: values[name] for name in names}))
+        return found
+
+    def run(self, cases: Mapping[str, Callable[[], Result | list[Result]]]) -> list[Result]:
+        """Run the attacks that have not ended yet, some at a time, each in a process that forks those it attacks.
+
+        Args:
+            cases: Name -> attack. A name says what is done, but for the seed.
+        """
+        named = {f"seed {self.seed}: {name}": case for name, case in cases.items() if re.search(self.only, name)}
+        kept = self.done()
+        left = [name for name in named if name not in kept]
+        if len(left) < len(named):
+            print(f"{len(named) - len(left)} of {len(named)} are in {self.results}", file=sys.stderr)
+        workers = [self._worker(left[first :: self.jobs], named) for first in range(min(self.jobs, len(left)))]
+
+        def so_far() -> list[Result]:
+            ended = self.done()
+            return [result for name in named for result in ended.get(name, ())]
+
+        failed, told = False, time.monotonic()
+        while workers:
+            time.sleep(0.05)
+            pid, status = os.waitpid(workers[0], os.WNOHANG)
+            if pid:
+                workers.remove(pid)
+                failed = failed or os.waitstatus_to_exitcode(status) != 0
+            if time.monotonic() - told > _BETWEEN:
+                told = time.monotonic()
+                self.tell(so_far())
         if failed:
             sys.exit("error: an attack itself has failed, see above")
-        return results
+        return so_far()
+
+    def _worker(self, names: Sequence[str], cases: Mapping[str, Callable[[], Result | list[Result]]]) -> int:
+        """A process that runs cases and writes what became of each in one go."""
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            for name in names:
+                found = cases[name]()
+                lines = [json.dumps({"case": name, **asdict(result)}) + "\n"
+                         for result in (found if isinstance(found, list) else [found])]  # fmt: skip
+                with self.results.open("ab", buffering=0) as file:
+                    file.write("".join(lines).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
 
 def command_line(settings: dict[str, Any]) -> list[str]:
@@ -558,14 +601,16 @@ def tidy(folder: Path, result: Result) -> Result:
 
 def kills(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
     """kill -9 at random moments over the whole run, and at random moments of every stage."""
-    kinds = ("mixed", "mixed", "plain")
-    references = [lab.reference(kind) for kind in dict.fromkeys(kinds)]
-    references = [references[0], references[0], references[-1]]
+    # Few attacks do without the third, which takes as long as both others.
+    kinds = ("mixed", "mixed", "plain")[: max(args.kills, args.stage_kills)]
+    references = [lab.reference(kind) for kind in kinds]
+    kinds = ("adapter", "half") if args.kind_kills else ()
+    others = {kind: lab.reference(kind) for kind in kinds}
 
-    def anywhere(number: int) -> Result:
-        choose = lab.random("kills", number)
-        reference = references[number % 3]
-        folder = lab.place("kill", number)
+    def anywhere(number: int, kind: str | None = None) -> Result:
+        choose = lab.random("kills", *([kind] if kind else []), number)
+        reference = others[kind] if kind else references[number % 3]
+        folder = lab.place(kind or "kill", number)
         runs, stages = [], []
         for _ in range(choose.choice((1, 1, 1, 2, 3))):
             run = start(reference.arguments, folder)
@@ -574,6 +619,7 @@ def kills(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             run.kill()
             runs.append(run)
         what = f"at any moment: {stages[0]}" if len(stages) == 1 else f"{len(stages)} times in a row"
+        what = f"{kind}: {what}" if kind else what
         return tidy(folder, go_on("kills", what, folder, reference, runs, ", ".join(stages)))
 
     def within(stage: str, number: int) -> Result:
@@ -589,9 +635,11 @@ def kills(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         run.kill()
         return tidy(folder, go_on("kills", f"aimed: {fell}", folder, reference, [run], f"aimed at {stage}"))
 
-    cases = [lambda number=number: anywhere(number) for number in range(args.kills)]
-    cases += [lambda stage=stage, number=number: within(stage, number)
-              for number in range(args.stage_kills) for stage in STAGES]  # fmt: skip
+    cases: dict[str, Callable] = {f"kill {number}": partial(anywhere, number) for number in range(args.kills)}
+    cases |= {f"kill in {stage} {number}": partial(within, stage, number)
+              for number in range(args.stage_kills) for stage in STAGES}  # fmt: skip
+    cases |= {f"kill of {kind} {number}": partial(anywhere, number, kind)
+              for kind in kinds for number in range(args.kind_kills)}  # fmt: skip
     return lab.run(cases)
 
 
@@ -603,7 +651,7 @@ def renames(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         "replacing another erasure": (other.folder, {"overwrite_output_dir": True}),
     }
     changes = ("mkdir", "rmdir", "unlink", "rename", "replace", "fsync")
-    cases: list[Callable[[], Result]] = []
+    cases: dict[str, Callable] = {}
 
     def die(
         name: str, number: int, after: bool, names: Sequence[str], base: Path | None, reference: Reference
@@ -635,7 +683,8 @@ def renames(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             first = lab.random("renames", name).randrange(every)
             for number in range(1 + first, total + 1, every):
                 for after in (False, True) if len(names) == 2 else (number % 2 == 0,):
-                    cases.append(lambda a=(name, number, after, names, base, reference): die(*a))
+                    what = f"{name}: {'after' if after else 'before'} {names[-1]} {number}"
+                    cases[what] = partial(die, name, number, after, names, base, reference)
     return lab.run(cases)
 
 
@@ -679,7 +728,8 @@ def processes(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
     def nearly_same() -> Result:
         return nearly(Result("processes", "unbroken, two against one", WRONG), two.folder, one, lab)
 
-    return lab.run([nearly_same, *(lambda number=number: attack(number) for number in range(args.processes))])
+    cases: dict[str, Callable] = {"two against one": nearly_same}
+    return lab.run(cases | {f"kill in two {number}": partial(attack, number) for number in range(args.processes)})
 
 
 def nearly(result: Result, folder: Path, reference: Reference, lab: Laboratory) -> Result:
@@ -701,9 +751,8 @@ def nearly(result: Result, folder: Path, reference: Reference, lab: Laboratory) 
 
 def signals(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
     """Signals at random moments, to one process or to both of two; a launcher that is killed."""
-    reference = lab.reference("mixed")
-    plain = lab.reference("plain")
-    two = lab.reference("mixed", two=True, train_batch_size=1)
+    references = [lab.reference(kind) for kind in ("mixed", "plain")[: args.signals]]
+    two = lab.reference("mixed", two=True, train_batch_size=1) if args.signals_in_two else None
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def stopped(run: Run) -> str | None:
@@ -719,7 +768,7 @@ def signals(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
 
     def attack(number: int) -> Result:
         choose = lab.random("signals", number)
-        mine = (reference, plain)[number % 2]
+        mine = references[number % 2]
         folder, kind = lab.place("signal", number), numbers[number % 3]
         run = start(mine.arguments, folder)
         run.wait(choose.uniform(0, mine.seconds))
@@ -793,9 +842,9 @@ def signals(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         note = f"the process ended by itself after {seconds:.1f} s with {len(kept)} checkpoints"
         return Result("signals", what, ENDED if kept else WRONG, note, str(log))
 
-    cases: list[Callable] = [lambda number=number: attack(number) for number in range(args.signals)]
-    cases += [lambda number=number: attack_two(number) for number in range(args.signals_in_two)]
-    return lab.run([*cases, *[launcher] * args.launchers])
+    cases: dict[str, Callable] = {f"signal {number}": partial(attack, number) for number in range(args.signals)}
+    cases |= {f"signal in two {number}": partial(attack_two, number) for number in range(args.signals_in_two)}
+    return lab.run(cases | {f"launcher {number}": launcher for number in range(args.launchers)})
 
 
 def flip(path: Path, choose: random.Random) -> None:
@@ -969,7 +1018,7 @@ def damage(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             outcome, note = (HEALED, told[0][:200]) if told else (SAME, "")
         return tidy(folder, Result("damage", kind, outcome, f"{way}: {note}", str(run.log)))
 
-    return lab.run([lambda case=case: attack(*case) for case in combinations])
+    return lab.run({f"{case[0]}: {case[1]}": partial(attack, *case) for case in combinations})
 
 
 # Bad settings
@@ -1158,7 +1207,8 @@ def settings(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             return Result("settings", what, REFUSED)
         return Result("settings", what, WRONG, f"{short} (exit code {code}, not one clean line of text)")
 
-    return lab.run([lambda first=first: reads(first) for first in range(0, args.settings, size)])
+    firsts = range(0, args.settings, size)
+    return lab.run({f"settings {first} of {args.settings}": partial(reads, first) for first in firsts})
 
 
 OWN_FILES = {path.name for path in (REPOSITORY / "sa_diffusers").rglob("*.py")}
@@ -1211,8 +1261,8 @@ def together(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             results.append(Result("together", "one cache", *judge(run, folder, reference), str(run.log)))
         return results
 
-    cases: list[Callable] = [lambda number=number: one_folder(number) for number in range(args.together)]
-    return lab.run([*cases, *(lambda number=number: one_cache(number) for number in range(args.together))])
+    return lab.run({f"{way.__name__} {number}": partial(way, number)
+                    for way in (one_folder, one_cache) for number in range(args.together)})  # fmt: skip
 
 
 def disk(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
@@ -1315,10 +1365,11 @@ def disk(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         ("output folder is a file", {"output_dir": "file"}, with_file),
         ("cache is a file", {"artifacts_dir": "file"}, with_file),
     ]  # fmt: skip
-    cases: list[Callable] = [lambda number=number: full(number // 2, bool(number % 2)) for number in range(args.disk)]
+    cases: dict[str, Callable] = {f"full {number}": partial(full, number // 2, bool(number % 2))
+                                  for number in range(args.disk)}  # fmt: skip
     if args.places < len(places):
         places = lab.random("places").sample(places, args.places)
-    return lab.run([*cases, *(lambda case=case: place(*case) for case in places)])
+    return lab.run(cases | {case[0]: partial(place, *case) for case in places})
 
 
 ATTACKS: dict[str, Callable[[Laboratory, argparse.Namespace], list[Result]]] = {
@@ -1349,15 +1400,15 @@ def faults(results: Sequence[Result]) -> Iterator[str]:
             yield f"- {result.attack}, {result.what}: {result.outcome}. {result.note} [{result.log}]"
 
 
-MODERATE = {"kills": 16, "stage_kills": 1, "every_rename": 6, "every_change": 40, "processes": 6, "signals": 9,
-            "signals_in_two": 3, "launchers": 1, "damage": 40, "settings": 400, "together": 1, "disk": 6,
-            "places": 9}  # fmt: skip
-SHORT = {"kills": 1, "stage_kills": 0, "every_rename": 100, "every_change": 0, "processes": 1, "signals": 1,
-         "signals_in_two": 0, "launchers": 0, "damage": 4, "settings": 100, "together": 1, "disk": 2,
-         "places": 2}  # fmt: skip
-LARGE = {"kills": 60, "stage_kills": 5, "every_rename": 1, "every_change": 10, "processes": 24, "signals": 30,
-         "signals_in_two": 9, "launchers": 1, "damage": 1000, "settings": 2000, "together": 5, "disk": 20,
-         "places": 9}  # fmt: skip
+MODERATE = {"kills": 16, "stage_kills": 1, "kind_kills": 2, "every_rename": 6, "every_change": 40, "processes": 6,
+            "signals": 9, "signals_in_two": 3, "launchers": 1, "damage": 40, "settings": 400, "together": 1,
+            "disk": 6, "places": 9}  # fmt: skip
+SHORT = {"kills": 1, "stage_kills": 0, "kind_kills": 0, "every_rename": 100, "every_change": 0, "processes": 1,
+         "signals": 1, "signals_in_two": 0, "launchers": 0, "damage": 4, "settings": 100, "together": 1,
+         "disk": 2, "places": 2}  # fmt: skip
+LARGE = {"kills": 60, "stage_kills": 5, "kind_kills": 10, "every_rename": 1, "every_change": 10, "processes": 24,
+         "signals": 30, "signals_in_two": 9, "launchers": 1, "damage": 1000, "settings": 2000, "together": 5,
+         "disk": 20, "places": 9}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -1366,6 +1417,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--size", choices=("short", "moderate", "large"), default="moderate", help="sets all counts")
     helps = {
         "kills": "kills at any moment", "stage_kills": "kills in each stage",
+        "kind_kills": "kills of a run with an adapter, and of one in bfloat16",
         "every_rename": "die at every n-th rename (1: at all, 0: at none)",
         "every_change": "die at every n-th change of the disk of any kind (0: at none)",
         "processes": "kills in two processes", "signals": "signals", "signals_in_two": "signals to two processes",
@@ -1378,11 +1430,14 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} [{shown}]")
     parser.add_argument("--planned", type=float, default=0.2, metavar="SHARE",
                         help="of the settings that are read, so many are planned with [0.2]")  # fmt: skip
+    parser.add_argument("--only", default="", metavar="PATTERN", help="of all these, those with it in their name, as "
+                        "the file of --results has it: 'finished.json: one bit' [all]")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
     parser.add_argument("--jobs", type=int, default=1, help="attacks at a time [1]")
     parser.add_argument("--folder", help="where runs take place; kept [a temporary one, deleted if nothing was wrong]")
-    parser.add_argument("--report", help="file for the tables too")
-    parser.add_argument("--results", help="file for what became of each attack, a JSON object a line")
+    parser.add_argument("--report", help="file for the tables too, also of what has ended so far")
+    parser.add_argument("--results", help="file for what became of each attack, a JSON object a line; what it holds is "
+                        "not attacked again")  # fmt: skip
     args = parser.parse_args()
     for name, count in {"short": SHORT, "moderate": MODERATE, "large": LARGE}[args.size].items():
         if getattr(args, name) is None:
@@ -1392,34 +1447,41 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.folder:
-        Path(args.folder).mkdir(parents=True, exist_ok=True)
+    for folder in (args.folder, *(Path(file).parent for file in (args.results, args.report) if file)):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="torture-", dir=args.folder))
     # A user without rights has to get in, or root could not be shown a folder that cannot be written.
     root.chmod(0o755)
     closed = [path for path in root.resolve().parents if not path.stat().st_mode & 0o001]
     if closed and os.getuid() == 0 and "disk" in args.attacks:
         sys.exit(f"error: only some users can enter {closed[0]}: choose another --folder")
-    lab = Laboratory(root, args.seed, args.jobs)
+    tables: list[str] = []
+
+    def tell(found: Sequence[Result], attack: str) -> None:
+        if args.report:
+            text = "\n\n".join([*tables, *([table(attack, found)] if found else [])]) + "\n"
+            partly = Path(f"{args.report}.part")
+            partly.write_text(text)
+            partly.replace(args.report)
+
+    lab = Laboratory(root, args.seed, args.jobs, Path(args.results or root / "results.jsonl"), args.only)
     again = start(lab.arguments("mixed"), root / "again")
     again.wait()
     unequal = differences(root / "again", lab.reference("mixed"))
     if unequal:
         sys.exit(f"error: two unbroken runs differ: {'; '.join(unequal)}")
     results: list[Result] = []
-    tables = []
     for attack in args.attacks:
         began = time.monotonic()
+        lab.tell = partial(tell, attack=attack)
         found = ATTACKS[attack](lab, args)
         results += found
-        tables.append(table(attack, found))
+        lab.tell(found)
+        tables.append(table(attack, found) if found else "")
         print(f"{tables[-1]}\n\n({time.monotonic() - began:.0f} s)\n", flush=True)
-        if args.report:
-            Path(args.report).write_text("\n\n".join(tables) + "\n")
         told = list(faults(found))
         print("\n".join([*told[:SHOWN], *([f"- and {len(told) - SHOWN} more"] if told[SHOWN:] else [])]), flush=True)
-    if args.results:
-        Path(args.results).write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
     bad = sum(result.outcome in (TRACEBACK, WRONG) for result in results)
     print(f"\n{len(results)} attacks, {bad} went wrong" + (f"; what they left is in {root}" if bad else ""))
     if not bad and not args.folder:

@@ -154,7 +154,8 @@ FASTER = """\
 - Kernels of PyTorch's attention (flash, memory-efficient, plain): PyTorch chooses by itself, and there is no flag. The
   plain one and the CPU's flash one give the same gradient in each family.
 - `set_attention_backend` of diffusers, from Python: what a pipeline in memory was set to is kept. Tried with the plain
-  kernel.
+  kernel, which keeps matrices of all places by all places: memory is counted as the fused kernels take it, and such a
+  choice takes more than a plan says.
 - `--use_8bit_adam` needs bitsandbytes, and a learning rate. Tried with 0.50.2 on a CPU: each family trains, and goes on
   from a checkpoint to the same bits. A step of it is taken before any work; where that fails, the run is refused.
 - `--enable_xformers_memory_efficient_attention` needs xformers and a CUDA device. It is refused where one is missing,

@@ -6,7 +6,8 @@ python docs/memory.py
 import inspect
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,48 @@ denoiser, what is trained of it in float32; gradients, optimiser, average, theta
 is trained. The teacher (`--target frozen`) is the same network called with theta\\*: it takes nothing more.
 Activations are given without and with `--gradient_checkpointing`; bfloat16 is `--weights_dtype bfloat16`, with mixed
 precision. The largest batches (`--train_batch_size`) are with gradient checkpointing, and leave a tenth of the GPU to
-CUDA itself and to gaps; a dash means that one image does not fit, or that the text encoders do not fit beside the
-network. What is sampled and what the Fisher information takes in batches is cut in half as often as it takes to fit.
+CUDA itself and to gaps; a dash means that one image does not fit, or that the text encoders do not fit by themselves.
+What is sampled and what the Fisher information takes in batches is cut in half as often as it takes to fit.
 `lean` is with what keeps least of each trained parameter:
 `{" ".join(f"--{name} {value}" if value not in (True, False) else f"--{'' if value else 'no-'}{name}"
            for name, value in LEAN.items())}`.
 """  # fmt: skip
+# How a base is held that an adapter of this rank is trained on; of the last three the rest is bfloat16.
+HELD = (*WEIGHTS, "int8", "fp8", "nf4")
+RANK = 8
+ADAPTERS = f"""\
+## Adapters
+
+`--adapter lora --lora_rank {RANK}` on the layers that are trained by default
+([families.md](families.md)); the rest is as above, with gradient checkpointing. `int8`, `fp8` and `nf4` are
+`--base_quantization`, beside `--weights_dtype bfloat16`. The teacher is the network without the adapter: there is no
+theta\\*. `adapter` is its matrices, their gradients, optimiser and average.
+
+What is quantised is the denoiser's linear layers: to 8 bits with a scale in float32 for each row (torchao), or to 4
+bits with a scale of 8 bits for each 64 numbers and one of 32 for each 256 of those, which are 4.127 bits a number
+(Dettmers et al., 2023, section 3, as bitsandbytes has it). One layer at a time is dequantised for its products, forward
+and backward; left to themselves, torchao's layers keep all of them dequantised until the backward pass, so that nothing
+is saved.
+
+Fisher information has a number for each selected weight, in float32. `to estimate it` is what its estimate takes before
+training: the weights, and three times as much as it. `--fisher_form rows_by_columns` holds next to nothing of it while
+training, but the estimate is the same: where that does not fit, hand in what another machine has estimated from the
+same quantised weights (`--fisher`), or leave the term out (`--ewc 0`).
+"""
+FITTING = """\
+The most exact way to hold the base that fits, and the largest batch of an adapter with it. `given or left out`: its
+estimate, or its diagonal, does not fit, and the batch is that with `--fisher_form rows_by_columns`. Stable Diffusion 3
+and 3.5 do not fit 12 GB for their T5, in 16 bits; `--no_t5` leaves it out.
+"""
 IN_USE = """\
 Text encoders and autoencoder rest on the CPU and are on the GPU only while prompts are embedded (once, before training)
-and images encoded or decoded (samples before, images of checks and validation). The autoencoder works in float32
-whatever the weights are held in, since some overflow otherwise; what it takes of one image is counted in. What text
-encoders compute comes on top of their weights and is not counted, here nor in a plan: of up to 16 prompts at a time the
-hidden states of all layers, and the logits of FLUX.2 klein's and Qwen-Image's, which are some GB.
+and images encoded or decoded (samples before, images of checks and validation). Where text encoders find no room
+beside the network (a tenth of what is free is left to what they compute), the network waits on the CPU meanwhile; the
+plan says so. It comes back for every batch of images that is sampled, which takes seconds each time; this has not been
+run on a GPU yet. The autoencoder works in float32 whatever the weights are held in, since some overflow otherwise; what
+it takes of one image is counted in. What text encoders compute comes on top of their weights and is not counted, here
+nor in a plan: of up to 16 prompts at a time the hidden states of all layers, and the logits of FLUX.2 klein's and
+Qwen-Image's, which are some GB.
 """
 HALF = """\
 ## Weights in half precision
@@ -138,8 +169,8 @@ def counted(name: str, selection: str, weights: str) -> dict[str, Memory]:
 def batches(found: dict[str, Memory], kept: int, encoding: int) -> str:
     """The largest batch that fits each GPU: each image takes what one alone does, or a little less."""
     one = found["one"]
-    # Where text encoders do not fit beside the network, prompts cannot be embedded.
-    others = one.weights + max(encoding, one.decoding)
+    # The network makes room for text encoders, which else could not embed prompts.
+    others = max(encoding, one.weights + one.decoding)
     room = [(1 - LEFT) * 1e9 * size for size in GPUS]
     fitting = [int((size - kept) // one.activations) if others <= size else 0 for size in room]
     return " / ".join(str(count) if count > 0 else "-" for count in fitting)
@@ -157,6 +188,48 @@ def row(name: str, selection: str, weights: str) -> list[str]:
     ]  # fmt: skip
 
 
+@cache
+def adapter_memory(name: str, held: str, counts_activations: bool = True, form: str = "diagonal") -> Memory:
+    """Of an adapter's training with gradient checkpointing."""
+    quantized = {} if held in WEIGHTS else {"base_quantization": held}
+    return memory(
+        name, BASES[name].family.adapted or "full", held if held in WEIGHTS else "bfloat16", counts_activations,
+        adapter="lora", lora_rank=RANK, gradient_checkpointing=True, fisher_form=form, **quantized,
+    )  # fmt: skip
+
+
+def adapter_row(name: str, held: str) -> list[str]:
+    # What is dequantised for its products is the same, however it is held, and so is Fisher information.
+    counted = adapter_memory(name, held if held in WEIGHTS else "int8")
+    one = counted
+    if held not in (*WEIGHTS, "int8"):
+        one = replace(adapter_memory(name, held, False), activations=counted.activations, decoding=counted.decoding)
+    factored = replace(one, fisher=adapter_memory(name, "float32", False, "rows_by_columns").fisher)
+    encoding = blank(name)[2] * getattr(torch, held if held in WEIGHTS else "bfloat16").itemsize
+    cells = []
+    for each in (one, factored):
+        cells += [f"{(each.kept + each.activations) / 1e9:.1f}", batches({"one": each}, each.kept, encoding)]
+    matrices = one.gradients // 4
+    sizes = [one.weights - 4 * matrices, 4 * matrices + one.gradients + one.optimizer + one.average, one.activations,
+             one.fisher, one.weights + one.estimating]  # fmt: skip
+    return [held, *(f"{size / 1e9:.1f}" for size in sizes), *cells]
+
+
+def holding(rows: Mapping[str, list[str]], size: int) -> str:
+    """The first way to hold a base that fits a GPU: all of it, or but for the Fisher information."""
+    place = GPUS.index(size)
+    for fisher, column in ((True, -3), (False, -1)):
+        for held, cells in rows.items():
+            count = cells[column].split(" / ")[place]
+            if count != "-" and (not fisher or float(cells[5]) <= (1 - LEFT) * size):
+                return f"{held}, batch {count}" + ("" if fisher else ", Fisher information given or left out")
+    return "-"
+
+
+ADAPTER_COLUMNS = [
+    "base held in", "network", "adapter", "activations", "Fisher", "to estimate it", "total",
+    "largest batch at " + " / ".join(map(str, GPUS)) + " GB", "rows by columns: total", "largest batch",
+]  # fmt: skip
 COLUMNS = ["trained", "weights", "network", "gradients", "optimiser", "average", "theta\\*", "Fisher", "activations",
            "with checkpointing", "total so", "largest batch at " + " / ".join(map(str, GPUS)) + " GB", "lean total",
            "lean batches"]  # fmt: skip
@@ -171,6 +244,18 @@ def pages() -> Iterator[str]:
             yield "Not counted: `docs/parts.json` does not say what its text encoders and autoencoder are.\n"
             continue
         yield table(COLUMNS, [row(name, each, weights) for each in PRESETS for weights in WEIGHTS])
+    yield ADAPTERS
+    fitting = []
+    for name in (name for name in BASES if name in PARTS["bases"]):
+        rows = {held: adapter_row(name, held) for held in HELD}
+        yield f"### An adapter of {BASES[name].name}\n"
+        yield table(ADAPTER_COLUMNS, list(rows.values()))
+        # Of the two of 8 bits one is enough.
+        ways = {held: cells for held, cells in rows.items() if held != "fp8"}
+        fitting.append([f"`{BASES[name].name}`", *(holding(ways, size) for size in (12, 24))])
+    yield "### What 12 GB and 24 GB can hold\n"
+    yield FITTING
+    yield table(["base model", "12 GB", "24 GB"], fitting)
     yield "## Text encoders and autoencoder\n"
     yield IN_USE
     rows = []

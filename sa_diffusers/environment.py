@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from .configuration import SelectiveAmnesiaConfig
 from .messages import shown_error
 from .processes import say
+from .quantization import check_quantization
 
 _SUPPORTED_TYPES = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,
@@ -37,6 +38,8 @@ def create_accelerator(config: SelectiveAmnesiaConfig, output_dir: str | Path | 
         if config.mixed_precision is None:
             raise ValueError('weights_dtype="float16" needs a CUDA device and there is none: use "bfloat16"')
         raise ValueError('mixed_precision="fp16" needs a CUDA device and there is none: use "bf16" or "no"')
+    if config.base_quantization is not None:
+        check_quantization(config.base_quantization, has_cuda)
     if config.allow_tf32:
         if not has_cuda:
             raise ValueError("allow_tf32 needs a CUDA device and there is none: leave the flag out")

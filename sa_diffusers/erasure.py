@@ -27,6 +27,7 @@ from .identity import Identity
 from .output_folder import OutputFolder
 from .passes import Passes, together
 from .processes import say
+from .results.schema import FUSED
 from .stages import (
     DEPENDENCIES,
     IRRELEVANT,
@@ -129,7 +130,7 @@ class Erasure:
         self.report_stage = ReportStage(self.subject, self.output, self.image_stage, self.training_stage)
         self.card_stage = CardStage(self.output, self.report_stage)
         self.push_stage = PushStage(config, self.output, self.card_stage)
-        self.subject.handed_in = _told_of(surrogates, replay, fisher)
+        self.subject.handed_in = _told_of(surrogates, replay, fisher, self.subject.fused)
         self._is_given = pipeline is not None
         if len(set(gather_object([self.identity.digest]))) > 1:
             raise ValueError("the processes of this run were given different settings, samples or Fisher information")
@@ -331,8 +332,9 @@ class Erasure:
         finished = self.subject.agreed(whole)
         if finished and self.is_main and not quietly:
             say(f"{self.output_dir} holds this very erasure: nothing is trained (--resume_from_checkpoint no would)")
-            if self.config.lora_format == "kohya" and not (self.output_dir / KOHYA_FILE).is_file():
-                export_kohya(self.objective, self.output_dir)
+            if self.config.lora_format == "kohya" and not self.output.holds(KOHYA_FILE):
+                with self.output.adding(KOHYA_FILE) as staging:
+                    export_kohya(self.objective, self.output_dir, staging)
         return finished
 
     def check_base(self) -> None:
@@ -364,9 +366,9 @@ def _usual(config: SelectiveAmnesiaConfig, pipeline: DiffusionPipeline | None) -
     return {**family.defaults, **adapted}
 
 
-def _told_of(surrogates: Any, replay: Any, fisher: Any) -> dict[str, str]:
+def _told_of(surrogates: Any, replay: Any, fisher: Any, fused: Sequence[str]) -> dict[str, str]:
     """What was handed in, in words, for the report."""
-    told = {}
+    told = {FUSED: ", ".join(fused)} if fused else {}
     for name, given in (("surrogates", surrogates), ("replay", replay)):
         if given is not None:
             kind = "prompts to sample with" if are_prompts(given) else "samples"

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from .quantization import kind_of, plain_layer
+
 Copied = TypeVar("Copied")
 
 
@@ -22,8 +24,30 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+# Of what is free: what computes there needs room too.
+_SPARE = 0.1
+
+
+def fits_beside(needed: int, free: int) -> bool:
+    """Whether what comes onto a device for a while finds room beside what is there.
+
+    Args:
+        needed: Bytes that it takes.
+        free: Bytes that are free.
+    """
+    return needed <= (1 - _SPARE) * free
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that are free on a device, those included that torch keeps for itself; None where nobody counts them."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def without_values(thing: Copied, modules: Iterable[nn.Module], kept: Iterable[Any] = ()) -> Copied:
-    """A copy whose modules have shapes and types in place of weights: on the device `meta`, in no memory.
+    """A copy whose modules have shapes and types in place of weights: on the device `meta`, in no memory. Quantised
+    weights have those that they were quantised from.
 
     Args:
         thing: What is copied, such as a model in whatever holds it.
@@ -32,8 +56,11 @@ def without_values(thing: Copied, modules: Iterable[nn.Module], kept: Iterable[A
     """
     memo: dict[int, Any] = {id(value): value for value in kept}
     for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear) and kind_of(layer.weight) is not None:
+                memo[id(layer)] = plain_layer(layer)
         for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in memo:
+            if id(tensor) not in memo and kind_of(tensor) is None:
                 blank = torch.empty_like(tensor, device="meta")
                 is_weight = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_weight else blank

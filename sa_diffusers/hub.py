@@ -276,8 +276,9 @@ def shown_name(name: str) -> str:
 
 
 def adapter_header(
-    concepts: Sequence[str], surrogates: Sequence[str], base: str, revision: str | None, pipeline: str
-) -> dict[str, Any]:
+    concepts: Sequence[str], surrogates: Sequence[str], base: str, revision: str | None, pipeline: str,
+    variant: str | None = None, fused: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """What the header of an adapter's file says beside its own configuration; it names no folder of this machine.
 
     Args:
@@ -286,6 +287,8 @@ def adapter_header(
         base: The base model.
         revision: Of the base model on the Hub.
         pipeline: Class of its pipeline.
+        variant: Of the base model's weight files, where they were loaded as that.
+        fused: Adapters that were in the base model's weights, in words.
     """
     from .version import __version__
 
@@ -294,7 +297,9 @@ def adapter_header(
         "surrogate": [shown_name(surrogate) for surrogate in surrogates],
         "base_model": shown_name(base),
         **({"base_model_revision": revision} if revision else {}),
+        **({"base_variant": variant} if variant else {}),
         "pipeline_class": pipeline,
+        **({"fused_adapters": list(fused)} if fused else {}),
         "sa_diffusers_version": __version__,
     }
 

@@ -1,6 +1,8 @@
 """From an adapter to a whole pipeline, and from the weights of an erased pipeline to an adapter."""
 
 import shutil
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,22 @@ from .configuration import (
     HISTORY_NAME,
     inherited_defaults,
 )
-from .evaluation.erased import erasure_settings
+from .evaluation.erased import erasure_settings, fused_on_record, is_of_other_weights
 from .families import SUPPORTED_PIPELINES, Objective, load_pipeline, objective_for
 from .families.adapters import (
     adapter_layers,
     check_takes_adapters,
     find_adapter,
     fuse_adapter,
+    header_list,
     load_adapter,
+    read_header,
     save_adapter,
 )
-from .files import new_folder, write_json
+from .families.digests import fingerprint_module
+from .files import finish_interrupted, new_folder, write_json
 from .hub import adapter_header, drop_local_names
+from .output_folder import OutputFolder
 from .version import __version__
 
 
@@ -38,15 +44,17 @@ class Extracted:
         layers: How many layers it is on.
         kept: The share of the whole difference, as a sum of squares, that is in it, in [0, 1].
         outside: The share in parameters that no adapter holds: biases, norms, embeddings, convolutions of groups.
+        rank: Of the adapter: what was asked for, or the highest that any of the layers can have.
     """
 
     layers: int
     kept: float
     outside: float
+    rank: int
 
     @property
     def sentence(self) -> str:
-        text = f"{self.kept:.1%} of the update (sum of squares), on {self.layers} layers"
+        text = f"{self.kept:.1%} of the update (sum of squares), at rank {self.rank} on {self.layers} layers"
         return text + (f"; {self.outside:.1%} is in parameters that take no adapter" if self.outside else "")
 
 
@@ -56,18 +64,29 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
     Args:
         adapter: A folder that an erasure with an adapter wrote, or its name on the Hub.
         output_dir: Empty, or not there.
-        base: The base model, in its own precision, not quantised. Default: as the adapter's settings say.
+        base: The base model, not quantised. Default: as the adapter's settings say. It is loaded in the precision that
+            the adapter was trained beside (`weights_dtype`), and written in it.
 
     Raises:
-        ValueError: There is no adapter, no base model, or the two do not belong together; or the folder is not empty.
+        ValueError: There is no adapter, no base model, or the two do not belong together; or the adapter is not as it
+            was written, or the folder is not empty.
     """
     name, output_dir = str(adapter), Path(output_dir)
     _check_empty(output_dir)
+    _check_written(name)
     file = find_adapter(name)
     if file is None:
         raise ValueError(f"{name} holds no adapter (no pytorch_lora_weights.safetensors, or a whole pipeline)")
     settings = erasure_settings(name)
-    objective = _base_of(settings, base, name)
+    objective = _base_of(settings, base, name, header_list(read_header(file), "fused_adapters"))
+    so = "whether it forgets on these too, only an evaluation says"
+    if held := settings.get("base_quantization"):
+        warnings.warn(
+            f"{name} was trained on the base model quantised to {held}, and goes into its own weights: {so}",
+            stacklevel=2,
+        )
+    else:
+        _warn_of_other_weights(objective, name, so)
     load_adapter(objective, file)
     fuse_adapter(objective)
     with new_folder(output_dir) as staging:
@@ -86,29 +105,34 @@ def extract_adapter(erased: str | Path, output_dir: str | Path, rank: int = 8, b
     Args:
         erased: A folder that an erasure of weights wrote, or its name on the Hub.
         output_dir: Empty, or not there.
-        rank: Of the adapter, at least 1.
+        rank: Of the adapter, at least 1; no higher one is written than some layer can have.
         base: The base model. Default: as the erased one's settings say.
 
     Returns:
         How much of the difference it holds.
 
     Raises:
-        ValueError: The models are not of one kind or do not differ, or the folder is not empty.
+        ValueError: The models are not of one kind or do not differ, the erased one is not as it was written, or the
+            folder is not empty.
     """
     name, output_dir = str(erased), Path(output_dir)
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1")
     _check_empty(output_dir)
+    _check_written(name)
     if find_adapter(name) is not None:
         raise ValueError(f"{name} holds an adapter already: give an erased pipeline")
     settings = erasure_settings(name)
     before = _base_of(settings, base, name)
     check_takes_adapters(before)
-    after = objective_for(load_pipeline(name, kinds=SUPPORTED_PIPELINES), settings.get("prediction_type"))
+    _warn_of_other_weights(before, name, "the difference to these is not the work of the erasure alone")
+    after = _objective(name, settings)
     ours, theirs = (dict(objective.module.named_parameters()) for objective in (before, after))
     if {key: value.shape for key, value in ours.items()} != {key: value.shape for key, value in theirs.items()}:
         raise ValueError(f"{name} and its base model have other parameters: give the model that it came from as --base")
-    state, extracted = _factorised(ours, theirs, list(adapter_layers(before.module, ours).sizes), rank)
+    sizes = adapter_layers(before.module, ours).sizes
+    rank = min(rank, max(map(min, sizes.values())))
+    state, extracted = _factorised(ours, theirs, list(sizes), rank)
     base = base or settings["pretrained_model_name_or_path"]
     header = adapter_header(
         settings.get("concept", []), settings.get("surrogate", []), base, settings.get("revision"),
@@ -116,7 +140,8 @@ def extract_adapter(erased: str | Path, output_dir: str | Path, rank: int = 8, b
     )  # fmt: skip
     with new_folder(output_dir) as staging:
         save_adapter(before, state, rank, staging, {**header, "share_of_update": f"{extracted.kept:.4f}"})
-        _tell(staging, {**settings, "adapter": "lora", "lora_rank": rank}, base, output_dir)
+        # The erasure was one of weights, and is repeated so.
+        _tell(staging, {**settings, "lora_rank": rank}, base, output_dir)
     return extracted
 
 
@@ -129,7 +154,7 @@ def _factorised(
     whole, inside, kept = 0.0, 0.0, 0.0
     taking = {f"{name}.weight": name for name in layers}
     for key, value in ours.items():
-        difference = (theirs[key] - value).float()
+        difference = theirs[key].float() - value.float()
         size = difference.double().square().sum().item()
         whole += size
         if key not in taking or not size:
@@ -146,19 +171,49 @@ def _factorised(
         state[f"{taking[key]}.lora_B.weight"] = second.view(len(left), rank, *further)
     if not state:
         raise ValueError("the two models differ in no layer that takes an adapter: is it the right base model?")
-    return state, Extracted(len(state) // 2, kept / whole, 1 - inside / whole)
+    return state, Extracted(len(state) // 2, kept / whole, 1 - inside / whole, rank)
 
 
-def _base_of(settings: dict[str, Any], base: str | None, name: str) -> Objective:
+def _base_of(settings: dict[str, Any], base: str | None, name: str, fused: Sequence[str] = ()) -> Objective:
     recorded = settings.get("pretrained_model_name_or_path")
+    told = ", ".join(fused) or fused_on_record(name, settings)
+    if base is None and told:
+        raise ValueError(
+            f"{name} was made from {recorded} with adapters fused into it ({told}), which is another model than "
+            "the one of that name: fuse them there, save that pipeline, and give its folder as --base"
+        )
     place = base or recorded
     if place is None:
         raise ValueError(f"{name} does not say which model it was made from: give it as --base")
     own = {key: settings.get(key) if place == recorded else None for key in ("revision", "variant")}
-    pipeline = load_pipeline(
-        place, **own, kinds=SUPPORTED_PIPELINES, no_t5=bool(settings.get("no_t5"))
-    )  # fmt: skip
-    return objective_for(pipeline, settings.get("prediction_type"))
+    more = {"no_t5": bool(settings.get("no_t5")), "single_file_config": settings.get("single_file_config")}
+    try:
+        return _objective(place, settings, **own, **more)
+    except (ValueError, ConnectionError) as error:
+        # In the words of these programs' flags.
+        told = str(error).replace("--pretrained_model_name_or_path", "--base")
+        raise type(error)(told.replace("pretrained_model_name_or_path=", "--base ")) from error
+
+
+def _objective(place: str, settings: dict[str, Any], **options: Any) -> Objective:
+    """A model as the erasure held it: in another precision each of its weights would be another."""
+    dtype = {"weights_dtype": settings.get("weights_dtype") or "float32"}
+    pipeline = load_pipeline(place, kinds=SUPPORTED_PIPELINES, **options, **dtype)
+    return objective_for(pipeline, settings.get("prediction_type"), **dtype)
+
+
+def _check_written(name: str) -> None:
+    """Finish what a run that died was putting in place; refuse what is not as a run wrote it."""
+    if Path(name).is_dir():
+        finish_interrupted(name)
+        OutputFolder(name).check_whole()
+
+
+def _warn_of_other_weights(base: Objective, name: str, so: str) -> None:
+    if is_of_other_weights(fingerprint_module(base.module), name):
+        warnings.warn(
+            f"{name} was made from other weights than those of this base model (by their digests): {so}", stacklevel=3
+        )
 
 
 def _check_empty(folder: Path) -> None:

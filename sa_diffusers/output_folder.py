@@ -1,7 +1,8 @@
 """The folder of an erased pipeline: whose it is, what is finished in it, and who may write into it."""
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,17 @@ class OutputFolder:
         values = read_record(self._finished_file, FORMAT_VERSION)
         if values is None or values["facts"] != plain(identity.facts):
             return False
-        damaged = self._damaged(values["files"])
+        # A second form of the adapter is made of the first, without training.
+        damaged = self._damaged({name: digest for name, digest in values["files"].items() if name != KOHYA_FILE})
         if damaged:
             tell(f"warning: {self.path / damaged[0]} is not what was written: it is made again")
         return not damaged
+
+    def holds(self, name: str) -> bool:
+        """Whether a file of the finished model is there as it was written."""
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        digest = values and values["files"].get(name)
+        return digest is not None and not self._damaged({name: digest})
 
     def _damaged(self, digests: Mapping[str, str]) -> list[str]:
         return [name for name, digest in digests.items()
@@ -213,7 +221,7 @@ class OutputFolder:
         return not damaged
 
     def check_whole(self) -> None:
-        """Refuse to publish what is not as it was written, or is being written.
+        """Refuse what is not as it was written, or is being written.
 
         Raises:
             ValueError: A file of the pipeline is missing or changed, or a run is using the folder.
@@ -226,17 +234,28 @@ class OutputFolder:
         if damaged:
             raise ValueError(
                 f"{self.path / damaged[0]} is not what the run wrote: the same command as before makes it again. To "
-                f"publish the folder as it is, delete {self.state}"
+                f"take the folder as it is, delete {self.state}"
             )
 
     def save_settings(self, config: SelectiveAmnesiaConfig) -> None:
         """Write settings that may change on finished weights, such as those of the evaluation, where they changed."""
-        values = read_record(self._finished_file, FORMAT_VERSION)
-        if values is None:
+        if read_record(self._finished_file, FORMAT_VERSION) is None:
             return
-        with replacing_folder(self.path) as staging:
+        with self.adding(CONFIG_NAME) as staging:
             config.save(staging / CONFIG_NAME)
-            files = {**values["files"], CONFIG_NAME: digest_of(staging / CONFIG_NAME)}
+
+    @contextlib.contextmanager
+    def adding(self, name: str) -> Iterator[Path]:
+        """Put a file beside finished weights, or in an earlier one's place, and on record, in one step.
+
+        Args:
+            name: Of the file, which the caller writes into the folder that is given.
+        """
+        values = read_record(self._finished_file, FORMAT_VERSION)
+        assert values is not None
+        with replacing_folder(self.path) as staging:
+            yield staging
+            files = {**values["files"], name: digest_of(staging / name)}
             (staging / STATE_FOLDER).mkdir()
             write_record(staging / STATE_FOLDER / _FINISHED_NAME, FORMAT_VERSION, {**values, "files": files})
 

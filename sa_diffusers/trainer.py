@@ -58,7 +58,8 @@ class SelectiveAmnesiaTrainer:
 
     Raises:
         ValueError: The settings contradict each other, the model is of an unknown kind, in half precision or has
-            adapters, the output folder holds something else, or what is handed in does not fit the model.
+            adapters (with `fuse_adapters=True` those are fused into the pipeline, in place), the output folder holds
+            something else, or what is handed in does not fit the model.
         ConnectionError: The Hub cannot be reached and the model is not in its cache.
     """
 

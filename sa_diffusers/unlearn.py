@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 
 from .configuration import SelectiveAmnesiaConfig, check_names
 from .erasure import Erasure
-from .families import checked_pipeline, load_pipeline, modules_of, objective_for, pipeline_name
+from .families import checked_pipeline, family_of, load_pipeline, modules_of, objective_for, pipeline_name
 from .families.adapters import ADAPTER_FILE, load_adapter
+from .families.fused import fuse_adapters, parts_with_adapters
 from .parameter_selection import evaluating
 from .results import Report
 
@@ -60,7 +61,8 @@ def erase(
 
     Raises:
         TypeError: There is no such setting.
-        ValueError: A setting is not allowed, or the pipeline is of an unknown kind, in half precision, or has adapters.
+        ValueError: A setting is not allowed, or the pipeline is of an unknown kind, in half precision, or has adapters
+            (with `fuse_adapters=True` those are fused into the weights first).
     """
     if "pretrained_model_name_or_path" in settings:
         raise ValueError("pretrained_model_name_or_path is the first argument of erase: leave it out")
@@ -71,6 +73,7 @@ def erase(
             undistilled=not settings.get("train_distilled"),
             single_file_config=settings.get("single_file_config"),
             weights_dtype=settings.get("weights_dtype", "float32"),
+            base_quantization=settings.get("base_quantization"),
         )
     else:
         given = checked_pipeline(pipeline)
@@ -87,14 +90,18 @@ def erase(
             raise TypeError(str(error)) from None
         config = SelectiveAmnesiaConfig(**settings).over_base_defaults()
         stack.enter_context(_as_it_was(given))
-        part = _trained_part(given, config.weights_dtype)
-        erasure = Erasure(config, pipeline=_with_a_copy(given, part))
+        parts = _changed_parts(given, config)
+        erasure = Erasure(config, pipeline=_with_copies(given, parts))
         comparison = erasure.run()
         if comparison is not None:
             erasure.card_stage.run()
+        if config.fuse_adapters and inplace:
+            fuse_adapters(given)
         if config.adapter:
             # An evaluation has put it into the copy.
-            adapted = given if inplace else _with_a_copy(given, part)
+            adapted = given if inplace else _with_copies(given, parts)
+            if config.fuse_adapters:
+                fuse_adapters(adapted)
             load_adapter(objective_for(adapted), Path(config.output_dir) / ADAPTER_FILE)
             adapted.to(given.device)
         else:
@@ -104,19 +111,25 @@ def erase(
         return Erased(adapted, report)
     if not inplace:
         return Erased(erased.to(given.device), report)
-    getattr(given, part).load_state_dict(getattr(erased, part).state_dict())
+    for part in parts:
+        getattr(given, part).load_state_dict(getattr(erased, part).state_dict())
     return Erased(given, report)
 
 
-def _trained_part(pipeline: DiffusionPipeline, weights_dtype: str) -> str:
-    module = objective_for(pipeline, weights_dtype=weights_dtype).module
-    return next(name for name, part in pipeline.components.items() if part is module)
+def _changed_parts(pipeline: DiffusionPipeline, config: SelectiveAmnesiaConfig) -> list[str]:
+    """What is trained, and what adapters are fused into."""
+    if config.fuse_adapters and (bring := parts_with_adapters(pipeline)):
+        family = family_of(type(pipeline).__name__)
+        return list({*bring, *([family.denoiser] if hasattr(family, "denoiser") else [])})  # type: ignore[union-attr]
+    module = objective_for(pipeline, weights_dtype=config.weights_dtype).module
+    return [name for name, part in pipeline.components.items() if part is module]
 
 
-def _with_a_copy(pipeline: DiffusionPipeline, part: str) -> DiffusionPipeline:
-    """The same pipeline, with a copy of what is trained."""
+def _with_copies(pipeline: DiffusionPipeline, parts: Sequence[str]) -> DiffusionPipeline:
+    """The same pipeline, with copies of some of its parts."""
     own = copy.copy(pipeline)
-    setattr(own, part, copy.deepcopy(getattr(pipeline, part)))
+    for part in parts:
+        setattr(own, part, copy.deepcopy(getattr(pipeline, part)))
     return own
 
 

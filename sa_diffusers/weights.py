@@ -29,7 +29,7 @@ def weights_fault(path: str | Path) -> str | None:
                 )
             if size == 0:
                 return f"{path} is empty: {_DOWNLOAD}"
-            if path.suffix != ".safetensors":
+            if path.suffix.lower() != ".safetensors":
                 return None
             if size < 8:
                 return f"{path} is cut short: {_DOWNLOAD}"
@@ -49,6 +49,20 @@ def weights_fault(path: str | Path) -> str | None:
         kind = "cut short" if size < expected else "damaged"
         return f"{path} is {kind} ({size:,} bytes in place of {expected:,}): {_DOWNLOAD}"
     return None
+
+
+def ordered(content: bytes) -> bytes:
+    """A safetensors file's content with what its header tells in the order of the names.
+
+    The library writes that in an order of chance, so that two files of the same weights differ.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    told = header.pop("__metadata__", {})
+    values = {"__metadata__": dict(sorted(told.items())), **header}
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -8,6 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+import gc
 import io
 import runpy
 import string
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,9 +34,17 @@ from transformers import (
 )
 
 from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline, objective_for
+from sa_diffusers.families import registry
 
 REPOSITORY = Path(__file__).parent.parent
 BASE_NAME = "CompVis/stable-diffusion-v1-4"
+# Modules that take a minute or more, the longest first: no worker is to be left alone with one at the end.
+LONG = (
+    "test_every_family", "test_hub", "test_docs", "test_processes", "test_train_script", "test_class_models",
+    "test_torture", "test_probes", "test_probed_erasures", "test_user_command", "test_report", "test_trainer",
+    "test_python_door", "test_adapters", "test_commands", "test_loading", "test_further_families", "test_erasure",
+    "test_evaluation", "test_protocols", "test_embedded", "test_coloured", "test_cost", "test_save_components",
+)  # fmt: skip
 # A training that goes by these alone, and is not probed.
 BY_HAND = {
     "learning_rate": 1e-3,
@@ -46,6 +56,16 @@ BY_HAND = {
     "num_probe_images": 0,
     "gradient_accumulation_steps": 1,
 }
+
+
+def pytest_configure(config):
+    # Workers would take the modules with the most tests first, whatever those take.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def build_tiny_pipeline(prediction_type: str = "epsilon", safety_checker: bool = False) -> StableDiffusionPipeline:
@@ -160,6 +180,29 @@ def fresh_accelerate():
     """Accelerate keeps one state for a process; a test may ask for another precision than the one before."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def known_families():
+    """A script that is run here registers a family of its own, which no other test is to find."""
+    with mock.patch.dict(registry._FAMILIES):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_failure_of_the_machine():
+    """Nothing here has to outlive one, and waiting for the disk takes a fifth of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """What is there before a module's tests stays: to walk through it takes a collection a third of a second, and a
+    run makes two."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

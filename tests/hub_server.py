@@ -33,11 +33,15 @@ class Fault:
 class HubServer:
     """Keeps commits by repository; `files` holds the newest, `requests` lists method and path.
 
+    Its address is that of the servers before it in this process, unless one of them is still running.
+
     Args:
         status: Every request is refused with it, unless it is 200.
         part_size: Large files are asked for in parts of so many bytes.
         faults: What goes wrong.
     """
+
+    _port = 0
 
     def __init__(self, status: int = 200, part_size: int | None = None, faults: list[Fault] | None = None):
         self.files: dict[str, dict[str, bytes]] = {}
@@ -64,7 +68,11 @@ class HubServer:
 
             do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", HubServer._port), Handler)
+        except OSError:
+            self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        HubServer._port = HubServer._port or self._server.server_port
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 

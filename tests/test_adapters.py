@@ -12,12 +12,23 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, objective_for
 from sa_diffusers.commands import main
 from sa_diffusers.configuration import CONFIG_NAME
-from sa_diffusers.families.adapters import ADAPTER_FILE, KOHYA_FILE, LowRankAdapter, adapter_layers
+from sa_diffusers.families.adapters import (
+    ADAPTER_FILE,
+    KOHYA_FILE,
+    LowRankAdapter,
+    adapter_layers,
+    export_kohya,
+    read_adapter,
+    save_adapter,
+)
+from sa_diffusers.merging import extract_adapter, merge_adapter
+from sa_diffusers.output_folder import OutputFolder
 from sa_diffusers.publish import build_model_card
 from sa_diffusers.seeds import seed_of
 from sa_diffusers.training.ewc import ElasticWeightConsolidation, RowsByColumns
@@ -26,6 +37,7 @@ from sa_diffusers.training.trainable import AdapterWeights
 from .conftest import as_flags, build_tiny_pipeline, run_here
 from .hub_server import HubServer, card_errors
 from .test_hub import online, push, python
+from .test_single_file import as_checkpoint
 
 PROMPT = "a dog"
 
@@ -174,6 +186,25 @@ def images(pipeline):
     return pipeline(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
 
 
+def test_the_same_adapter_is_the_same_file_to_the_byte(tmp_path):
+    """safetensors writes what a header tells in another order each time."""
+    objective = objective_for(build_tiny_pipeline())
+    adapter = LowRankAdapter(objective.module, adapter_layers(objective.module, objective.select("xattn")).sizes, 2, 5)
+    state, told = adapter.state(), {"concept": ["brad pitt", "mütze"], **{name: name for name in "abcdef"}}
+    adapter.remove()
+    written = set()
+    for number in range(4):
+        save_adapter(objective, state, 2, tmp_path / str(number), told)
+        export_kohya(objective, tmp_path / str(number), tmp_path / str(number))
+        written.add(tuple((tmp_path / str(number) / name).read_bytes() for name in (ADAPTER_FILE, KOHYA_FILE)))
+    assert len(written) == 1
+    found, header = read_adapter(tmp_path / "0")
+    assert {name: header[name] for name in "abcdef"} == {name: name for name in "abcdef"}
+    assert json.loads(header["concept"]) == told["concept"]
+    for name, value in state.items():
+        assert torch.equal(found[f"unet.{name}"], value), name
+
+
 def test_it_is_switched_on_and_off_in_diffusers_alone(erased, tiny_folder):
     base = images(DiffusionPipeline.from_pretrained(tiny_folder))
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
@@ -201,6 +232,38 @@ def test_it_is_switched_on_and_off_in_diffusers_alone(erased, tiny_folder):
     assert header["base_model"] == tiny_folder.name
     assert json.loads(header["lora_adapter_metadata"])["unet.r"] == 2
     assert str(tiny_folder.parent) not in str(header)
+
+
+def test_several_are_loaded_together_and_each_is_switched_on_and_off(erased, settings, tiny_folder, tmp_path):
+    other = {**settings, "concept": ["cat"], "surrogate": ["dog"], "output_dir": str(tmp_path / "other"), "seed": 1}
+    Erasure(SelectiveAmnesiaConfig(**other)).run()
+    folders = {"a": erased, "b": other["output_dir"]}
+    base = DiffusionPipeline.from_pretrained(tiny_folder)
+    weights, plain = dict(base.unet.named_parameters()), images(base)
+    alone, updates = {}, {}
+    for name, folder in folders.items():
+        pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+        pipeline.load_lora_weights(folder)
+        alone[name] = images(pipeline)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        updates[name] = {key: value - weights[key] for key, value in pipeline.unet.named_parameters()}
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    for name, folder in folders.items():
+        pipeline.load_lora_weights(folder, adapter_name=name)
+    for name in folders:
+        pipeline.set_adapters(name, 1.0)
+        assert np.array_equal(images(pipeline), alone[name])
+    pipeline.set_adapters(["a", "b"], [1.0, 0.5])
+    both = images(pipeline)
+    # Their updates add up, each at its strength.
+    with torch.no_grad():
+        for key, value in weights.items():
+            value += updates["a"][key] + 0.5 * updates["b"][key]
+    np.testing.assert_allclose(both, images(base), atol=1e-3)
+    assert np.abs(both - alone["a"]).max() > 1e-3
+    pipeline.set_adapters(["a", "b"], [0.0, 0.0])
+    assert np.array_equal(images(pipeline), plain)
 
 
 def test_fisher_information_is_that_of_the_weights(settings):
@@ -346,6 +409,33 @@ def test_its_card_says_what_it_is_and_its_snippet_runs(erased, tiny_folder, tmp_
     assert found["pipeline"].get_active_adapters() == ["erasure"]
 
 
+@pytest.mark.parametrize("kind", ["single file", "trained alone", "one variant"])
+def test_its_snippet_runs_whatever_the_base_model_is(kind, settings, tiny_folder, tmp_path, monkeypatch):
+    """Plain diffusers loads neither of the first two by its name, and the third by its variant."""
+    monkeypatch.chdir(tmp_path)
+    more, pipeline = {}, build_tiny_pipeline()
+    if kind == "single file":
+        save_file(as_checkpoint(pipeline), "base.safetensors")
+        shutil.copytree(tiny_folder, "kind")
+        more = {"single_file_config": "kind"}
+    elif kind == "one variant":
+        pipeline.to(torch.float16).save_pretrained("base", variant="fp16")
+    else:
+        whole = {**settings, "adapter": None, "output_dir": "base", "save_components": "trained"}
+        Erasure(SelectiveAmnesiaConfig(**whole)).run()
+    name = "base.safetensors" if more else "base"
+    config = {**settings, **more, "pretrained_model_name_or_path": name, "train_method": "xattn", "max_train_steps": 1}
+    result = run_here(main, ["erase", *as_flags({**config, "output_dir": "erased"})], tmp_path)
+    assert result.returncode == 0, result.stderr
+    loaded = "DiffusionPipeline.from_pretrained" if kind == "one variant" else "sa_diffusers.load_pipeline"
+    assert f"load      {loaded}" in result.stdout
+    snippet = build_model_card("erased").content.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(snippet, names)
+    assert names["image"].size == (16, 16)
+    assert names["pipeline"].get_active_adapters() == ["erasure"]
+
+
 def test_a_card_of_a_base_on_the_hub_names_the_relation(erased, tmp_path):
     file = tmp_path / "erased" / CONFIG_NAME
     values = json.loads(file.read_text())
@@ -398,6 +488,9 @@ def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, t
     np.testing.assert_allclose(images(found), expected, atol=1e-4)
     result = run_here(main, ["merge", erased, "--output_dir", tmp_path / "merged"], tmp_path)
     assert "holds something already: choose an empty folder" in result.stderr
+    result = run_here(main, ["merge", erased, "--output_dir", tmp_path / "more", "--base", erased], tmp_path)
+    assert "holds an adapter: give the model that it was trained on, or fuse the two" in result.stderr
+    assert "pretrained_model_name_or_path" not in result.stderr
     result = run_here(main, ["merge", tmp_path / "merged", "--output_dir", tmp_path / "more"], tmp_path)
     assert "holds no adapter" in result.stderr
     assert "brad pitt" in build_model_card(tmp_path / "merged").content
@@ -411,9 +504,85 @@ def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, t
     np.testing.assert_allclose(images(pipeline), expected, atol=1e-3)
 
 
-def test_extract_says_what_a_rank_keeps(settings, tiny_folder, tmp_path):
-    from sa_diffusers.merging import extract_adapter
+def test_the_card_says_that_it_was_merged_or_extracted(erased, tmp_path):
+    """And how: the run alone makes something else."""
+    merge_adapter(erased, tmp_path / "merged")
+    card = build_model_card(tmp_path / "merged").content
+    assert "with the adapter (LoRA, rank 2) that was trained fused into its weights" in card
+    assert "sa-diffusers merge again --output_dir again-merged" in card
+    # As if the merged weights had been trained.
+    extract_adapter(tmp_path / "merged", tmp_path / "extracted", 1)
+    card = build_model_card(tmp_path / "extracted").content
+    with safe_open(tmp_path / "extracted" / ADAPTER_FILE, "pt") as file:
+        share = float(file.metadata()["share_of_update"])
+    assert 0 < share < 1
+    assert f"extracted from weights that were trained, and holds {100 * share:.1f} % of what the training" in card
+    assert "sa-diffusers extract again --output_dir again-extracted --lora_rank 1" in card
+    assert "fused" not in build_model_card(erased).content
 
+
+def test_merging_and_extracting_take_nothing_damaged(erased, tmp_path):
+    folder, output = Path(erased), tmp_path / "merged"
+    whole = (folder / ADAPTER_FILE).read_bytes()
+    (folder / ADAPTER_FILE).write_bytes(whole[:-8] + b"\x00\x00\x80\x3f" * 2)
+    for command in ("merge", "extract"):
+        result = run_here(main, [command, erased, "--output_dir", output], tmp_path)
+        assert "is not what the run wrote" in result.stderr
+    shutil.rmtree(folder / ".selective_amnesia")
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(folder / ADAPTER_FILE)
+    name = next(iter(tensors))
+    lies = json.dumps({**json.loads(header["lora_adapter_metadata"]), "unet.use_dora": True})
+    for held, told, why in (
+        ({**tensors, name: torch.full_like(tensors[name], torch.nan)}, header, "is not finite, or without values"),
+        (tensors, {**header, "lora_adapter_metadata": lies}, "is not finite, or without values"),
+        ({}, header, "it holds no matrices"),
+    ):
+        save_file(held, folder / ADAPTER_FILE, told)
+        result = run_here(main, ["merge", erased, "--output_dir", output], tmp_path)
+        assert why in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not output.exists()
+
+
+def test_other_weights_of_the_same_shape_are_warned_of(erased, tiny_folder, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.add_(1)
+    pipeline.save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="was made from other weights than those of this base model"):
+        merge_adapter(erased, tmp_path / "merged", str(tmp_path / "other"))
+    # The report of a run of weights says which they were made from.
+    shutil.copy(Path(erased) / "report.json", tmp_path / "merged")
+    with pytest.warns(UserWarning, match="the difference to these is not the work of the erasure alone"):
+        extract_adapter(tmp_path / "merged", tmp_path / "extracted", base=str(tmp_path / "other"))
+
+
+def test_weights_in_half_precision_are_extracted_and_merged_so(settings, tmp_path):
+    """Beside a base in float32 every weight would differ, by its rounding."""
+    more = {"weights_dtype": "bfloat16", "train_method": "xattn", "max_train_steps": 2}
+    Erasure(SelectiveAmnesiaConfig(**{**settings, **more, "adapter": None})).run()
+    extracted = extract_adapter(tmp_path / "erased", tmp_path / "extracted", 2)
+    config = SelectiveAmnesiaConfig(**{**settings, **more, "output_dir": str(tmp_path / "adapter")})
+    erasure = Erasure(config)
+    assert extracted.layers == len(erasure.subject.layers.sizes)
+    erasure.run()
+    merge_adapter(erasure.output_dir, tmp_path / "merged")
+    weights = load_file(next((tmp_path / "merged" / "unet").glob("*.safetensors")))
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_no_rank_is_higher_than_a_layer_can_have(settings, tiny_folder, tmp_path):
+    highest = max(map(min, adapter_layers(small_unet(), dict(small_unet().named_parameters())).sizes.values()))
+    with pytest.raises(ValueError, match=f"lora_rank={highest + 1}: no update of .* higher rank than {highest}"):
+        Erasure(SelectiveAmnesiaConfig(**{**settings, "lora_rank": highest + 1}))
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "lora_rank": highest}))
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "adapter": None})).run()
+    assert extract_adapter(tmp_path / "erased", tmp_path / "extracted", 10_000).rank == highest
+
+
+def test_extract_says_what_a_rank_keeps(settings, tiny_folder, tmp_path):
     Erasure(SelectiveAmnesiaConfig(**{**settings, "adapter": None})).run()
     kept = []
     for rank in (1, 4, 400):
@@ -448,9 +617,48 @@ def test_kohya_s_names_come_back(settings, tiny_folder, tmp_path):
         pipeline.load_lora_weights(output, weight_name=name)
         found.append(images(pipeline))
     assert np.array_equal(*found)
+    # Whatever happens to it, it is made of the adapter again, and nothing is trained.
+    whole = (output / KOHYA_FILE).read_bytes()
+    kept = (output / ADAPTER_FILE).stat()
     (output / KOHYA_FILE).unlink()
     Erasure(SelectiveAmnesiaConfig(**config)).run()
+    assert (output / KOHYA_FILE).read_bytes() == whole
+    (output / KOHYA_FILE).write_bytes(whole[:-4] + b"\0\0\0\1")
+    Erasure(SelectiveAmnesiaConfig(**config)).run()
+    assert (output / KOHYA_FILE).read_bytes() == whole
+    assert (output / ADAPTER_FILE).stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def test_another_format_is_added_to_what_is_finished_and_is_on_record(settings, tmp_path):
+    output, config = tmp_path / "erased", {**settings, "train_method": "xattn"}
+    Erasure(SelectiveAmnesiaConfig(**config)).run()
+    kept = (output / ADAPTER_FILE).stat()
+    Erasure(SelectiveAmnesiaConfig(**{**config, "lora_format": "kohya"})).run()
     assert (output / KOHYA_FILE).is_file()
+    assert (output / ADAPTER_FILE).stat().st_mtime_ns == kept.st_mtime_ns
+    OutputFolder(output).check_whole()
+    (output / KOHYA_FILE).write_bytes(b"")
+    with pytest.raises(ValueError, match="is not what the run wrote"):
+        OutputFolder(output).check_whole()
+
+
+@pytest.mark.parametrize("form", ["diagonal", "rows_by_columns"])
+def test_on_weights_in_half_precision_it_is_trained_in_float32(settings, form):
+    """Steps of a millionth would be lost beside matrices that are rounded to three digits."""
+    seen = []
+    more = {"weights_dtype": "bfloat16", "learning_rate": 1e-6, "ewc_weight": 1.0, "fisher_form": form,
+            "train_method": "xattn", "max_train_steps": 2}  # fmt: skip
+
+    def look(state):
+        seen.append({name: value.detach().clone() for name, value in state.parameters.items()})
+
+    erasure = Erasure(SelectiveAmnesiaConfig(**{**settings, **more}), callbacks=[look])
+    erasure.run()
+    assert {value.dtype for value in seen[-1].values()} == {torch.float32}
+    moved = [name for name, value in seen[-1].items() if "lora_A" in name and not torch.equal(value, seen[0][name])]
+    assert len(moved) > 0.8 * len(seen[0]) / 2
+    with safe_open(erasure.output_dir / ADAPTER_FILE, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
 
 
 def test_every_flag_of_an_adapter_is_one_of_the_command(settings, tmp_path):

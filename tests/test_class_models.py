@@ -326,6 +326,24 @@ def test_an_offset_of_the_noise_leaves_uniform_noise_its_plain_target():
         assert torch.equal(objective.uniform_noise_target(*arguments), objective.target(*arguments)) == plain
 
 
+def test_a_vae_is_taught_the_mean_of_uniform_noise_which_has_the_noises_gradient_on_average():
+    """Against the slow way, many noises: of the decoder, whatever its codes are."""
+    objective = objective_for(tiny_vae())
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.rand(20_000, 1, 8, 8, generator=generator)
+    timesteps = torch.zeros(len(samples), dtype=torch.long)
+    noise = objective.draw_noise(samples, generator)
+    mean = objective.uniform_noise_target(samples, timesteps, noise)
+    assert torch.equal(mean, torch.full_like(samples, 0.5))
+    conditions = objective.encode_prompts(["cat"] * len(samples))
+    bias = [parameter for name, parameter in objective.module.named_parameters() if "pixels" in name][-1]
+    gradients = []
+    for target in (None, mean):
+        loss = objective.negative_elbo(objective.module, samples, conditions, timesteps, noise, target).mean()
+        gradients.append(torch.autograd.grad(loss, bias)[0])
+    torch.testing.assert_close(*gradients, atol=0.01, rtol=0)
+
+
 def test_uniform_noise_is_taught_by_its_mean_under_the_frozen_target_alone():
     def surrogate_loss(source, target):
         objective = objective_for(tiny_diffusion())
@@ -362,7 +380,8 @@ def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypat
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(settings["classifier"])
     sizes = {"num_surrogate_images": 2, "num_replay_images": 2, "num_fisher_samples": 2, "fisher_timesteps": 1,
              "num_inference_steps": 2, "sample_batch_size": 2, "train_batch_size": 2, "max_train_steps": 2,
-             "num_eval_images": 2}  # fmt: skip
+             "num_eval_images": 2, "num_probe_images": settings.get("num_probe_images", 8),
+             "num_neighbour_images": 2}  # fmt: skip
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     main(["--config", str(file), *flags, "--output_dir", "erased", "--report_to", "none"])
     report = json.loads((tmp_path / "erased" / "report.json").read_text())

@@ -1,10 +1,13 @@
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from sa_diffusers.files import read_json, replacing_folder, write_json
+from sa_diffusers.files import new_folder, read_json, replacing_folder, write_json
 
 from .conftest import REPOSITORY
 
@@ -19,6 +22,20 @@ def test_entries_are_replaced_and_others_stay(tmp_path):
         (staging / "unet" / "new").write_text("new")
     assert sorted(path.name for path in folder.rglob("*")) == ["new", "other", "unet"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("mask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+@pytest.mark.parametrize("writing", [new_folder, replacing_folder])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, writing, mask, file_mode, folder_mode):
+    before = os.umask(mask)
+    try:
+        with writing(tmp_path / "out") as staging:
+            (staging / "unet").mkdir()
+            save_file({"a": torch.zeros(2)}, staging / "unet" / "weights.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "unet" / "weights.safetensors").stat().st_mode & 0o777 == file_mode
+    assert (tmp_path / "out" / "unet").stat().st_mode & 0o777 == folder_mode
 
 
 def test_an_error_leaves_the_old_files_and_nothing_else(tmp_path):

@@ -21,6 +21,7 @@ ORDER = [
     "identity",
     "seeds",
     "passes",
+    "quantization",
     "footprint",
     "processes",
     "messages",

@@ -40,8 +40,8 @@ OTHER = {
 NEED_FILES = {"pretrained_model_name_or_path", "revision", "variant", "cache_dir", "artifacts_dir", "output_dir",
               "fisher", "classifier", "reference_features", "drop_naming_prompts", "allow_tf32", "use_8bit_adam",
               "enable_xformers_memory_efficient_attention", "no_t5", "single_file_config"}  # fmt: skip
-# They mean something for an adapter alone: see tests/test_adapters.py.
-OF_ADAPTERS = {"lora_rank", "lora_format", "fisher_form"}
+# They mean something for adapters alone: see tests/test_adapters.py, test_fused.py and test_quantization.py.
+OF_ADAPTERS = {"lora_rank", "lora_format", "fisher_form", "fuse_adapters", "base_quantization"}
 
 
 def digests(settings: dict) -> dict[str, str]:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
@@ -108,6 +109,33 @@ def test_shards_that_are_missing_are_named(tmp_path):
     shards[-1].unlink()
     assert f"{shards[-1]} is missing" in find_broken_weights(tmp_path / "model")
     assert f"{shards[-1]} is missing" in refused(tmp_path / "model")
+
+
+def test_a_part_whose_files_lack_a_tensor_is_not_drawn_at_random(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"], tensors["conv_out.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    assert "unet lacks conv_in.bias and 1 more: download it again" in refused(folder)
+    pipeline = build_tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=1, target_modules=["conv_in"]))
+    pipeline.save_pretrained(folder)
+    assert "unet lacks conv_in.weight and 1 more: it was saved while adapters were loaded, and" in refused(folder)
+
+
+def test_attention_of_old_autoencoders_has_other_names_and_lacks_nothing(tmp_path):
+    pipeline, names = build_tiny_pipeline(), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    pipeline.vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), scaling_factor=1.0)
+    pipeline.save_pretrained(tmp_path)
+    file, renamed = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {}
+    for name, value in load_file(file).items():
+        for new, old in names.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    assert any(".query." in name for name in renamed)
+    save_file(renamed, file, {"format": "pt"})
+    loaded = load_pipeline(str(tmp_path)).vae.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in pipeline.vae.state_dict().items())
 
 
 def test_weights_of_one_variant_only_are_found_and_told_of(tmp_path):
@@ -386,7 +414,9 @@ def test_adapters_are_refused_until_they_are_fused_and_unloaded():
     pipeline = build_tiny_pipeline()
     adapter = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
     pipeline.unet.add_adapter(adapter)
-    with pytest.raises(ValueError, match=r"unet has LoRA adapters.*pipeline.fuse_lora\(\) and pipeline.unload_lora"):
+    with pytest.raises(
+        ValueError, match=r"unet has LoRA adapters.*with fuse_adapters.*pipeline.fuse_lora\(\) and pipeline.unload_lora"
+    ):
         objective_for(pipeline)
     pipeline.fuse_lora(components=["unet"])
     pipeline.unload_lora_weights()

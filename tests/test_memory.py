@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sa_diffusers import Erasure, SampleSet, SelectiveAmnesiaConfig, objective_for
 from sa_diffusers.families.digests import fingerprint_module
 from sa_diffusers.fisher import FisherInformation, fisher_identity
-from sa_diffusers.footprint import peak_bytes, without_values
+from sa_diffusers.footprint import fits_beside, free_on, peak_bytes, without_values
+from sa_diffusers.quantization import lighten_, quantizable, quantize_, quantized_bytes
 from sa_diffusers.training.memory import Memory, memory_plan, training_memory
 from sa_diffusers.training.training import Training
 
@@ -24,6 +25,12 @@ CASES = [
     {"gradient_checkpointing": True, "train_method": "xattn"},
     {"learning_rate": 1e-4, "train_method": "noxattn", "gradient_accumulation_steps": 4},
     {"weights_dtype": "bfloat16", "fisher_dtype": "bfloat16"},
+]
+ADAPTERS = [
+    {},
+    {"weights_dtype": "bfloat16"},
+    {"base_quantization": "int8"},
+    {"base_quantization": "fp8"},
 ]
 
 
@@ -77,14 +84,35 @@ def in_type(pipeline, weights_dtype):
 @pytest.mark.parametrize("settings", CASES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_training_takes_what_was_said(family, settings):
+    compare(family, config_of(**settings))
+
+
+# What differs between families is the same in each.
+@pytest.mark.parametrize("settings", ADAPTERS, ids=str)
+@pytest.mark.parametrize("name", ["stable diffusion", "FLUX"])
+def test_a_training_of_an_adapter_does_too(name, settings):
+    if "base_quantization" in settings:
+        pytest.importorskip("torchao")
+    compare(FAMILIES[name], config_of(adapter="lora", lora_rank=4, **settings))
+
+
+def compare(family, config):
     """Within a tenth, and three in bfloat16, where a CPU casts less than a GPU, which is what is counted."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = config_of(**settings)
     objective = objective_for(in_type(family.build(), config.weights_dtype), weights_dtype=config.weights_dtype)
-    told = training_memory(objective, config, prompt="brad pitt", on_cuda=False)
+    # Those of an adapter come while it is trained.
+    before = sum(value.numel() * value.element_size() for value in objective.module.parameters())
     parameters = objective.select(config.train_method)
+    shapes = {name: value.shape for name, value in parameters.items()}
+    if config.base_quantization:
+        layers = [objective.module.get_submodule(name) for name in quantizable(objective.module)]
+        before -= sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+        before += sum(quantized_bytes(config.base_quantization, *layer.weight.shape) for layer in layers)
+        quantize_(objective.module, config.base_quantization)
+        lighten_(objective.module)
+    told = training_memory(objective, config, prompt="brad pitt", on_cuda=False)
     fisher = FisherInformation(
-        {name: torch.ones_like(value, dtype=torch.float32) for name, value in parameters.items()},
+        {name: torch.ones(shape) for name, shape in shapes.items()},
         fisher_identity(objective, fingerprint_module(objective.module), config.train_method),
     )
     images = torch.rand(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -93,10 +121,11 @@ def test_a_training_takes_what_was_said(family, settings):
     def train(done):
         Training(objective, config, samples, samples, fisher, callbacks=[done]).train()
 
-    # They are there before it begins, Fisher information unless it is held in another type.
-    before = sum(value.numel() * value.element_size() for value in objective.module.parameters())
+    # It is there before it begins, unless it is held in another type.
     before += told.fisher if config.fisher_dtype == "float32" else 0
     took = measured(train)
+    # An estimate of the Fisher information, which is given here, comes before.
+    told = replace(told, estimating=0)
     assert (told.total - before) == pytest.approx(took, rel=0.1 if config.weights_dtype == "float32" else 0.3)
 
 
@@ -204,11 +233,26 @@ def test_a_model_that_cannot_be_counted_is_planned_all_the_same(roomless):
     assert "cannot be counted" in plan_of(config_of(), objective)
 
 
+def test_the_network_makes_room_for_text_encoders_that_find_none():
+    assert fits_beside(90, 100)
+    assert not fits_beside(91, 100)
+    assert free_on(torch.device("cpu")) is None
+    objective = objective_for(FAMILIES["SD3"].build())
+    told, values = objective.encode_prompts(["a dog"]), next(objective.module.parameters()).clone()
+    with objective.waiting(), objective.reading():
+        assert objective.device == torch.device("cpu")
+        again = objective.encode_prompts(["a dog"])
+    assert all(torch.equal(value, again[name]) for name, value in told.items())
+    assert torch.equal(next(objective.module.parameters()), values)
+
+
 def test_memory_adds_up():
     memory = Memory(1, 2, 3, 4, 5, 6, 70, 8, step=9, encoding=100, decoding=50)
     assert memory.kept == 21
-    # Text encoders come before training, beside the weights alone, unless images are sampled on the way.
-    assert memory.total == 101
+    # Text encoders come before training, unless images are sampled on the way, and the weights make room for them.
+    assert memory.total == 100
     assert replace(memory, encoding=0, decoding=0).total == 91
-    assert replace(memory, draws=True).total == 121
+    assert replace(memory, draws=True).total == 120
+    assert replace(memory, decoding=120).total == 121
+    assert replace(memory, estimating=130).total == 131
     assert memory.parts()["activations of 8 rows"] == 70

@@ -17,8 +17,14 @@ def kept_row(name, selection, weights):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def kept_adapter_row(name, held):
+    section = KEPT.partition(f"### An adapter of {PAGE['BASES'][name].name}\n")[2].partition("\n##")[0]
+    (line,) = [line for line in section.splitlines() if line.startswith(f"| {held} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_page_is_what_the_command_writes():
-    PAGE["text"].__globals__["row"] = kept_row
+    PAGE["text"].__globals__.update(row=kept_row, adapter_row=kept_adapter_row)
     assert PAGE["text"]() == KEPT
 
 
@@ -26,6 +32,10 @@ def test_the_page_is_what_the_command_writes():
 def test_a_model_counted_again_takes_what_stands_there(weights):
     found = PAGE["row"]("stable-diffusion-v1-4", "xattn", weights)
     assert found == kept_row("stable-diffusion-v1-4", "xattn", weights)
+
+
+def test_an_adapter_counted_again_takes_what_stands_there():
+    assert PAGE["adapter_row"]("stable-diffusion-v1-4", "nf4") == kept_adapter_row("stable-diffusion-v1-4", "nf4")
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,31 @@ def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
     assert balances[0] == 1 and balances == sorted(balances) and balances[-1] > 1
 
 
-def test_a_training_stops_when_both_wishes_hold_and_images_agree():
+def test_consolidation_eases_while_nothing_drifts_and_the_concept_is_still_there():
+    """Where EWC holds the concept too, no learning rate moves it (a digit of a VAE: 1,200 steps in place of 400)."""
+    loose, tight, given = (controlled(forget_target=1.0, max_train_steps=60, **settings) for settings in (
+        {"drift_tolerance": 900}, {"drift_tolerance": 1e-9}, {"drift_tolerance": 900, "ewc_weight": 7.0}))  # fmt: skip
+    for training in (loose, tight, given):
+        training.train()
+    controller = loose.controller
+    assert 1 / 8 <= controller.state.ease < 1
+    assert controller.ewc_weight == pytest.approx(controller.state.ease * controller.state.ewc_scale)
+    assert tight.controller.state.ease == 1
+    assert given.controller.ewc_weight == 7.0
+
+
+def test_what_is_left_to_forget_is_all_that_is_not_forgotten_while_images_show_it(tiny_objective):
+    controller = Controller(probes_for(tiny_objective), SelectiveAmnesiaConfig(forget_target=0.5), None, 100)
+    controller.state.readings = [{"forgotten": 0.45}, {"forgotten": 0.49}]
+    assert not controller._is_slow()
+    controller.state.checks = [{"step": 120, "showing": 15, "images": 20}]
+    assert controller._is_slow()
+    controller.state.checks[0]["showing"] = 0
+    assert not controller._is_slow()
+
+
+@pytest.mark.parametrize("target", ["frozen", "noise"])
+def test_a_training_stops_when_both_wishes_hold_and_images_agree(target):
     calls = []
 
     def check(turn):
@@ -230,7 +254,7 @@ def test_a_training_stops_when_both_wishes_hold_and_images_agree():
         # The first time images disagree.
         return (20 if len(calls) == 1 else 0), 20
 
-    training = controlled(forget_target=0.01, drift_tolerance=900, max_train_steps=400, check=check)
+    training = controlled(forget_target=0.01, drift_tolerance=900, max_train_steps=400, target=target, check=check)
     history = training.train()
     assert history[-1]["step"] < 400
     assert training.controller.verdict.done

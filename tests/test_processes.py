@@ -16,6 +16,7 @@ from sa_diffusers.environment import create_accelerator
 from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
 
 from .conftest import REPOSITORY, as_flags
+from .nursery import Nursery
 from .test_train_script import quick
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -30,12 +31,24 @@ def environment(folder) -> dict[str, str]:
             "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
 
 
+def torchrun(count: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+
+
+# What the command's processes are forked from where the launcher is not what is tried; it ends with this process.
+NURSERIES: list[Nursery] = []
+
+
 def launch(count: int, arguments, folder, launcher=None) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [sys.executable, *(launcher or torchrun if count > 1 else []), SCRIPT, *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
-    )  # fmt: skip
+    """The command in several processes, by a launcher if one is given."""
+    if launcher:
+        command = [sys.executable, *launcher, SCRIPT, *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
+        )  # fmt: skip
+    if not NURSERIES:
+        NURSERIES.append(Nursery(environment(folder)))
+    return NURSERIES[0].run(SCRIPT, arguments, folder, {"SA_DIFFUSERS_CACHE": str(folder / "cache")}, count)
 
 
 def update(folder, base) -> dict[str, torch.Tensor]:
@@ -53,12 +66,12 @@ def assert_same_update(first, second):
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, tmp_path_factory):
-    """The whole command alone, in two processes and in three, from start to report and card."""
+    """The whole command alone, in two processes and in three that a launcher starts, from start to report and card."""
     results = {}
     for count in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"processes-{count}")
         arguments = quick(tiny_folder, **STEPS, train_batch_size=6 // count, output_dir="out")
-        results[count] = (folder, launch(count, arguments, folder))
+        results[count] = (folder, launch(count, arguments, folder, torchrun(3) if count == 3 else None))
     return results
 
 
@@ -134,8 +147,8 @@ def stopped_after_a_checkpoint(command: list[str], folder) -> str:
 def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
     """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
     settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
-               *quick(tiny_folder, **settings, train_batch_size=3, checkpointing_steps=3)]  # fmt: skip
+    further = quick(tiny_folder, **settings, train_batch_size=3, checkpointing_steps=3)
+    command = [sys.executable, *torchrun(2), SCRIPT, *further]
     output = stopped_after_a_checkpoint(command, tmp_path)
     assert "The same command goes on from there" in output
     newest = max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "out").glob("checkpoint-*"))
@@ -200,8 +213,7 @@ def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folde
 
 
 def test_two_processes_go_on_from_a_checkpoint_as_if_nothing_had_been(probed, tiny_folder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
-               *probed_flags(tiny_folder, 2)]  # fmt: skip
+    command = [sys.executable, *torchrun(2), SCRIPT, *probed_flags(tiny_folder, 2)]
     output = stopped_after_a_checkpoint(command, tmp_path)
     assert "goes on after step" not in output
     result = launch(2, probed_flags(tiny_folder, 2), tmp_path)
@@ -243,7 +255,7 @@ def test_a_signal_that_reaches_one_process_alone_stops_all_in_the_search_for_the
     probed, tiny_folder, tmp_path
 ):
     (tmp_path / "one_is_stopped.py").write_text(ONE_IS_STOPPED)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "one_is_stopped.py"]
+    launcher = [*torchrun(2), "one_is_stopped.py"]
     result = subprocess.run([sys.executable, *launcher, *probed_flags(tiny_folder, 2)], cwd=tmp_path,
                             env=environment(tmp_path), capture_output=True, text=True, timeout=600)  # fmt: skip
     assert result.returncode != 0

@@ -160,6 +160,25 @@ def test_a_base_that_is_gone_is_named(world, tmp_path):
         load_pipeline(str(tmp_path / "trained"))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base_model": "trained"}, "holds no whole pipeline, only what was trained"),
+        ({"components": {}}, "does not say what the folder holds"),
+        ({"components": {"unet": "UNet2DConditionModel"}}, "does not say what the folder holds"),
+        ({"format_version": 99}, "is of format 99, and this version reads 1"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_one_sentence(world, tmp_path, monkeypatch, values, message):
+    """Not the base model in the erased one's place, and no search without an end."""
+    shutil.copytree(world / "trained", tmp_path / "trained")
+    file = tmp_path / "trained" / TRAINED_NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline("trained")
+
+
 def test_an_erasure_of_such_a_folder_names_the_base_of_that_one(world):
     result = erased(world, pretrained_model_name_or_path="trained", output_dir="twice", concept="dog")
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,7 @@
 """A handful of every attack of `benchmarks/torture.py`, and what they have found, each alone."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -57,6 +59,34 @@ def test_nothing_goes_wrong(attacks, attack):
     mine = [result for result in attacks if result["attack"] == attack]
     assert mine
     assert [result for result in mine if result["outcome"] in ("wrong", "traceback")] == []
+
+
+def test_attacks_that_have_ended_are_not_repeated(tmp_path, monkeypatch):
+    """What became of each is written as it ends; the same attacks go on where one was stopped."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    torture = importlib.import_module("torture")
+    lab = object.__new__(torture.Laboratory)
+    lab.seed, lab.jobs, lab.results, lab.only = 0, 2, tmp_path / "results.jsonl", "a|b|c"
+    lab.tell = lambda found: None
+
+    def attack(name, number):
+        with (tmp_path / name).open("a") as file:
+            file.write("attacked\n")
+        if name == "c" and not (tmp_path / "mended").exists():
+            raise ValueError("the attack's own fault")
+        return [torture.Result("kills", name, torture.SAME) for _ in range(number)]
+
+    cases = {name: partial(attack, name, number) for number, name in enumerate("abc", 1)}
+    with pytest.raises(SystemExit, match="an attack itself has failed"):
+        lab.run(cases)
+    (tmp_path / "mended").touch()
+    # What the machine did not write to its end counts as not attacked.
+    lab.results.write_text(lab.results.read_text() + '{"case": "seed 0: c", "att\n')
+    assert [result.what for result in lab.run(cases)] == ["a", "b", "b", "c", "c", "c"]
+    assert [(tmp_path / name).read_text().count("attacked") for name in "abc"] == [1, 1, 2]
+    lab.seed, lab.only = 1, "^b$"
+    assert [result.what for result in lab.run(cases)] == ["b", "b"]
+    assert [(tmp_path / name).read_text().count("attacked") for name in "abc"] == [1, 2, 2]
 
 
 def weights(folder):

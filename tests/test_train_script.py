@@ -19,6 +19,7 @@ from .hub_server import HubServer
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+SCRIPT = REPOSITORY / "examples" / "train_sa.py"
 QUICK = {
     "concept": "brad pitt",
     "surrogate": "a middle aged man",
@@ -35,11 +36,11 @@ QUICK = {
 }
 
 
-def run(arguments, folder, environment=None, launch=False, timeout=3600):
+def run(arguments, folder, environment=None, launch=False, timeout=3600, script=SCRIPT):
     """The command; in a process of its own where it is launched or needs an environment of its own."""
     if not launch and environment is None:
         return run_here(main, arguments, folder)
-    command = [*(LAUNCH if launch else [sys.executable]), str(REPOSITORY / "examples" / "train_sa.py"), *arguments]
+    command = [*(LAUNCH if launch else [sys.executable]), *map(str, (script, *arguments))]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(folder / "cache"), **(environment or {})}
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=timeout)
 
@@ -72,13 +73,29 @@ def load_without_the_package(folder: Path, prompt: str) -> str:
     return result.stdout.strip()
 
 
+# A model that nobody trained can be made to forget nothing, and ends at the limit of steps, wherever that is.
+WITH_FEWER_STEPS = """
+import inspect, runpy, sys
+from sa_diffusers.configuration import SelectiveAmnesiaConfig
+
+init, steps = SelectiveAmnesiaConfig.__init__, SelectiveAmnesiaConfig.__dataclass_fields__["max_train_steps"]
+names = list(inspect.signature(init).parameters)[1:]
+init.__defaults__ = tuple(200 if name == steps.name else value for name, value in zip(names, init.__defaults__))
+steps.default = 200
+script = sys.argv.pop(1)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
 def test_the_bare_command(tmp_path):
     """Nothing but concept and surrogate; the default base model comes from the Hub's cache, offline."""
     commit = lay_out_hub_cache(build_tiny_pipeline(safety_checker=True), tmp_path / "hub")
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub")}
     arguments = ["--concept", "Brad Pitt", "--surrogate", "a middle aged man"]
-    result = run(arguments, tmp_path, environment, launch=True)
+    (tmp_path / "fewer_steps.py").write_text(WITH_FEWER_STEPS)
+    result = run([SCRIPT, *arguments], tmp_path, environment, launch=True, script=tmp_path / "fewer_steps.py")
     assert result.returncode == 0, result.stderr
+    assert "train     at most 200 steps" in result.stdout
     output = tmp_path / "brad-pitt"
     assert load_without_the_package(output, "Brad Pitt") == "(16, 16)"
     assert (output / "before_after.png").is_file()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .conftest import BY_HAND, REPOSITORY, as_flags
+from .nursery import Nursery
 from .test_every_family import pictures
 from .test_train_script import LAUNCH
 from .tiny_families import FAMILIES
@@ -56,16 +56,27 @@ def lay_out(family, root: Path) -> Path:
     return snapshot
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_command_ends_in_a_pipeline_that_plain_diffusers_loads(name, tmp_path):
-    family = FAMILIES[name]
-    snapshot = lay_out(family, tmp_path / "hub")
-    command = [*LAUNCH, str(REPOSITORY / "examples" / "train_sa.py"), "--pretrained_model_name_or_path",
-               family.repository, "--concept", "Brad Pitt", "--surrogate", "a middle aged man",
-               *as_flags({**TINY, **family.settings})]  # fmt: skip
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def nursery(hub):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                   "HF_HUB_CACHE": str(tmp_path / "hub"), "SA_DIFFUSERS_CACHE": str(tmp_path / "cache")}  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+                   "HF_HUB_CACHE": str(hub)}  # fmt: skip
+    with Nursery(environment, LAUNCH, 900) as started:
+        yield started
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_ends_in_a_pipeline_that_plain_diffusers_loads(name, hub, nursery, tmp_path):
+    family = FAMILIES[name]
+    snapshot = lay_out(family, hub)
+    arguments = ["--pretrained_model_name_or_path", family.repository, "--concept", "Brad Pitt",
+                 "--surrogate", "a middle aged man", *as_flags({**TINY, **family.settings})]  # fmt: skip
+    script = REPOSITORY / "examples" / "train_sa.py"
+    result = nursery.run(script, arguments, tmp_path, {"SA_DIFFUSERS_CACHE": str(tmp_path / "cache")})
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     report = json.loads((tmp_path / "brad-pitt" / "report.json").read_text())

@@ -113,8 +113,14 @@ def next_commands(config: SelectiveAmnesiaConfig, folder: Path, has_classes: boo
     if config.save_components == "trained":
         load = f"sa_diffusers.load_pipeline({str(folder)!r})"
     if config.adapter:
+        from ..families.trained import loads_in_diffusers
+
         name = config.pretrained_model_name_or_path
-        load = f"DiffusionPipeline.from_pretrained({name!r}), then pipeline.load_lora_weights({str(folder)!r})"
+        call = f"DiffusionPipeline.from_pretrained({name!r})"
+        if not loads_in_diffusers(name):
+            lender = f", single_file_config={config.single_file_config!r}" if config.single_file_config else ""
+            call = f"sa_diffusers.load_pipeline({name!r}{lender})"
+        load = f"{call}, then pipeline.load_lora_weights({str(folder)!r})"
     lines = [
         f"load      {load}",
         f"evaluate  sa-diffusers evaluate --base {base} --erased {place} --protocol {protocol}{clip}",

@@ -62,6 +62,11 @@ class SelectiveAmnesiaConfig(
             )
         if self.adapter is None and self.fisher_form != "diagonal":
             raise ValueError(f"fisher_form={self.fisher_form} is for adapters: give adapter, or leave it out")
+        if self.adapter is None and self.base_quantization is not None:
+            raise ValueError(
+                f"base_quantization={self.base_quantization} is for adapters, since weights of few bits cannot be "
+                "trained themselves: give adapter, or leave it out"
+            )
         if self.scale_lr and self.learning_rate is None:
             raise ValueError("scale_lr multiplies a learning rate: give learning_rate, or leave scale_lr out")
         if self.use_8bit_adam and self.learning_rate is None:

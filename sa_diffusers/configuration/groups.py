@@ -25,6 +25,7 @@ Components = Literal["all", "trained"]
 FisherKind = Literal["gradient", "jacobian"]
 FisherForm = Literal["diagonal", "rows_by_columns"]
 Adapter = Literal["lora"]
+Quantization = Literal["nf4", "fp8", "int8"]
 AdapterFormat = Literal["diffusers", "kohya"]
 SAMPLERS = tuple(_SAMPLERS)
 LR_SCHEDULERS = get_args(Schedule)
@@ -117,6 +118,12 @@ class ModelSettings(Settings):
         "train a model that is distilled to few steps (Turbo, Lightning, schnell), which blurs what it draws in few",
         own=True,
     )
+    fuse_adapters: bool = flag(
+        False,
+        "fuse the adapters that the pipeline brings, active and as strong as they are, into its weights before "
+        "anything is made; else such a pipeline is refused",
+        own=True,
+    )
     train_method: str = flag(
         "full",
         "parameters to train: full, xattn (cross-attention only), noxattn (unconditional layers only), of transformers "
@@ -133,6 +140,11 @@ class ModelSettings(Settings):
         "diffusers",
         "kohya writes the adapter a second time, under the names that ComfyUI and AUTOMATIC1111 read (Stable "
         "Diffusion 1, 2 and SDXL)",
+    )
+    base_quantization: Quantization | None = flag(
+        None,
+        "hold the linear layers of the denoiser that an adapter is trained on in 4 bits (nf4, on CUDA) or 8, as they "
+        "are loaded; all is sampled and measured on what is left of them",
     )
     resolution: int | None = flag(
         None, "height and width of images in pixels (default: the model's own)", at_most=10_000, check=_multiple_of_8

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..families.names import TRAINED_NAME
 from ..files import read_json
 from ..hub import HUB_TIMEOUT_SECONDS
 from ..results import Report
-from ..results.schema import Ending
+from ..results.schema import FUSED, Ending
 
 
 def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -53,6 +54,17 @@ def recorded_ending(name_or_path: str, revision: str | None = None) -> Ending | 
     return Report.from_dict({"ending": values}, str(Path(name_or_path) / ENDING_NAME)).ending
 
 
+def fused_on_record(name_or_path: str, settings: Mapping[str, Any]) -> str | None:
+    """The adapters that were in the base model's weights when it was erased from, in words; None where nothing says so.
+
+    Args:
+        name_or_path: Folder or Hub name of the erased pipeline.
+        settings: Of its erasure.
+    """
+    report = Report.from_dict(_recorded(name_or_path, REPORT_NAME, None), str(Path(name_or_path) / REPORT_NAME))
+    return report.handed_in.get(FUSED) or ("by fuse_adapters" if settings.get("fuse_adapters") else None)
+
+
 def warn_of_another_base(base: str, base_module: str, erased: str, revision: str | None = None) -> None:
     """Warn where an erased pipeline was made from other weights than those that it is compared with.
 
@@ -62,13 +74,18 @@ def warn_of_another_base(base: str, base_module: str, erased: str, revision: str
         erased: Folder or Hub name of the erased pipeline.
         revision: Of the erased pipeline on the Hub.
     """
-    recorded = Report.from_dict(_recorded(erased, REPORT_NAME, revision), str(Path(erased) / REPORT_NAME)).base_module
-    if recorded is not None and recorded != base_module:
+    if is_of_other_weights(base_module, erased, revision):
         warnings.warn(
             f"{erased} was made from other weights than those of {base} (by their digests): what differs between the "
             "two is not the work of its erasure alone",
             stacklevel=2,
         )
+
+
+def is_of_other_weights(base_module: str, erased: str, revision: str | None = None) -> bool:
+    """Whether an erased pipeline says that it was made from another denoiser; see `warn_of_another_base`."""
+    recorded = Report.from_dict(_recorded(erased, REPORT_NAME, revision), str(Path(erased) / REPORT_NAME)).base_module
+    return recorded is not None and recorded != base_module
 
 
 def saved_alone(name_or_path: str, revision: str | None = None) -> list[str]:

@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft, logging
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ..files import write_bytes
 from ..messages import shown_error
-from ..weights import weights_fault
+from ..quantization import kind_of, shape_of
+from ..weights import ordered, weights_fault
 from .base import Objective
+from .names import ADAPTER_NAME
 
-ADAPTER_FILE = LORA_WEIGHT_NAME_SAFE
+ADAPTER_FILE = ADAPTER_NAME
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 _TIMEOUT_SECONDS = 10
 # What the adapter is called in a model: while it is trained, and where it is loaded.
@@ -66,7 +68,8 @@ def adapter_layers(module: nn.Module, selected: Collection[str]) -> AdapterLayer
         if isinstance(layer, _CONVOLUTIONS) and layer.groups != 1:
             grouped.append(name)
         else:
-            sizes[name] = len(layer.weight), layer.weight[0].numel()
+            shape = shape_of(layer.weight)
+            sizes[name] = shape[0], shape[1:].numel()
     if not sizes:
         raise ValueError(
             f"none of the {len(wanted)} selected parameters is the weight of a linear layer or of an ungrouped "
@@ -101,7 +104,7 @@ class LowRankAdapter:
 
     Attributes:
         layers: Name of a base weight -> the layer of peft that holds A and B.
-        parameters: Name in the module -> parameter: all of A and B.
+        parameters: Name in the module -> parameter: all of A and B, in float32 whatever the weights are held in.
     """
 
     def __init__(self, module: nn.Module, layers: Collection[str], rank: int, seed: int = 0) -> None:
@@ -114,6 +117,10 @@ class LowRankAdapter:
             f"{name}.weight": layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)
         }
         assert self.layers.keys() == {f"{name}.weight" for name in layers}
+        # Of weights in half precision too, where small updates would not add up.
+        for layer in self.layers.values():
+            for value in factors(layer):
+                value.data = value.data.float()
         own = {id(value) for layer in self.layers.values() for value in factors(layer)}
         self.parameters = {name: value for name, value in module.named_parameters() if id(value) in own}
 
@@ -174,7 +181,7 @@ def save_adapter(
         header = opened.metadata()
     told = {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for name, value in told.items()}  # fmt: skip
-    save_file(load_file(file), file, metadata={**header, **told})
+    file.write_bytes(ordered(save(load_file(file), metadata={**header, **told})))
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -236,8 +243,8 @@ def load_adapter(objective: Objective, file: Path) -> None:
     read_header(file)
     pipeline = objective.pipeline  # type: ignore[attr-defined]
     verbosity = logging.get_verbosity()
-    # That nothing in the file is for the text encoders is as it should be.
-    logging.set_verbosity_error()
+    # That nothing in the file is for the text encoders is as it should be; what fails is told below.
+    logging.set_verbosity(logging.CRITICAL)
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=LOADED)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -254,6 +261,13 @@ def load_adapter(objective: Objective, file: Path) -> None:
         unload_adapter(objective)
         other = sorted(loaded ^ named)[0]
         raise ValueError(f"{file} belongs to another base model: {other} is in one of the two only")
+    own = {name: value for name, value in objective.module.named_parameters() if ".lora_" in name}
+    # A header that speaks of more than the file holds leaves parameters without values.
+    broken = [name for name, value in own.items() if value.is_meta or not torch.isfinite(value).all()]
+    if broken or not own:
+        unload_adapter(objective)
+        what = f"{broken[0]} is not finite, or without values" if broken else "it holds no matrices"
+        raise ValueError(f"{file} is damaged ({what}): download it again, or train it again")
 
 
 def with_adapter(objective: Objective, file: Path) -> Objective:
@@ -265,7 +279,8 @@ def with_adapter(objective: Objective, file: Path) -> Objective:
 def unload_adapter(objective: Objective) -> None:
     """Take an adapter out again: the model has its own layers, bit by bit."""
     objective.pipeline.unload_lora_weights()  # type: ignore[attr-defined]
-    objective.module.requires_grad_(True)
+    for parameter in objective.module.parameters():
+        parameter.requires_grad_(kind_of(parameter) is None)
 
 
 def has_adapter(objective: Objective) -> bool:
@@ -294,9 +309,9 @@ def check_kohya(objective: Objective, layers: Mapping[str, tuple[int, int]], ran
     state = {}
     weights = dict(objective.module.named_parameters())
     for number, (name, (rows, _)) in enumerate(layers.items()):
-        weight = weights[f"{name}.weight"]
-        further = [1] * (weight.dim() - 2)
-        state[f"{name}.lora_A.weight"] = torch.full((rank, *weight.shape[1:]), float(number))
+        shape = shape_of(weights[f"{name}.weight"])
+        further = [1] * (len(shape) - 2)
+        state[f"{name}.lora_A.weight"] = torch.full((rank, *shape[1:]), float(number))
         state[f"{name}.lora_B.weight"] = torch.full((rows, rank, *further), number + 0.5)
     kohya_state(objective, state)
 
@@ -325,8 +340,13 @@ def kohya_state(objective: Objective, state: Mapping[str, torch.Tensor]) -> dict
     return made
 
 
-def export_kohya(objective: Objective, folder: Path) -> None:
+def export_kohya(objective: Objective, folder: Path, target: Path) -> None:
     """Write a folder's adapter a second time, under the names of kohya's scripts.
+
+    Args:
+        objective: The model that it is for.
+        folder: Where the adapter is.
+        target: The folder that it goes into.
 
     Raises:
         ValueError: As of `check_kohya`.
@@ -335,4 +355,5 @@ def export_kohya(objective: Objective, folder: Path) -> None:
     part = f"{objective.denoiser}."  # type: ignore[attr-defined]
     made = kohya_state(objective, {name.removeprefix(part): value for name, value in state.items()})
     told = {name: value for name, value in header.items() if name != LORA_ADAPTER_METADATA_KEY}
-    write_bytes(folder / KOHYA_FILE, save({name: value.contiguous() for name, value in made.items()}, told))
+    content = save({name: value.contiguous() for name, value in made.items()}, told)
+    write_bytes(target / KOHYA_FILE, ordered(content))

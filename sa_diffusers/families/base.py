@@ -332,10 +332,6 @@ class Objective(Family):
         """What probes compare: the prediction that sampling asks for. `predict`, unless sampling goes another way."""
         return self.predict(module, samples, conditions, timesteps, noise)
 
-    def answer_of_noise(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What a model whose samples are uniform noise answers, on average."""
-        return self.uniform_noise_target(samples, timesteps, noise)
-
     def negative_elbo(
         self,
         module: Denoiser,

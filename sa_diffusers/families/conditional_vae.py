@@ -119,7 +119,8 @@ class ConditionalVAEObjective(Objective):
         """Means of the pixels that codes of the prior decode to; the samples say nothing."""
         return module(None, noise=noise, **conditions)[0].sigmoid()
 
-    def answer_of_noise(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def uniform_noise_target(self, samples: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The mean of each pixel, whatever the code: a code that told of the noise is not to be learned."""
         return torch.full_like(samples, 0.5)
 
     def deviation(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from ..quantization import dequantized, kind_of
+
 _DIGESTED: ContextVar[dict[int, str] | None] = ContextVar("_DIGESTED", default=None)
 
 
@@ -43,6 +45,9 @@ def _digest(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if (kind := kind_of(tensor)) is not None:
+            digest.update(kind.encode())
+            tensor = dequantized(tensor)
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(raw.numpy()))
     return digest.hexdigest()

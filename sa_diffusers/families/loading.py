@@ -1,7 +1,7 @@
 """From a name or a folder to the pipeline in it."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.utils import logging
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 
 from ..files import Recorded, read_json
 from ..messages import near_paths, shown, shown_error
+from ..quantization import quantization_config
 from ..weights import find_broken_weights
 from .base import Family, Objective
 from .distilled import check_undistilled
@@ -30,7 +32,7 @@ from .single_file import (
     tensors_of,
 )
 from .trained import holds_trained, load_trained, read_trained
-from .weight_files import chosen_files, list_files, only_variant
+from .weight_files import chosen_files, lacking, list_files, only_variant
 
 
 def load_pipeline(
@@ -43,6 +45,7 @@ def load_pipeline(
     undistilled: bool = False,
     single_file_config: str | None = None,
     weights_dtype: str = "float32",
+    base_quantization: str | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline from a folder, the Hub, or, when the Hub does not answer, the Hub's local cache.
 
@@ -62,15 +65,18 @@ def load_pipeline(
         single_file_config: Folder or name on the Hub of a pipeline of a single file's kind, whose configurations,
             tokenizers and further parts it takes. Default: as diffusers tells by the file's tensors.
         weights_dtype: Precision of its weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        base_quantization: How the denoiser is quantised meanwhile (`"nf4"`, `"fp8"`, `"int8"`), where diffusers loads
+            it from a pipeline's own folder; what comes from a single file, or was trained alone, is not.
 
     Raises:
         ValueError: There is no such model, no leave to read it, it is of another kind, its parts do not fit each other,
-            its weights are missing or damaged, it has no T5 to leave out, it is distilled, or it is a pickle.
+            its weights are missing or damaged, it has no T5 to leave out, it is distilled, its denoiser is stored
+            quantised, or it is a pickle.
         ConnectionError: The Hub does not answer within seconds and the cache does not hold the model.
     """
     name_or_path = expanded(name_or_path)
     check_name(name_or_path)
-    asked = _Asked(variant, kinds, no_t5, undistilled, weights_dtype)
+    asked = _Asked(variant, kinds, no_t5, undistilled, weights_dtype, base_quantization)
     if is_single_file(name_or_path):
         tensors = tensors_of(name_or_path)
         source = expanded(single_file_config) if single_file_config else guessed_pipeline(name_or_path, tensors)
@@ -95,6 +101,7 @@ class _Asked:
     no_t5: bool
     undistilled: bool
     weights_dtype: str
+    quantization: str | None
     given: Mapping[str, Any] = field(default_factory=dict)
     file: str | None = None
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -103,6 +110,14 @@ class _Asked:
     def dtype(self) -> dict[str, torch.dtype]:
         """What loaders are told of the weights' precision."""
         return {"dtype": getattr(torch, self.weights_dtype)}
+
+    def quantized(self, family: type[Family] | None) -> dict[str, Any]:
+        """What the pipelines' loader is told of how the denoiser is quantised."""
+        part = getattr(family, "denoiser", None)
+        if self.quantization is None or part is None or part in self.given:
+            return {}
+        return {"quantization_config": PipelineQuantizationConfig(
+            quant_mapping={part: quantization_config(self.quantization, **self.dtype)})}  # fmt: skip
 
 
 def _load_from(name_or_path: str, revision: str | None, cache_dir: str | None, asked: _Asked) -> DiffusionPipeline:
@@ -133,6 +148,10 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
     place = {name: value for name, value in place.items() if value is not None}
     index = _index(name_or_path, place)
     if isinstance(index, Recorded):
+        if asked.given:
+            raise ValueError(
+                f"{_place(name_or_path)} holds no whole pipeline, only what was trained: give another base"
+            )
         return _load_over_base(name_or_path, index, place, asked)
     kind = _class_name(index)
     parts = {name: value for name, value in index.items()
@@ -162,6 +181,7 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
             return index if part is None else _settings(name_or_path, part, place)
 
         family.check_parts(_place(named), parts, read)
+        _check_stored(family, _place(named), parts, read)
         if asked.undistilled:
             names = [named, index.get("_name_or_path")]
             check_undistilled(family, _place(named), names, read)
@@ -179,20 +199,35 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
         if family and family.own_pipeline:
             if not Path(name_or_path).is_dir():
                 folder = snapshot_download(name_or_path, **place)
-            return _load_own(family, Path(folder), index, options)
-        # diffusers takes no word of the index for it that such a part is left out.
-        return DiffusionPipeline.from_pretrained(name_or_path, **options, **absent, **asked.given, **place)
+            pipeline = _load_own(family, Path(folder), index, options)
+        else:
+            # diffusers takes no word of the index for it that such a part is left out.
+            with _quietly(asked.quantization is not None):
+                pipeline = DiffusionPipeline.from_pretrained(
+                    name_or_path, **options, **absent, **asked.given, **place, **asked.quantized(family)
+                )
     except Exception as error:  # each library has kinds of its own for files that are missing or damaged
-        known = try_to_load_from_cache(
-            name_or_path, DiffusionPipeline.config_name, place.get("cache_dir"), place.get("revision")
-        ) if not Path(name_or_path).is_dir() else None  # fmt: skip
-        folder = str(Path(known).parent) if isinstance(known, str) else folder
+        folder = _on_disk(name_or_path, place)
         fault = find_broken_weights(folder) if Path(folder).is_dir() else None
         if fault is None and place.get("local_files_only"):
             raise _NotThere(f"is not whole in the local cache ({shown_error(error)})") from error
         raise ValueError(
             fault or f"{_place(name_or_path)} could not be loaded ({shown_error(error)}): download or save it again"
         ) from error
+    loaded = {part: value for part, value in pipeline.components.items() if part not in asked.given}
+    if fault := lacking(loaded, _on_disk(name_or_path, place), files, variant):
+        raise ValueError(fault)
+    return pipeline
+
+
+def _on_disk(name_or_path: str, place: Mapping[str, Any]) -> str:
+    """A pipeline's folder; that in the Hub's cache where it is named so."""
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    known = try_to_load_from_cache(
+        name_or_path, DiffusionPipeline.config_name, place.get("cache_dir"), place.get("revision")
+    )
+    return str(Path(known).parent) if isinstance(known, str) else name_or_path
 
 
 def _load_file(
@@ -244,6 +279,29 @@ def _load_over_base(name_or_path: str, record: Recorded, place: dict[str, Any], 
         ) from error
     pipeline.register_to_config(_name_or_path=name_or_path)
     return pipeline
+
+
+def _check_stored(family: type[Family], place: str, parts: Mapping[str, list], read: Any) -> None:
+    """Refuse a denoiser whose weights are stored quantised."""
+    part = getattr(family, "denoiser", None)
+    method = (read(part).get("quantization_config") or {}).get("quant_method") if part in parts else None
+    if method is not None:
+        raise ValueError(
+            f"{place}: its {part} is stored quantised ({shown(method)}), and this takes the weights themselves: give "
+            "the model in its own precision (base_quantization quantises it while it is loaded, for an adapter)"
+        )
+
+
+@contextlib.contextmanager
+def _quietly(asked: bool) -> Iterator[None]:
+    """Without what diffusers says of quantising, which is as it should be: int8 is not for bfloat16 alone."""
+    verbosity = logging.get_verbosity()
+    if asked:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _place(name_or_path: str) -> str:

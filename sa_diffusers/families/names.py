@@ -13,6 +13,8 @@ from ..weights import WEIGHT_SUFFIXES
 HUB_TIMEOUT_SECONDS = 10
 # What is in the folder of an erasure that holds what was trained alone, and says of which base model.
 TRAINED_NAME = "trained_components.json"
+# What is in the folder of an erasure that is an adapter.
+ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 _EXAMPLE = "CompVis/stable-diffusion-v1-4"
 _PATH_SIGNS = ("/", "./", "../", "~", ".\\", "..\\", "\\")
 
@@ -63,6 +65,11 @@ def check_name(name_or_path: str, setting: str = "pretrained_model_name_or_path"
             hint = f"; did you mean {inner[0]}?" if inner else ""
             if (path.parent / DiffusionPipeline.config_name).is_file():
                 hint = f"; did you mean {path.parent}?"
+            if (path / ADAPTER_NAME).is_file():
+                raise ValueError(
+                    f"{name} is a folder that holds an adapter: give the model that it was trained on, or fuse the two "
+                    "with `sa-diffusers merge` and give the folder that it writes"
+                )
             raise ValueError(
                 f"{name} is a folder without {DiffusionPipeline.config_name}: give the folder of a saved pipeline{hint}"
             )

@@ -8,7 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..messages import shown
+from ..quantization import kind_of
 from .base import Family, Objective
+from .fused import brings_adapters
 
 _FAMILIES: dict[str, type[Family]] = {}
 # A live view: families registered later are in it too.
@@ -102,12 +104,11 @@ def _check_modules(pipeline: DiffusionPipeline, weights_dtype: str) -> None:
     for name, module in pipeline.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
-        if getattr(module, "_hf_peft_config_loaded", False) or any(
-            hasattr(layer, "lora_A") for layer in module.modules()
-        ):
+        if brings_adapters(module):
             raise ValueError(
-                f"the pipeline's {name} has LoRA adapters loaded, which the saved pipeline would not hold: fuse and "
-                "unload them first, with pipeline.fuse_lora() and pipeline.unload_lora_weights()"
+                f"the pipeline's {name} has LoRA adapters loaded, which the saved pipeline would not hold: have them "
+                "fused into its weights, with fuse_adapters, or fuse and unload them first, with pipeline.fuse_lora() "
+                "and pipeline.unload_lora_weights()"
             )
         projection = getattr(module, "encoder_hid_proj", None)
         if projection is not None and module.config.get("encoder_hid_dim_type") == "ip_image_proj":
@@ -115,7 +116,7 @@ def _check_modules(pipeline: DiffusionPipeline, weights_dtype: str) -> None:
         if name == "safety_checker":
             continue
         # Layers that overflow stay float32 in any pipeline.
-        found = {str(value.dtype)[6:] for value in module.parameters()}
+        found = {str(value.dtype)[6:] for value in module.parameters() if kind_of(value) is None}
         types |= found
         if others := ", ".join(sorted(found - {"float32", weights_dtype})):
             raise ValueError(

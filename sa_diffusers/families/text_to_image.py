@@ -4,7 +4,6 @@ autoencoder, sampling by a pipeline of diffusers."""
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffusers.training_utils import offload_models
 from PIL import Image
 from torch import nn
 
+from ..footprint import bytes_of, fits_beside, free_on
 from ..messages import shown
 from .base import Conditions, SamplingSettings, TextEncoder, digest_of
 from .scheduled import ScheduledObjective
@@ -55,6 +55,8 @@ class TextToImageObjective(ScheduledObjective):
     unsampled: Mapping[str, Any] = {}
     samples_with: Sequence[str] = ()
     takes_mode = False
+    # The model's device while the denoiser rests elsewhere.
+    _place: torch.device | None = None
 
     def __init__(
         self,
@@ -107,8 +109,33 @@ class TextToImageObjective(ScheduledObjective):
         with offload_models(*parts, device=self.device):
             yield
 
-    def reading(self) -> AbstractContextManager[Any]:
-        return self.at_hand(*self._encoders())
+    @property
+    def device(self) -> torch.device:
+        return self._place or self.module.device
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Text encoders are on the model's device meanwhile; where they find no room, the denoiser waits on the CPU."""
+        encoders, free = self._encoders(), free_on(self.device)
+        needed = bytes_of(value for part in encoders for value in part.parameters() if value.device != self.device)
+        with contextlib.ExitStack() as stack:
+            if free is not None and not fits_beside(needed, free):
+                stack.enter_context(self.waiting())
+            stack.enter_context(self.at_hand(*encoders))
+            yield
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The denoiser rests on the CPU meanwhile; the model's device stays what it was."""
+        self._place = device = self.device
+        self.module.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            self.module.to(device)
+            self._place = None
 
     @contextlib.contextmanager
     def autoencoder(self) -> Iterator[Any]:

@@ -52,7 +52,25 @@ def read_trained(name_or_path: str, place: Mapping[str, Any]) -> Recorded | None
     whole = isinstance(values, dict) and isinstance(values.get("base_model"), str)
     if not whole or not all(isinstance(values.get(name), dict) for name in ("components", "pipeline")):
         raise ValueError(f"{file} does not say what it belongs to: download or save the folder again")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} is of format {shown(str(values.get('format_version')))}, and this version reads {FORMAT_VERSION}: "
+            "update sa_diffusers, or save the folder again"
+        )
+    # Without any of them it would be the base model that is taken for the erased one.
+    kinds = list(values["components"].values())
+    if not kinds or not all(isinstance(kind, list) and len(kind) == 2 for kind in kinds):
+        raise ValueError(f"{file} does not say what the folder holds: download or save the folder again")
     return Recorded(values)
+
+
+def loads_in_diffusers(name_or_path: str) -> bool:
+    """Whether plain diffusers loads a model by its name alone: no single file, and nothing that was trained alone."""
+    if Path(name_or_path).is_file() or name_or_path.lower().endswith(".safetensors"):
+        return False
+    with contextlib.suppress(ValueError):
+        return read_trained(name_or_path, {"local_files_only": True}) is None
+    return True
 
 
 def load_trained(name_or_path: str, record: Recorded, place: Mapping[str, Any], options: dict[str, Any]) -> dict:

@@ -2,12 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import safe_open
 
 from .names import HUB_TIMEOUT_SECONDS
 
@@ -53,6 +54,38 @@ def chosen_files(files: Sequence[str], part: str, variant: str | None) -> list[s
     """The weight files of a part that are loaded, and those that the index of its shards names."""
     weights = _weights_of(files, part)
     return weights.get(variant) or weights.get(None) or []
+
+
+def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], variant: str | None) -> str | None:
+    """What diffusers has drawn at random, because the files that it loaded a part from do not hold it; in a sentence.
+
+    Args:
+        parts: Of a pipeline, by name, as they were loaded.
+        folder: Where from.
+        files: As of `list_files`.
+        variant: Of its weights.
+    """
+    for part, module in parts.items():
+        chosen = [name for name in chosen_files(files, part, variant)
+                  if name.endswith(".safetensors") and (Path(folder) / name).is_file()]  # fmt: skip
+        if not isinstance(module, ModelMixin) or not chosen:
+            continue
+        held: dict[str, None] = {}
+        for name in chosen:
+            with safe_open(Path(folder) / name, "pt") as file:
+                held |= dict.fromkeys(file.keys())
+        # Attention of old autoencoders has other names in files.
+        module._fix_state_dict_keys_on_load(held)
+        if lost := [name for name in module.state_dict() if name not in held]:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            do = "download it again, or save it again"
+            if any(".base_layer." in name for name in held):
+                do = (
+                    "it was saved while adapters were loaded, and is no whole model. Load its pipeline anew where it "
+                    "came from, then pipeline.fuse_lora() and pipeline.unload_lora_weights(), and save that"
+                )
+            return f"{Path(folder) / part} lacks {lost[0]}{more}: {do}"
+    return None
 
 
 def only_variant(place: str, parts: Iterable[str], files: Sequence[str]) -> str | None:

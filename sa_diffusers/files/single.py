@@ -58,7 +58,11 @@ def permissions(widest: int) -> int:
 
 
 def flush_tree(folder: Path) -> None:
+    """Flush a folder's files to the disk, and let others read them as far as the user's umask does."""
     for path in folder.rglob("*"):
+        if not path.is_symlink():
+            # safetensors leaves its files to their owner alone.
+            path.chmod(permissions(0o777 if path.is_dir() else 0o666))
         flush_to_disk(path)
     flush_to_disk(folder)
 

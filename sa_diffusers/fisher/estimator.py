@@ -30,6 +30,7 @@ from ..moved import renamed
 from ..parameter_selection import evaluating, only_trainable
 from ..passes import Passes, counted, over_processes
 from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
+from ..quantization import differentiable, kind_of, shape_of
 from ..seeds import first_seed, generator_of
 from .information import FisherInformation
 
@@ -104,6 +105,7 @@ class FisherEstimator:
         self.objective = objective
         self._train_method = selection if isinstance(selection, str) else None
         self.parameters = objective.select(selection) if isinstance(selection, str) else dict(selection)
+        self._inputs: dict[str, torch.Tensor] = self.parameters
         self.timesteps = total if timesteps is None else timesteps
         self.batch_size = batch_size
         self.seed = seed
@@ -139,7 +141,7 @@ class FisherEstimator:
         if isinstance(samples, SampleSet) and not len(samples):
             raise ValueError("Fisher information needs at least one sample")
         module, device = self.objective.module, self.objective.device
-        values = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
+        values = {name: torch.zeros(shape_of(p), device=p.device) for name, p in self.parameters.items()}
         with evaluating(module, *self._others):
             samples = self._sample_set(taken("samples", samples), settings)
             recorded = dict(identity or {})
@@ -147,7 +149,8 @@ class FisherEstimator:
                 with digested_once():
                     own = fisher_identity(self.objective, fingerprint_module(module), self._train_method)
                 recorded = {**({"base_model": self._name} if self._name else {}), **own, **recorded}
-            with only_trainable(module, self.parameters):
+            plain = [name for name, value in self.parameters.items() if kind_of(value) is None]
+            with only_trainable(module, plain), differentiable(module, self.parameters) as self._inputs:
                 passes = self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
         for name in values:
             values[name] = self.accelerator.reduce(values[name], reduction="sum") / len(samples)
@@ -158,7 +161,9 @@ class FisherEstimator:
             "num_samples": len(samples),
             "seed": self.seed,
             "precision": precision_in_use(self.accelerator),
-            "weights_dtype": ", ".join(sorted({str(value.dtype)[6:] for value in self.parameters.values()})),
+            "weights_dtype": ", ".join(
+                sorted({kind_of(value) or str(value.dtype)[6:] for value in self.parameters.values()})
+            ),
             "samples": samples.fingerprint,
             "sample_origin": samples.origin,
         }
@@ -251,7 +256,7 @@ class FisherEstimator:
         signs = {index: generator_of("fisher signs", self.seed, index) for index in group}
         timesteps = torch.cat([objective.path.strata(self.timesteps, generators[index]) for index in group])
         rows = torch.arange(group.start, group.stop).repeat_interleave(self.timesteps)
-        total = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters.values()]
+        total = [torch.zeros(shape_of(p), device=p.device) for p in self.parameters.values()]
         for part, places in zip(timesteps.split(self.batch_size), rows.split(self.batch_size), strict=True):
             given = samples.samples[places].to(device)
             drawn_from = [generators[index] for index in places.tolist()]
@@ -259,7 +264,7 @@ class FisherEstimator:
             own = index_conditions(conditions, (places - group.start).to(device))
             with self.accelerator.autocast():
                 loss = self._scalar(given, own, part.to(device), noise, [signs[index] for index in places.tolist()])
-            gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            gradients = torch.autograd.grad(loss, list(self._inputs.values()), allow_unused=True)
             for accumulated, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     accumulated += gradient.float()

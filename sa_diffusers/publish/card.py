@@ -12,6 +12,7 @@ from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
 from ..families.adapters import ADAPTER_FILE, LOADED
 from ..families.base import Family
 from ..families.single_file import SUFFIX
+from ..families.trained import loads_in_diffusers
 from ..files import finish_interrupted, write_text
 from ..hub import (
     CARD_MARKER,
@@ -30,7 +31,7 @@ from ..report.conclusions import verdict_notes
 from ..report.cost import cost_sentence, cost_table
 from ..report.document import Table, render
 from ..report.provenance import not_repeatable, path_settings
-from ..results.figures import significant
+from ..results.figures import percent, significant
 from ..results.verdict import decide
 from .facts import Facts, read_facts
 from .metadata import eval_results
@@ -45,8 +46,8 @@ _SURROGATE_KINDS: dict[str | None, str] = {
 }
 _TAGS = ["selective-amnesia", "concept-erasure", "machine-unlearning"]
 _SHOWN_SETTINGS = (
-    "train_method", "adapter", "lora_rank", "target", "naive", "max_train_steps", "train_batch_size",
-    "gradient_accumulation_steps",
+    "fuse_adapters", "train_method", "adapter", "lora_rank", "base_quantization", "target", "naive", "max_train_steps",
+    "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_decay", "ewc_weight",
     "replay_weight", "num_surrogate_images", "num_replay_images", "replay_prompts", "replay_unconditional_share",
     "condition_dropout", "snr_gamma", "noise_offset", "concept_templates", "sampler", "num_inference_steps",
@@ -135,6 +136,15 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
     return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)))
 
 
+def _share(told: str | None) -> str | None:
+    """A share as a header has it, in per cent; None where it has none."""
+    try:
+        share = float(told or "")
+    except ValueError:
+        return None
+    return f"{percent(share)} %" if 0 <= share <= 1 else None
+
+
 class _Card:
     """What the template shows: texts that are Markdown already, tables that are not yet."""
 
@@ -145,8 +155,12 @@ class _Card:
         self.history_name = HISTORY_NAME
         self.pipeline_class = markdown_code(facts.pipeline_class)
         self.concepts = [quoted(concept) for concept in facts.concepts]
+        self.fused = facts.fused and _md(facts.fused)
         self.naive = bool(facts.settings["naive"])
-        self.rank = facts.adapter is not None and facts.settings["lora_rank"]
+        self.rank = (facts.adapter is not None or facts.settings["adapter"]) and facts.settings["lora_rank"]
+        # Of an adapter that was extracted from trained weights, how much of their change is in it.
+        self.share = _share((facts.adapter or {}).get("share_of_update"))
+        self.is_merged = facts.adapter is None and bool(facts.settings["adapter"])
 
     @property
     def title(self) -> str:
@@ -207,6 +221,17 @@ class _Card:
     def limits(self) -> list[str]:
         reports = self.facts.reports.values()
         lines = [_SWITCHED_OFF] if self.facts.adapter is not None else []
+        if self.fused and self.facts.adapter is not None:
+            lines.append(
+                f"It belongs on top of {self.base} with the adapters that were fused into it ({self.fused}). All "
+                "figures here are of the two together; on the published model alone it was not measured."
+            )
+        held = self.facts.settings["base_quantization"]
+        if self.facts.adapter is not None and held:
+            lines.append(
+                "It was trained, and its figures were measured, on the base model with its linear layers quantised to "
+                f"{held}: on the base model in its own precision they may be others."
+            )
         lines += [line for report in reports for line in (*leaks(report), *damage(report))]
         if not self.facts.rows:
             lines.append("Nothing has been measured in this folder: how far the model forgets is not known.")
@@ -266,13 +291,26 @@ class _Card:
 
     def _adapter_snippet(self, name: str) -> str:
         facts = self.facts
-        base = facts.base or "BASE_MODEL"
-        options = f", revision={json.dumps(facts.settings['revision'])}" if facts.settings["revision"] else ""
-        if facts.settings["no_t5"] and facts.family:
-            options += "".join(f", {part}=None" for part in facts.family.optional_parts)
+        base, settings, adapter = facts.base or "BASE_MODEL", facts.settings, facts.adapter or {}
+        loader, call = "import torch\nfrom diffusers import DiffusionPipeline", "DiffusionPipeline.from_pretrained"
+        dtype = settings["weights_dtype"] or "float32"
+        told = {"revision": settings["revision"] or facts.report.base_revision,
+                "variant": settings["variant"] or adapter.get("base_variant")}  # fmt: skip
+        options = "".join(f", {option}={json.dumps(value)}" for option, value in told.items() if value)
+        absent = facts.family.optional_parts if settings["no_t5"] and facts.family else ()
+        if facts.base and not loads_in_diffusers(facts.base):
+            loader, call = "from sa_diffusers import load_pipeline", "load_pipeline"
+            options += ", no_t5=True" if absent else ""
+            options += f', weights_dtype="{dtype}"' if dtype != "float32" else ""
+            if lender := settings["single_file_config"]:
+                options += f", single_file_config={json.dumps(shown_name(lender))}"
+        else:
+            # As it was evaluated; of the parts' files some may be in half precision, and others not.
+            options += f", dtype=torch.{dtype}" + "".join(f", {part}=None" for part in absent)
+        first = [f"# First load what was fused into it: {' '.join(facts.fused.split())}"] if facts.fused else []
         return "\n".join([
-            "from diffusers import DiffusionPipeline", "",
-            f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(shown_name(base))}{options})",
+            loader, "",
+            f"pipeline = {call}({json.dumps(shown_name(base))}{options})", *first,
             f'pipeline.load_lora_weights({name}, weight_name="{ADAPTER_FILE}", adapter_name="{LOADED}")',
             f'pipeline.set_adapters("{LOADED}", 1.0)  # 0 is the base model, what lies between is between',
             (facts.family or Family).card_snippet(self.condition),
@@ -295,7 +333,7 @@ class _Card:
             return None
         places = path_settings()
         values = {name: self.facts.settings[name] for name in _SHOWN_SETTINGS
-                  if name != "lora_rank" or self.facts.adapter is not None}  # fmt: skip
+                  if name != "lora_rank" or self.rank}  # fmt: skip
         lines = [[f"`{name}`", setting_text(shown_name(value) if name in places and isinstance(value, str) else value)]
                  for name, value in values.items() if value not in (None, []) and value is not False]  # fmt: skip
         return Table("", ["setting", "value"], lines, frozenset({0, 1}))
@@ -351,6 +389,10 @@ class _Card:
         if self.facts.settings and not self.not_repeatable:
             script = self.own_script or f"examples/{self.facts.family.script}"
             commands.append(f"accelerate launch {script} --config {CONFIG_NAME} --no-push_to_hub --output_dir again")
+            if self.share is not None:
+                commands.append(f"sa-diffusers extract again --output_dir again-extracted --lora_rank {self.rank}")
+            if self.is_merged:
+                commands.append("sa-diffusers merge again --output_dir again-merged")
         for title, report in self.facts.reports.items():
             if title and report.command:
                 command = requoted(command_words(report.command))

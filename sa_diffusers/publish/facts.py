@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import CONFIG_NAME, ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
-from ..families.adapters import ADAPTER_FILE, read_header
+from ..families.adapters import ADAPTER_FILE, header_list, read_header
 from ..families.base import Family
 from ..families.registry import family_of
 from ..families.trained import read_trained
 from ..files import Recorded, read_json
 from ..hub import evaluation_reports, shown_name
-from ..results.schema import Ending, ErasedPair, Report, Row
+from ..results.schema import FUSED, Ending, ErasedPair, Report, Row
 
 INDEX_NAME = "model_index.json"
 
@@ -61,6 +61,13 @@ class Facts:
         if not self.base or shown_name(self.base) != self.base or self.report.base_is_folder:
             return False
         return re.fullmatch(r"[\w.-]+/[\w.-]+", self.base, re.ASCII) is not None
+
+    @property
+    def fused(self) -> str | None:
+        """The adapters that were fused into the base model before it was trained, in words; None where there were
+        none, as far as it is known."""
+        told = ", ".join(header_list(self.adapter or {}, "fused_adapters")) or self.report.handed_in.get(FUSED)
+        return told or ("which ones, this folder does not say" if self.settings["fuse_adapters"] else None)
 
     @property
     def pipeline_class(self) -> str:

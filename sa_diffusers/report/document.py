@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,7 +194,13 @@ def render(template: str, longest_cell: int | None = None, **values: Any) -> str
         longest_cell: In Markdown, longer cells of tables are cut.
         values: What it shows.
     """
-    is_page = template.endswith(".html")
+    environment = _environment(template.endswith(".html"), longest_cell)
+    return environment.get_template(template).render(**values)
+
+
+@cache
+def _environment(is_page: bool, longest_cell: int | None) -> Environment:
+    """Templates are compiled once for each."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=is_page,
@@ -207,7 +214,7 @@ def render(template: str, longest_cell: int | None = None, **values: Any) -> str
     environment.filters |= {"data_uri": data_uri, "md": lambda value: markdown_text(value, None),
                             "cell": lambda value: markdown_text(value, longest_cell),
                             "code": markdown_code, "fence": markdown_fence, "visible": visible}  # fmt: skip
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def data_uri(picture: Image.Image) -> str:

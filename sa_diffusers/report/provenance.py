@@ -18,7 +18,7 @@ _LABELS = 60
 # Facts of a report that stand in a table of their own.
 _FACTS = (
     "base_revision", "base_module", "variant", "erased_revision", "erased_module", "real_images", "i2p", "models",
-    "prediction_type", "mixed_precision", "weights_dtype", "device", "identity",
+    "prediction_type", "mixed_precision", "weights_dtype", "base_quantization", "device", "identity",
 )  # fmt: skip
 
 

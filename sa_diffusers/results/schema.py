@@ -28,11 +28,14 @@ from .parts import (
 
 SCHEMA_VERSION = 3
 # The sampler of a model that has none.
+# Among what was handed in: adapters that were in the base model's weights.
+FUSED = "adapters fused into the base model"
 DECODER = "decoder"
 __all__ = [
     "AFTER",
     "BEFORE",
     "DECODER",
+    "FUSED",
     "ROLES",
     "SCHEMA_VERSION",
     "TIMES",
@@ -324,6 +327,7 @@ class Report(Results):
     prediction_type: str | None = absent()
     mixed_precision: str | None = absent()
     weights_dtype: str | None = absent()
+    base_quantization: str | None = absent()
     device: str | None = absent()
     identity: str | None = absent()
     handed_in: dict[str, str] = absent(factory=dict)

@@ -229,6 +229,7 @@ class ReportStage(Stage):
             "blur": subject.blur,
             "mixed_precision": str(subject.accelerator.mixed_precision),
             "weights_dtype": subject.config.weights_dtype,
+            "base_quantization": subject.config.base_quantization,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "seconds": subject.seconds,
             "cost": self._cost(),

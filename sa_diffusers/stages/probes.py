@@ -253,5 +253,5 @@ def _knows_noise(objective: Objective, samples: torch.Tensor) -> bool:
     samples = samples.to(objective.device)
     noise = objective.draw_noise(samples, torch.Generator().manual_seed(0))
     timesteps = torch.full((len(samples),), objective.num_train_timesteps // 2, device=samples.device)
-    answers = [of(samples, timesteps, noise).float() for of in (objective.answer_of_noise, objective.target)]
+    answers = [of(samples, timesteps, noise).float() for of in (objective.uniform_noise_target, objective.target)]
     return not torch.equal(*answers)

@@ -25,18 +25,20 @@ from ..evaluation.groups import default_held_out
 from ..evaluation.measures.clip import Clip, ZeroShotClassifier, local_clip
 from ..evaluation.neighbours import near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
-from ..families.adapters import AdapterLayers
+from ..families.adapters import AdapterLayers, check_takes_adapters
 from ..families.digests import digested_once, fingerprint_module
 from ..families.distilled import check_given
+from ..families.fused import fuse_adapters, fused_adapters
 from ..families.names import resolved_revision
 from ..families.trained import check_apart
 from ..messages import shown_error
 from ..passes import Passes, counted
+from ..quantization import check_quantized, lighten_, quantization_of, quantize_
 from ..training.settings import adapted_layers, sampling_settings
 
 # What every sample depends on, and every figure: the model, and how it is sampled.
 MODEL = ("pretrained_model_name_or_path", "revision", "variant", "prediction_type", "mixed_precision", "allow_tf32",
-         "no_t5", "weights_dtype")  # fmt: skip
+         "no_t5", "weights_dtype", "base_quantization")  # fmt: skip
 SAMPLING = ("concept", "seed", "sampler", "num_inference_steps", "guidance_scale", "resolution")
 
 
@@ -62,6 +64,7 @@ class Subject:
         blur: Whether pictures are blurred.
         layers: Those of the selection that take an adapter, where one is trained in place of the weights.
         names: What the classifier knows, to be remembered beside the default prompts; see `replay_prompts`.
+        fused: Adapters that are in the base model's weights, in words, as far as they are known.
         handed_in: What a caller gave in place of what would be made, in words.
         seconds: Title of a stage and how long it took.
         passes: Title of a stage and what it took of the network in this process.
@@ -85,6 +88,7 @@ class Subject:
     blur: bool
     layers: AdapterLayers | None = None
     names: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
     handed_in: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, Passes] = field(default_factory=dict)
@@ -189,10 +193,13 @@ def prepare(
         place = (config.pretrained_model_name_or_path, config.revision)
         pipeline = load_pipeline(
             *place, config.variant, config.cache_dir, known, config.no_t5, not config.train_distilled,
-            config.single_file_config, config.weights_dtype,
+            config.single_file_config, config.weights_dtype, config.base_quantization,
         )  # fmt: skip
         revision = resolved_revision(*place, config.cache_dir)
+    # Before anything is told by its digest: what is in the weights is the base model.
+    fused = fuse_adapters(pipeline) if config.fuse_adapters else fused_adapters(pipeline)
     objective = built(config, build_objective, pipeline)
+    _quantize(objective, config.base_quantization)
     if alone:
         check_apart(config.pretrained_model_name_or_path, given is not None, objective)
     if given is not None:
@@ -219,7 +226,7 @@ def prepare(
         base, module = objective.fingerprint(), fingerprint_module(objective.module)
     generator = SampleGenerator(objective, config.resolved_artifacts_dir, accelerator, base, blur)
     subject = Subject(config, accelerator, objective, pipeline, revision, objective.labels, pairs, prompts, templates,
-                      classifier, base, module, parameters, generator, blur, layers, names)  # fmt: skip
+                      classifier, base, module, parameters, generator, blur, layers, names, fused)  # fmt: skip
     for settings in (subject.settings, subject.surrogate_settings, subject.replay_settings):
         objective.check_sampling(settings, getattr(pipeline, "scheduler", None))
     return subject
@@ -237,6 +244,16 @@ def built(
     """
     half = {} if config.weights_dtype == "float32" else {"weights_dtype": config.weights_dtype}
     return build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset, **half)
+
+
+def _quantize(objective: Objective, kind: str | None) -> None:
+    """See to it that a denoiser is quantised as the setting says: while it was loaded, or now."""
+    if kind is not None:
+        check_takes_adapters(objective)
+        if quantization_of(objective.module) is None:
+            quantize_(objective.module, kind)
+    check_quantized(objective.module, kind)
+    lighten_(objective.module)
 
 
 def check_artifacts_dir(config: SelectiveAmnesiaConfig) -> None:

@@ -115,7 +115,7 @@ class TrainingStage(Stage):
         """The settings that the trained weights depend on, known before the model is loaded."""
         # The precision is that in use, and the batch that of all processes together.
         left_out = {"mixed_precision", "allow_tf32", "train_batch_size", "gradient_accumulation_steps", "scale_lr",
-                    "classifier", *ADAPTER_SETTINGS}  # fmt: skip
+                    "classifier", "base_quantization", *ADAPTER_SETTINGS}  # fmt: skip
         own = {name: getattr(config, name) for name in sorted(cls.depends_on - left_out)}
         base = Path(config.pretrained_model_name_or_path)
         if base.exists():
@@ -255,6 +255,7 @@ class TrainingStage(Stage):
             subject.objective, subject.config, surrogates, self._replayed(surrogates, replay), fisher, accelerator,
             self.output.path, self._identity, subject.blur, self.callbacks, *(measured or ()),
         )  # fmt: skip
+        training.fused = subject.fused
         training.validation_dir = self.output.validation_folder(self._identity, self.starts_over)
         try:
             with finishing():

@@ -23,14 +23,14 @@ _NEXT_LOOK = 1.5
 # The share of them that may show the concept, none of 20, in so many looks in a row.
 _SHOWING = 0.02
 _LOOKS = 2
-# What protects may be weighed so many times heavier, or lighter, than at first.
+# What protects may be weighed so many times heavier than at first, and EWC so many times lighter.
 _HEAVIEST = 8.0
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
 _BALANCE_STEPS = 50
 # Steps in a row at the heaviest weight in which drift does not become less, until the wishes are given up.
 _PATIENCE = 300
 _LESS = 0.95
-# As many at the highest learning rate in which no more than so much is forgotten.
+# As many at the highest learning rate in which no more is forgotten than so much of what is left.
 _GAIN = 0.05
 _FEWEST_BETWEEN = 10
 # What is left to forget is to be forgotten in so many steps, or the learning rate rises.
@@ -78,7 +78,8 @@ class Control:
     Attributes:
         calibrated: Loss that a unit of the penalty stands for, as it was first measured; None before.
         ewc_scale: The same, as it was measured last.
-        balance: What replay and EWC are multiplied by.
+        balance: What replay and EWC are multiplied by, from 1 on.
+        ease: What EWC is multiplied by besides, up to 1: less while nothing drifts and the concept is not forgotten.
         passes: Readings in a row for which both wishes held.
         target: Of forgetting; it rises when images disagree with the probes.
         look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
@@ -99,6 +100,7 @@ class Control:
     calibrated: float | None = None
     ewc_scale: float = 0.0
     balance: float = 1.0
+    ease: float = 1.0
     passes: int = 0
     target: float = 0.0
     look: int = 0
@@ -162,7 +164,8 @@ class Controller:
     @property
     def ewc_weight(self) -> float:
         fixed = self.config.ewc_weight
-        return self.state.balance * self.config.ewc * self.state.ewc_scale if fixed is None else fixed
+        state = self.state
+        return state.balance * state.ease * self.config.ewc * state.ewc_scale if fixed is None else fixed
 
     def begin(self, teacher: Denoiser) -> None:
         """Predict with the frozen model.
@@ -294,23 +297,34 @@ class Controller:
             state.at_bound += self.every
 
     def _hurry(self, excess: float) -> None:
-        """The learning rate: up while the concept is forgotten too slowly and nothing drifts, down where it does."""
-        state = self.state
-        if self.config.learning_rate is not None:
-            return
+        """The learning rate: up while the concept is forgotten too slowly and nothing drifts, down where it does.
+
+        EWC goes the other way: where it holds the concept too, no learning rate moves it.
+        """
+        state, factor = self.state, 2 ** min(self.every / _BALANCE_STEPS, 1.0)
         if excess > _FAR:
             state.pace = max(state.pace / min(excess / _FAR, 2.0), 1 / _FASTEST)
-        elif excess < _NEAR and len(state.readings) > 1:
-            before, now = state.readings[-2:]
-            left = state.target - now["forgotten"]
-            is_slow = (now["forgotten"] - before["forgotten"]) * _WISHED_STEPS < left * self.every
-            if left > 0 and is_slow:
-                state.pace = min(state.pace * 2 ** min(self.every / _BALANCE_STEPS, 1.0), _FASTEST)
+        elif excess < _NEAR and self._is_slow():
+            state.pace = min(state.pace * factor, _FASTEST)
+            state.ease = max(state.ease / factor, 1 / _HEAVIEST)
+        if excess > 1:
+            state.ease = min(state.ease * factor, 1.0)
+
+    def _is_slow(self) -> bool:
+        """Whether what is left to forget will take more steps than is wished."""
+        state = self.state
+        if len(state.readings) < 2:
+            return False
+        before, now = (reading["forgotten"] for reading in state.readings[-2:])
+        # Where images still show the concept, the target is known to be too low.
+        shows = bool(state.checks) and _still_shows(state.checks[-1])
+        left = (1.0 if shows else state.target) - now
+        return left > 0 and (now - before) * _WISHED_STEPS < left * self.every
 
     def _wait(self, forgotten: float) -> None:
         """Count the steps in which nothing more is forgotten, though the learning rate is as high as it may be."""
         state = self.state
-        is_more = state.most is None or forgotten > state.most + _GAIN
+        is_more = state.most is None or 1 - forgotten < (1 - _GAIN) * (1 - state.most)
         if is_more or state.pace < _FASTEST or self.config.learning_rate is not None:
             state.most, state.stalled = max(forgotten, forgotten if state.most is None else state.most), 0
         else:

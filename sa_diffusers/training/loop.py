@@ -21,6 +21,7 @@ from ..families.base import Denoiser, Objective
 from ..fisher import FisherInformation
 from ..identity import Identity
 from ..processes import Interrupted, Pace, shrinking, stop_requested, wait_until
+from ..quantization import leave_to_each_process
 from ..results.schema import DONE, GIVEN_UP, LIMIT, Ending
 from ..seeds import seed_of
 from .batches import BatchPolicy
@@ -107,6 +108,7 @@ class Loop:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
+        leave_to_each_process(module)
         self.wrapped, self.optimizer = self.accelerator.prepare(module, self.optimizer)
         # Preparing may have put other tensors in place of the parameters.
         prepared = dict(module.named_parameters())

@@ -12,15 +12,17 @@ from torch import nn
 
 from ..configuration import SelectiveAmnesiaConfig
 from ..families import modules_of
-from ..families.adapters import adapter_layers
+from ..families.adapters import LowRankAdapter, adapter_layers
 from ..families.base import Conditions, Objective
-from ..footprint import as_in_autocast, bytes_of, checkpointing, peak_bytes, values_between, without_values
+from ..footprint import as_in_autocast, bytes_of, checkpointing, fits_beside, peak_bytes, values_between, without_values
+from ..quantization import quantizable, quantized_bytes
 
 _FLOAT = 4
 # Bytes that an optimiser keeps of each parameter: Prodigy two moments, the start and a sum; AdamW its moments.
 _PRODIGY, _ADAMW = 16, 8
 # Two moments of a byte each, and a scale of four for each block of 256; small tensors have AdamW's own.
 _8BIT, _SMALL = 2 + 2 * 4 / 256, 4096
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Memory:
             counted.
         rows: Rows of that pass.
         step: What the optimiser's step takes meanwhile.
+        estimating: What estimating Fisher information takes beside the weights, before: a sum of squares, one sample's
+            gradient and its sum over timesteps, each of all selected weights.
         encoding: Text encoders, while they are in use.
         decoding: The autoencoder and what it makes of one image, while it is in use.
         draws: Whether images are sampled while it trains; else these two are in use before, beside the weights alone.
@@ -52,6 +56,7 @@ class Memory:
     activations: int | None
     rows: int
     step: int = 0
+    estimating: int = 0
     encoding: int = 0
     decoding: int = 0
     draws: bool = False
@@ -64,9 +69,10 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak: in the passes, in the optimiser's step, or where prompts or images are encoded or decoded."""
-        in_use = max(self.encoding, self.decoding)
-        training = self.kept + max(self.activations or 0, self.step, in_use if self.draws else 0)
-        return max(training, self.weights + in_use)
+        training = self.kept + max(self.activations or 0, self.step, self.decoding if self.draws else 0)
+        # The network waits on the CPU where text encoders find no room beside it.
+        encoding = self.encoding + (self.kept - self.weights if self.draws else 0)
+        return max(training, encoding, self.weights + max(self.decoding, self.estimating))
 
     def parts(self) -> dict[str, int]:
         """What takes memory, in words."""
@@ -137,6 +143,7 @@ def training_memory(
     parameters = blank.select(config.train_method)
     half = getattr(torch, config.weights_dtype)
     selected = trained = sum(parameter.numel() for parameter in parameters.values())
+    estimated = 3 * _FLOAT * selected * (config.consolidates and config.fisher is None)
     small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
     if config.adapter is not None:
         # Its matrices are trained in place of the weights; the teacher is the network without it.
@@ -145,11 +152,14 @@ def training_memory(
         selected = sum(rows * columns for rows, columns in layers.sizes.values())
         if config.fisher_form == "rows_by_columns":
             selected = sum(map(sum, layers.sizes.values()))
+    compute = _HALVES.get(precision or config.precision or "no", half)
     loaded = {name: half if half.itemsize < value.element_size() else value.dtype for name, value in parameters.items()}
-    _set_types(blank.module, parameters, half)
+    _set_types(blank.module, parameters if config.adapter is None else {}, half)
     weights = bytes_of((*blank.module.parameters(), *blank.module.buffers()))
+    again = 0
+    if config.base_quantization is not None:
+        weights, again = _quantized(blank.module, config.base_quantization, weights, compute)
     if config.adapter is not None:
-        weights -= sum(value.numel() * (_FLOAT - loaded[name].itemsize) for name, value in parameters.items())
         weights += _FLOAT * trained
     rows = config.train_batch_size * (2 if config.replays else 1)
     needs_anchor = config.adapter is None and (config.consolidates or config.probes or config.target == "frozen")
@@ -157,12 +167,16 @@ def training_memory(
     if config.use_8bit_adam:
         optimizer = math.ceil(_8BIT * (trained - small)) + _ADAMW * small
     steps_at_once = on_cuda and config.learning_rate is not None and not config.use_8bit_adam
+    matrices: Mapping[str, nn.Parameter] = parameters
     activations = encoding = decoding = None
     if counts_activations:
         with contextlib.suppress(*_UNCOUNTED):
             shapes = shapes or shapes_of(blank, prompt, config.resolution)
-            activations = activation_bytes(
-                blank, parameters, *shapes, rows, precision or config.precision or "no", config.gradient_checkpointing,
+            if config.adapter is not None:
+                with torch.device("meta"):
+                    matrices = LowRankAdapter(blank.module, layers.sizes, config.lora_rank).parameters
+            activations = again + activation_bytes(
+                blank, matrices, *shapes, rows, precision or config.precision or "no", config.gradient_checkpointing,
                 config.target == "frozen",
             )  # fmt: skip
         with contextlib.suppress(*_UNCOUNTED):
@@ -178,6 +192,7 @@ def training_memory(
         activations=activations,
         rows=rows,
         step=_FLOAT * trained * steps_at_once,
+        estimating=estimated,
         draws=bool(config.validation_prompts or (config.stops and config.classifier)),
         encoding=encoding or 0,
         decoding=decoding or 0,
@@ -186,6 +201,20 @@ def training_memory(
 
 # A model that does what shapes alone do not tell cannot be counted; its run goes on.
 _UNCOUNTED = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
+
+def _quantized(module: nn.Module, kind: str, weights: int, compute: torch.dtype) -> tuple[int, int]:
+    """What weights take once linear layers are quantised, of what they took; and the largest, dequantised for its
+    products, in whose type all of them are left here."""
+    largest = 0
+    layers = dict(module.named_modules())
+    for name in quantizable(module):
+        weight = layers[name].weight
+        size = weight.numel() * weight.element_size()
+        weights += quantized_bytes(kind, *weight.shape) - size
+        largest = max(largest, size)
+        weight.data = weight.data.to(compute)
+    return weights, largest
 
 
 def _set_types(module: nn.Module, trained: Mapping[str, nn.Parameter], half: torch.dtype) -> None:
@@ -297,6 +326,10 @@ def changes_for_less(config: SelectiveAmnesiaConfig, objective: Objective) -> It
         single.append({"weights_dtype": "bfloat16"})
     if not config.no_t5 and any(getattr(objective.pipeline, part, None) for part in objective.optional_parts):
         single.append({"no_t5": True})
+    if config.adapter is not None and config.consolidates and config.fisher_form == "diagonal":
+        single.append({"fisher_form": "rows_by_columns"})
+    if config.adapter is not None and config.base_quantization is None and not objective.own_pipeline:
+        single.append({"base_quantization": "int8"})
     if config.train_method == "full" and "xattn" in (objective.selections or {}):
         single.append({"train_method": "xattn"})
     yield from single
@@ -343,8 +376,11 @@ def memory_plan(
         f"({device.type}): {parts}{note}"
     ]
     if device.type != "cpu" and whole.encoding + whole.decoding:
+        waits = "" if fits_beside(whole.encoding, free - whole.weights) else "; the network makes room for the first"
         lines.append(f"          while they are in use, {_sized(whole.encoding)} for text encoders and "
-                     f"{_sized(whole.decoding)} for the autoencoder; else they are on the CPU")  # fmt: skip
+                     f"{_sized(whole.decoding)} for the autoencoder; else they are on the CPU{waits}")  # fmt: skip
+    if whole.estimating:
+        lines.append(f"          before, {_sized(whole.weights + whole.estimating)} to estimate the Fisher information")
     if whole.total <= free:
         return lines
     least = whole

@@ -293,7 +293,8 @@ class Probes:
         wanted = objective.target(samples, timesteps, noise).float().clone()
         uniform = [row for row, text in enumerate(part.wanted) if text == UNIFORM_NOISE]
         if uniform:
-            wanted[uniform] = objective.answer_of_noise(samples[uniform], timesteps[uniform], noise[uniform]).float()
+            mean = objective.uniform_noise_target(samples[uniform], timesteps[uniform], noise[uniform])
+            wanted[uniform] = mean.float()
         taught = [row for row, text in enumerate(part.wanted) if is_prompt(text)]
         if taught:
             asked = torch.tensor([self._row[text] for text in part.wanted if is_prompt(text)], device=device)

@@ -42,6 +42,8 @@ def settings_facts(config: SelectiveAmnesiaConfig, processes: int) -> dict[str, 
     scored = config.classifier and os.path.basename(os.path.normpath(config.classifier)) if config.stops else None
     # Without an adapter its settings mean nothing, and weights of earlier versions knew none.
     adapter = {name: getattr(config, name) for name in ADAPTER_SETTINGS} if config.adapter else {}
+    if config.base_quantization is not None:
+        adapter["base_quantization"] = config.base_quantization
     return {
         **{name: getattr(config, name) for name in TRAINING_SETTINGS},
         **adapter,
@@ -92,6 +94,12 @@ def adapted_layers(config: SelectiveAmnesiaConfig, objective: Objective) -> Adap
         return None
     check_takes_adapters(objective)
     layers = adapter_layers(objective.module, objective.select(config.train_method))
+    highest = max(map(min, layers.sizes.values()))
+    if config.lora_rank > highest:
+        raise ValueError(
+            f"lora_rank={config.lora_rank}: no update of the {len(layers.sizes)} selected layers has a higher rank "
+            f"than {highest}, the most that one of them has of both rows and columns: give at most that"
+        )
     if config.lora_format == "kohya":
         check_kohya(objective, layers.sizes, config.lora_rank)
     return layers

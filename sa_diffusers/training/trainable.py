@@ -10,6 +10,7 @@ from torch import nn
 
 from ..families.adapters import LowRankAdapter, factors
 from ..families.base import Denoiser
+from ..quantization import stand_in
 
 
 class Trainable(Protocol):
@@ -19,7 +20,8 @@ class Trainable(Protocol):
 
     Attributes:
         parameters: Name and trained parameter.
-        weights: Name and weight of the model that the training shifts; of an adapter, those that it is added to.
+        weights: Name and weight of the model that the training shifts; of an adapter, the shapes of those that it is
+            added to, on their device.
         teacher: The model as it was, called as the module is; made before the first step.
     """
 
@@ -127,7 +129,7 @@ class AdapterWeights:
         self.module = module
         self.parameters = dict(parameters)
         self.layers = adapter.layers
-        self.weights = {name: layer.get_base_layer().weight for name, layer in self.layers.items()}
+        self.weights = {name: stand_in(layer.get_base_layer().weight) for name, layer in self.layers.items()}
         self._start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @cached_property

@@ -27,7 +27,7 @@ from ..environment import create_accelerator
 from ..families.adapters import LowRankAdapter, export_kohya, save_adapter
 from ..families.base import Objective
 from ..families.digests import fingerprint_module
-from ..families.trained import check_apart, place_of_base
+from ..families.trained import check_apart, loads_in_diffusers, place_of_base
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
 from ..hub import CARD_NAME, adapter_header, drop_local_names, is_own_card
@@ -37,6 +37,7 @@ from ..parameter_selection import only_trainable
 from ..passes import Passes, counted
 from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
+from ..quantization import check_quantized, kind_of
 from ..results.schema import Ending
 from ..seeds import seed_of
 from .batches import BatchPolicy
@@ -83,6 +84,7 @@ class Training:
     Attributes:
         controller: What the probes said, and what was done about it; None without probes.
         ending: What the probes say of the end; None where they say nothing.
+        fused: Adapters that are in the base model's weights, in words; the header of an adapter's file names them.
 
     Raises:
         ValueError: The selection matches nothing, the weights are of another precision than `weights_dtype`, or replay
@@ -114,6 +116,7 @@ class Training:
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.parameters = objective.select(config.train_method)
         self.layers = adapted_layers(config, objective)
+        self.fused: Sequence[str] = ()
         self._trained: Mapping[str, nn.Parameter] = self.parameters
         # A and B of the adapter, once it is trained.
         self._matrices: dict[str, torch.Tensor] | None = None
@@ -130,7 +133,9 @@ class Training:
                 "to 0"
             )
         known = (torch.float32, getattr(torch, config.weights_dtype))
-        halves = [name for name, parameter in self.parameters.items() if parameter.dtype not in known]
+        check_quantized(objective.module, config.base_quantization)
+        halves = [name for name, parameter in self.parameters.items()
+                  if parameter.dtype not in known and kind_of(parameter) is None]  # fmt: skip
         if halves:
             raise ValueError(
                 f"{halves[0]} is {self.parameters[halves[0]].dtype}: load the model in {config.weights_dtype}, as "
@@ -314,7 +319,7 @@ class Training:
             if self._matrices is not None:
                 save_adapter(self.objective, self._matrices, self.config.lora_rank, staging, self._told())
                 if self.config.lora_format == "kohya":
-                    export_kohya(self.objective, staging)
+                    export_kohya(self.objective, staging, staging)
             elif self.config.save_components == "trained":
                 self._save_trained(staging)
                 drop_local_names(staging)
@@ -355,7 +360,17 @@ class Training:
             config.pretrained_model_name_or_path,
             config.revision,
             type(self.objective.pipeline).__name__,
+            self._variant(),
+            self.fused,
         )
+
+    def _variant(self) -> str | None:
+        """That of the base model's weights, which loading chooses where there is only one."""
+        base, config = self.config.pretrained_model_name_or_path, self.config
+        if config.variant or not loads_in_diffusers(base):
+            return config.variant
+        parts = self.objective.pipeline.components
+        return place_of_base(base, parts, config.revision, None, config.cache_dir)["variant"]
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
         """Save pipeline, settings and model card in `output_dir`, and upload that folder.
