@@ -1,4 +1,5 @@
-# Every command sets everything up by itself: `make demo`, `make test`, `make lint`, `make torture`, `make test-lowest`.
+# Every command sets everything up by itself: `make demo`, `make test`, `make lint`, `make torture`, `make bench`,
+# `make test-lowest`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

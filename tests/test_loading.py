@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from sa_diffusers import SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.configuration import SAMPLERS
 from sa_diffusers.families import SUPPORTED_PIPELINES
+from sa_diffusers.families.weight_files import lacking
 from sa_diffusers.weights import explain_weights_error, find_broken_weights, weights_fault
 
 from .conftest import build_tiny_pipeline
@@ -121,6 +122,20 @@ def test_a_part_whose_files_lack_a_tensor_is_not_drawn_at_random(folder):
     pipeline.unet.add_adapter(LoraConfig(r=1, target_modules=["conv_in"]))
     pipeline.save_pretrained(folder)
     assert "unet lacks conv_in.weight and 1 more: it was saved while adapters were loaded, and" in refused(folder)
+
+
+def test_what_quantising_adds_to_a_state_is_not_lacking(folder):
+    """As bitsandbytes does with weights of 4 bits: scales and tables beside the weight, under its name."""
+    module = build_tiny_pipeline().unet
+    module.conv_in.register_state_dict_post_hook(
+        lambda layer, state, prefix, _: state.update({f"{prefix}weight.absmax": torch.ones(1)})
+    )
+    files = ["unet/diffusion_pytorch_model.safetensors"]
+    assert "conv_in.weight.absmax" in module.state_dict()
+    assert lacking({"unet": module}, folder, files, None) is None
+    file = folder / files[0]
+    save_file({name: value for name, value in load_file(file).items() if name != "conv_in.bias"}, file)
+    assert "unet lacks conv_in.bias: download it again" in lacking({"unet": module}, folder, files, None)
 
 
 def test_attention_of_old_autoencoders_has_other_names_and_lacks_nothing(tmp_path):

@@ -76,7 +76,9 @@ def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], 
                 held |= dict.fromkeys(file.keys())
         # Attention of old autoencoders has other names in files.
         module._fix_state_dict_keys_on_load(held)
-        if lost := [name for name in module.state_dict() if name not in held]:
+        # Of weights of 4 bits a state has scales and tables too, which no file of plain weights holds.
+        own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        if lost := [name for name in module.state_dict() if name in own and name not in held]:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             do = "download it again, or save it again"
             if any(".base_layer." in name for name in held):
