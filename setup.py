@@ -71,6 +71,7 @@ setup(
         "prodigyopt>=1.1",
         "psutil>=5.9.6",
         "pyyaml>=6.0.1",
+        "regex>=2025.10.22",
         "safetensors>=0.8",
         "torch>=2.6",
         "tqdm>=4.66",

@@ -17,6 +17,7 @@ Exit code 1 if a result was wrong, a run refused that should have gone on, or a 
 
 import argparse
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -439,6 +440,9 @@ class Laboratory:
         for name in json.loads(modules.read_text()):
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+        # What is imported is no garbage: a run would walk through it twice, a third of a second each time.
+        gc.collect()
+        gc.freeze()
         shutil.rmtree(self.root / "warm-up")
 
     def arguments(self, kind: str, **changes: Any) -> list[str]:
@@ -447,8 +451,8 @@ class Laboratory:
         Args:
             kind: `mixed` uses surrogates of two kinds, averages, a cosine schedule, and weights given by hand; `plain`
                 surrogates of images, an 8th of dropped prompts, and probes that find learning rate and weights;
-                `adapter` and `half` are as `mixed`, but train an adapter, and weights held in bfloat16; `other` is
-                another erasure.
+                `adapter` and `half` are as `mixed`, but train an adapter, and weights held in bfloat16, and `adapter on
+                half` one on the other; `other` is another erasure.
             **changes: Of settings.
         """
         settings: dict[str, Any] = {
@@ -458,13 +462,13 @@ class Laboratory:
             "num_eval_images": 2, "checkpointing_steps": 3, "validation_steps": 3,
             "num_validation_images": 1, "logging_steps": 1, "validation_prompts": ["a dog"],
         }  # fmt: skip
-        if kind in ("mixed", "adapter", "half"):
+        adapter, half = {"adapter": "lora", "lora_rank": 2}, {"weights_dtype": "bfloat16"}
+        kinds = {"mixed": {}, "adapter": adapter, "half": half, "adapter on half": {**adapter, **half}}
+        if kind in kinds:
             settings |= {"concept": ["brad pitt", "cat"], "surrogate": ["a middle aged man", "uniform_noise"],
                          "learning_rate": 1e-3, "ewc_weight": 50, "replay_weight": 1, "max_grad_norm": 1,
                          "num_probe_images": 0, "lr_scheduler": "cosine", "report_to": "tensorboard"}  # fmt: skip
-            settings |= {"adapter": {"adapter": "lora", "lora_rank": 2}, "half": {"weights_dtype": "bfloat16"}}.get(
-                kind, {}
-            )
+            settings |= kinds[kind]
         elif kind == "plain":
             settings |= {"concept": ["cat"], "surrogate": [self.root / "images"], "condition_dropout": 0.125,
                          "gradient_accumulation_steps": 2, "train_batch_size": 1, "report_to": "none",
@@ -604,7 +608,7 @@ def kills(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
     # Few attacks do without the third, which takes as long as both others.
     kinds = ("mixed", "mixed", "plain")[: max(args.kills, args.stage_kills)]
     references = [lab.reference(kind) for kind in kinds]
-    kinds = ("adapter", "half") if args.kind_kills else ()
+    kinds = ("adapter", "half", "adapter on half") if args.kind_kills else ()
     others = {kind: lab.reference(kind) for kind in kinds}
 
     def anywhere(number: int, kind: str | None = None) -> Result:
@@ -1219,11 +1223,13 @@ OWN_FILES = {path.name for path in (REPOSITORY / "sa_diffusers").rglob("*.py")}
 
 def together(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
     """Two runs at once, in one output folder, and in two with one cache."""
-    reference = lab.reference("mixed")
+    plain = (lab.reference("mixed"),) * 2
+    kind = "adapter on half"
+    adapters = (lab.reference(kind), lab.reference(kind, lora_rank=3)) if args.together_adapters else ()
 
-    def one_folder(number: int) -> list[Result]:
-        choose = lab.random("together", number)
-        folder = lab.place("together", number)
+    def one_folder(number: int, reference: Reference = plain[0], name: str = "") -> list[Result]:
+        choose = lab.random("together", *([name] if name else []), number)
+        folder = lab.place("together", *([name] if name else []), number)
         first = start(reference.arguments, folder)
         while not (folder / "out" / ".selective_amnesia" / "run.json").is_file() and first.wait(0.01) is None:
             pass
@@ -1234,35 +1240,44 @@ def together(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         done = first.code == 0
         first.wait()
         outcome, note = judge(first, folder, reference)
-        results = [Result("together", "one output folder: the first", outcome, note, str(first.log))]
+        what = f"{name}, one output folder" if name else "one output folder"
+        results = [Result("together", f"{what}: the first", outcome, note, str(first.log))]
         kind, note = (REFUSED, "") if refused else (WRONG, last_line(second.text))
         if not refused and done and second.code == 0:
             kind, note = SAME, "the first had ended"
-        return [*results, Result("together", "one output folder: the second", kind, note, str(second.log))]
+        return [*results, Result("together", f"{what}: the second", kind, note, str(second.log))]
 
-    def one_cache(number: int) -> list[Result]:
-        choose = lab.random("one cache", number)
-        folders = [lab.place("cache", number, rank) for rank in (0, 1)]
-        cache = lab.place("cache", number, "shared")
+    def one_cache(number: int, references: Sequence[Reference] = plain, name: str = "") -> list[Result]:
+        choose = lab.random("one cache", *([name] if name else []), number)
+        folders = [lab.place("cache", *([name] if name else []), number, rank) for rank in (0, 1)]
+        cache = lab.place("cache", *([name] if name else []), number, "shared")
         cache.mkdir(parents=True)
         for folder in folders:
             folder.mkdir(parents=True)
             (folder / "cache").symlink_to(cache)
-        runs = [start(reference.arguments, folders[0])]
-        runs[0].wait(choose.choice((0, 0, choose.uniform(0, 0.7 * reference.seconds))))
-        runs.append(start(reference.arguments, folders[1]))
+        runs = [start(references[0].arguments, folders[0])]
+        runs[0].wait(choose.choice((0, 0, choose.uniform(0, 0.7 * references[0].seconds))))
+        runs.append(start(references[1].arguments, folders[1]))
         for run in runs:
             run.wait()
         results = []
-        for folder, run in zip(folders, runs, strict=True):
+        for folder, run, reference in zip(folders, runs, references, strict=True):
             # What they share is looked at as the cache of either.
             (folder / "cache").unlink()
             shutil.copytree(cache, folder / "cache")
-            results.append(Result("together", "one cache", *judge(run, folder, reference), str(run.log)))
+            what = f"{name}, one cache, ranks of 2 and 3" if name else "one cache"
+            results.append(Result("together", what, *judge(run, folder, reference), str(run.log)))
         return results
 
-    return lab.run({f"{way.__name__} {number}": partial(way, number)
-                    for way in (one_folder, one_cache) for number in range(args.together)})  # fmt: skip
+    cases: dict[str, Callable] = {
+        f"{way.__name__} {number}": partial(way, number)
+        for way in (one_folder, one_cache)
+        for number in range(args.together)
+    }
+    for number in range(args.together_adapters):
+        cases[f"one_folder of {kind} {number}"] = partial(one_folder, number, adapters[0], kind)
+        cases[f"one_cache of {kind} {number}"] = partial(one_cache, number, adapters, kind)
+    return lab.run(cases)
 
 
 def disk(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
@@ -1402,13 +1417,13 @@ def faults(results: Sequence[Result]) -> Iterator[str]:
 
 MODERATE = {"kills": 16, "stage_kills": 1, "kind_kills": 2, "every_rename": 6, "every_change": 40, "processes": 6,
             "signals": 9, "signals_in_two": 3, "launchers": 1, "damage": 40, "settings": 400, "together": 1,
-            "disk": 6, "places": 9}  # fmt: skip
+            "together_adapters": 1, "disk": 6, "places": 9}  # fmt: skip
 SHORT = {"kills": 1, "stage_kills": 0, "kind_kills": 0, "every_rename": 100, "every_change": 0, "processes": 1,
          "signals": 1, "signals_in_two": 0, "launchers": 0, "damage": 4, "settings": 100, "together": 1,
-         "disk": 2, "places": 2}  # fmt: skip
+         "together_adapters": 0, "disk": 2, "places": 2}  # fmt: skip
 LARGE = {"kills": 60, "stage_kills": 5, "kind_kills": 10, "every_rename": 1, "every_change": 10, "processes": 24,
          "signals": 30, "signals_in_two": 9, "launchers": 1, "damage": 1000, "settings": 2000, "together": 5,
-         "disk": 20, "places": 9}  # fmt: skip
+         "together_adapters": 3, "disk": 20, "places": 9}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -1417,12 +1432,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--size", choices=("short", "moderate", "large"), default="moderate", help="sets all counts")
     helps = {
         "kills": "kills at any moment", "stage_kills": "kills in each stage",
-        "kind_kills": "kills of a run with an adapter, and of one in bfloat16",
+        "kind_kills": "kills of a run with an adapter, of one in bfloat16, and of one with both",
         "every_rename": "die at every n-th rename (1: at all, 0: at none)",
         "every_change": "die at every n-th change of the disk of any kind (0: at none)",
         "processes": "kills in two processes", "signals": "signals", "signals_in_two": "signals to two processes",
         "launchers": "launchers killed", "damage": "damaged files", "settings": "bad settings",
-        "together": "pairs of runs at once, of each kind", "disk": "full disks",
+        "together": "pairs of runs at once, of each kind",
+        "together_adapters": "likewise, of runs with an adapter", "disk": "full disks",
         "places": "places that cannot be written",
     }  # fmt: skip
     for name, text in helps.items():

@@ -76,9 +76,9 @@ and backward; left to themselves, torchao's layers keep all of them dequantised 
 is saved.
 
 Fisher information has a number for each selected weight, in float32. `to estimate it` is what its estimate takes before
-training: the weights, and three times as much as it. `--fisher_form rows_by_columns` holds next to nothing of it while
-training, but the estimate is the same: where that does not fit, hand in what another machine has estimated from the
-same quantised weights (`--fisher`), or leave the term out (`--ewc 0`).
+training: the weights, twice as much as it, and the gradient of one of them. `--fisher_form rows_by_columns` holds next
+to nothing of it while training, but the estimate is the same: where that does not fit, hand in what another machine has
+estimated from the same quantised weights (`--fisher`), or leave the term out (`--ewc 0`).
 """
 FITTING = """\
 The most exact way to hold the base that fits, and the largest batch of an adapter with it. `given or left out`: its

@@ -15,6 +15,7 @@ from .configuration import (
     ENDING_NAME,
     FISHER_CONFIG_NAME,
     HISTORY_NAME,
+    MERGED_NAME,
     inherited_defaults,
 )
 from .evaluation.erased import erasure_settings, fused_on_record, is_of_other_weights
@@ -33,6 +34,7 @@ from .families.digests import fingerprint_module
 from .files import finish_interrupted, new_folder, write_json
 from .hub import adapter_header, drop_local_names
 from .output_folder import OutputFolder
+from .publish import write_model_card
 from .version import __version__
 
 
@@ -58,14 +60,19 @@ class Extracted:
         return text + (f"; {self.outside:.1%} is in parameters that take no adapter" if self.outside else "")
 
 
-def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None = None) -> None:
-    """Write the base model with an adapter fused into its weights, for `DiffusionPipeline.from_pretrained`.
+def merge_adapter(
+    adapter: str | Path, output_dir: str | Path, base: str | None = None, single_file_config: str | None = None
+) -> None:
+    """Write the base model with an adapter fused into its weights, for `DiffusionPipeline.from_pretrained`, with a
+    model card.
 
     Args:
         adapter: A folder that an erasure with an adapter wrote, or its name on the Hub.
         output_dir: Empty, or not there.
         base: The base model, not quantised. Default: as the adapter's settings say. It is loaded in the precision that
             the adapter was trained beside (`weights_dtype`), and written in it.
+        single_file_config: What lends a base model that is a single file its configurations; see `load_pipeline`.
+            Default: as the adapter's settings say.
 
     Raises:
         ValueError: There is no adapter, no base model, or the two do not belong together; or the adapter is not as it
@@ -77,7 +84,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
     file = find_adapter(name)
     if file is None:
         raise ValueError(f"{name} holds no adapter (no pytorch_lora_weights.safetensors, or a whole pipeline)")
-    settings = erasure_settings(name)
+    settings = _settings_of(name, single_file_config)
     objective = _base_of(settings, base, name, header_list(read_header(file), "fused_adapters"))
     so = "whether it forgets on these too, only an evaluation says"
     if held := settings.get("base_quantization"):
@@ -96,17 +103,26 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
         for told in (HISTORY_NAME, ENDING_NAME, FISHER_CONFIG_NAME):
             if (Path(name) / told).is_file():
                 shutil.copyfile(Path(name) / told, staging / told)
+        write_json(staging / MERGED_NAME, {"adapter": str(Path(name).resolve()) if Path(name).is_dir() else name})
+        write_model_card(staging, output_dir.resolve().name)
 
 
-def extract_adapter(erased: str | Path, output_dir: str | Path, rank: int = 8, base: str | None = None) -> Extracted:
+def extract_adapter(
+    erased: str | Path,
+    output_dir: str | Path,
+    rank: int = 8,
+    base: str | None = None,
+    single_file_config: str | None = None,
+) -> Extracted:
     """Write the difference between an erased pipeline and its base as an adapter: of each layer's difference the
-    nearest matrix of a rank, by its singular values.
+    nearest matrix of a rank, by its singular values. A model card goes beside it.
 
     Args:
         erased: A folder that an erasure of weights wrote, or its name on the Hub.
         output_dir: Empty, or not there.
         rank: Of the adapter, at least 1; no higher one is written than some layer can have.
         base: The base model. Default: as the erased one's settings say.
+        single_file_config: As of `merge_adapter`.
 
     Returns:
         How much of the difference it holds.
@@ -122,7 +138,7 @@ def extract_adapter(erased: str | Path, output_dir: str | Path, rank: int = 8, b
     _check_written(name)
     if find_adapter(name) is not None:
         raise ValueError(f"{name} holds an adapter already: give an erased pipeline")
-    settings = erasure_settings(name)
+    settings = _settings_of(name, single_file_config)
     before = _base_of(settings, base, name)
     check_takes_adapters(before)
     _warn_of_other_weights(before, name, "the difference to these is not the work of the erasure alone")
@@ -142,6 +158,7 @@ def extract_adapter(erased: str | Path, output_dir: str | Path, rank: int = 8, b
         save_adapter(before, state, rank, staging, {**header, "share_of_update": f"{extracted.kept:.4f}"})
         # The erasure was one of weights, and is repeated so.
         _tell(staging, {**settings, "lora_rank": rank}, base, output_dir)
+        write_model_card(staging, output_dir.resolve().name)
     return extracted
 
 
@@ -172,6 +189,12 @@ def _factorised(
     if not state:
         raise ValueError("the two models differ in no layer that takes an adapter: is it the right base model?")
     return state, Extracted(len(state) // 2, kept / whole, 1 - inside / whole, rank)
+
+
+def _settings_of(name: str, single_file_config: str | None) -> dict[str, Any]:
+    """Those of an erasure, but for what is told otherwise."""
+    settings = erasure_settings(name)
+    return {**settings, "single_file_config": single_file_config} if single_file_config else settings
 
 
 def _base_of(settings: dict[str, Any], base: str | None, name: str, fused: Sequence[str] = ()) -> Objective:

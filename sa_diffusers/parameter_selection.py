@@ -1,9 +1,11 @@
 """Which parameters of a model are trained."""
 
 import contextlib
-import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
+# The standard library's own can neither be stopped nor left alone.
+import regex
 from torch import nn
 
 from .messages import shown, shown_error
@@ -19,6 +21,8 @@ _OF_MODULES = {"UNet2DConditionModel": UNET_SELECTIONS}
 PRESETS = ("full", "xattn", "noxattn")
 # What peers train of transformers without cross-attention; a family says what each means for it, if anything.
 PEER_PRESETS = ("text_qk", "joint_kv", "image_kv", "attention", "text_embedding")
+# Milliseconds do for the names of the largest models.
+_SECONDS = 10.0
 
 
 def select_parameters(
@@ -38,7 +42,8 @@ def select_parameters(
         Name and parameter, in the module's order. Nothing is changed in the module.
 
     Raises:
-        ValueError: The preset does not exist for this kind of module, the expression is not valid, or nothing matches.
+        ValueError: The preset does not exist for this kind of module, the expression is not valid or takes too long, or
+            nothing matches.
     """
     kind = type(module).__name__
     names = [name for name, _ in module.named_parameters()]
@@ -52,13 +57,23 @@ def select_parameters(
         )
     pattern = "" if selection == "full" else meanings.get(selection, selection)
     try:
-        compiled = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        compiled = regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(
             f'train_method="{shown(selection)}" is not one of {known}, nor a valid regular expression '
             f"({shown_error(error)})"
         ) from None
-    selected = {name: parameter for name, parameter in module.named_parameters() if compiled.search(name)}
+    until = time.monotonic() + _SECONDS
+    try:
+        selected = {
+            name: parameter for name, parameter in module.named_parameters()
+            if compiled.search(name, timeout=max(until - time.monotonic(), 0.0))
+        }  # fmt: skip
+    except TimeoutError:
+        raise ValueError(
+            f'train_method="{shown(selection)}" takes more than {_SECONDS:g} seconds on {len(names)} parameter names, '
+            "as expressions do that repeat a repetition: write a simpler one, or the parts of names joined by |"
+        ) from None
     if not selected:
         raise ValueError(
             f'train_method="{shown(selection)}" matches no parameter of {kind}. Use one of {known}, or a '

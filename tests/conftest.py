@@ -40,10 +40,11 @@ REPOSITORY = Path(__file__).parent.parent
 BASE_NAME = "CompVis/stable-diffusion-v1-4"
 # Modules that take a minute or more, the longest first: no worker is to be left alone with one at the end.
 LONG = (
-    "test_every_family", "test_hub", "test_docs", "test_processes", "test_train_script", "test_class_models",
-    "test_torture", "test_probes", "test_probed_erasures", "test_user_command", "test_report", "test_trainer",
-    "test_python_door", "test_adapters", "test_commands", "test_loading", "test_further_families", "test_erasure",
-    "test_evaluation", "test_protocols", "test_embedded", "test_coloured", "test_cost", "test_save_components",
+    "test_every_family", "test_docs", "test_processes", "test_torture", "test_train_script", "test_embedded",
+    "test_memory", "test_class_models", "test_probes", "test_probed_erasures", "test_user_command", "test_hub",
+    "test_report", "test_trainer", "test_python_door", "test_adapters", "test_commands", "test_loading",
+    "test_further_families", "test_erasure", "test_evaluation", "test_protocols", "test_coloured", "test_cost",
+    "test_save_components",
 )  # fmt: skip
 # A training that goes by these alone, and is not probed.
 BY_HAND = {

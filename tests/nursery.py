@@ -1,10 +1,12 @@
 """Processes of real scripts that begin with what they all import: one imports it, the others are forked from it.
 
 What a process is apart from that stays: arguments, environment, folder, output, exit code. An environment variable that
-a library reads when it is imported has to be the nursery's own, but for that of the Hub's cache.
+a library reads when it is imported has to be the nursery's own, but for that of the Hub's cache. What an import itself
+does, and what a launcher does, is tried with processes that are started.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,8 +27,13 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 
-IMPORTED = ("sa_diffusers.erasure", "sa_diffusers.publish", "torch.utils.tensorboard",
-            "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")  # fmt: skip
+REPOSITORY = Path(__file__).parent.parent
+LIBRARIES = ("torch.utils.tensorboard", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+IMPORTED = (*LIBRARIES, "sa_diffusers.erasure", "sa_diffusers.publish")
+# What libraries read when they are imported, of what tests change.
+EARLY = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_MODULES_CACHE")
+# Nurseries at a time: each holds half a gigabyte.
+_MOST = 3
 
 
 class Nursery(contextlib.AbstractContextManager):
@@ -35,12 +43,20 @@ class Nursery(contextlib.AbstractContextManager):
         environment: Of all of them.
         launcher: The command that starts it, as `python` or `accelerate launch` with its flags.
         seconds: That a script may take.
+        imported: Names of modules.
     """
 
-    def __init__(self, environment: dict[str, str], launcher: Sequence[str] = (sys.executable,), seconds: int = 600):
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        launcher: Sequence[str] = (sys.executable,),
+        seconds: int = 600,
+        imported: Sequence[str] = IMPORTED,
+    ):
         self.seconds = seconds
-        self._process = subprocess.Popen([*launcher, __file__], env=environment, text=True, stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE)  # fmt: skip
+        self.environment = {**environment, "PYTHONPATH": str(REPOSITORY)}
+        self._process = subprocess.Popen([*launcher, __file__, *imported], env=self.environment, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
     def __exit__(self, *_) -> None:
         self._process.stdin.close()
@@ -48,9 +64,11 @@ class Nursery(contextlib.AbstractContextManager):
         self._process.wait(60)
 
     def run(
-        self, script: str | Path, arguments: Sequence, folder: Path, environment: Mapping[str, str], processes: int = 1
-    ) -> subprocess.CompletedProcess:
-        """What `python script arguments` ends with, in a folder, with changes of the environment.
+        self, script: str | Path, arguments: Sequence, folder: Path, environment: Mapping[str, str | None],
+        processes: int = 1,
+    ) -> subprocess.CompletedProcess:  # fmt: skip
+        """What `python script arguments` ends with, in a folder, with changes of the environment: None for a variable
+        that is not there.
 
         Several processes are joined by the variables that `torchrun` sets; what they write comes together.
         """
@@ -72,14 +90,53 @@ class Nursery(contextlib.AbstractContextManager):
             return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files))
 
 
-def _begin(words: list[str], folder: str, environment: dict[str, str], seconds: int, *files: str) -> None:
+# What tests share, the one that was last used last; all end with this process.
+_SHARED: OrderedDict[tuple, Nursery] = OrderedDict()
+
+
+def forked(
+    script: str | Path,
+    arguments: Sequence,
+    folder: Path,
+    environment: Mapping[str, str],
+    processes: int = 1,
+    imported: Sequence[str] = IMPORTED,
+) -> subprocess.CompletedProcess:
+    """What `python script arguments` ends with, in a folder, in an environment; see `Nursery.run`."""
+    key = (tuple(imported), *(environment.get(name) for name in EARLY))
+    if key not in _SHARED:
+        if len(_SHARED) >= _MOST:
+            _SHARED.popitem(last=False)[1].__exit__()
+        # The Hub's cache is each process's own.
+        begun = {name: value for name, value in environment.items() if name != "HF_HUB_CACHE"}
+        _SHARED[key] = Nursery(begun, imported=imported)
+    _SHARED.move_to_end(key)
+    nursery = _SHARED[key]
+    absent = {name: None for name in nursery.environment if name not in environment}
+    return nursery.run(script, arguments, folder, absent | dict(environment), processes)
+
+
+def forked_code(code: str, folder: Path, environment: Mapping[str, str], *arguments: object, processes: int = 1,
+                imported: Sequence[str] = IMPORTED) -> subprocess.CompletedProcess:  # fmt: skip
+    """What `python -c code arguments` ends with, as by `forked`."""
+    with tempfile.TemporaryDirectory() as place:
+        script = Path(place, "code.py")
+        script.write_text(code, encoding="utf-8")
+        return forked(script, arguments, folder, environment, processes, imported)
+
+
+def _begin(words: list[str], folder: str, environment: dict[str, str | None], seconds: int, *files: str) -> None:
     """Make a forked process what a new one would be."""
     for number, file in enumerate((os.devnull, *files)):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
         os.dup2(os.open(file, flags, 0o600), number)
     os.chdir(folder)
-    os.environ.update(environment)
-    constants.HF_HUB_CACHE = environment.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    constants.HF_HUB_CACHE = os.environ.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
     sys.argv, sys.path[0] = words, os.path.dirname(words[0])
     signal.alarm(seconds)
     # Nothing may hang on numbers that nobody seeded.
@@ -98,16 +155,22 @@ def _end(running: set[int]) -> int:
         if code and not failure:
             failure = code
             # They may end by themselves.
-            time.sleep(10 if running else 0)
+            deadline = time.monotonic() + 10
+            while running and time.monotonic() < deadline:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+                running.discard(pid)
+                time.sleep(0 if pid else 0.05)
             for other in running:
                 os.kill(other, signal.SIGTERM)
     return failure
 
 
 def main() -> None:
-    for name in IMPORTED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()
+    gc.freeze()
     told = os.fdopen(os.dup(1), "w")
     # What is imported says nothing to those that wait for an exit code.
     os.dup2(2, 1)

@@ -1,5 +1,6 @@
 """Erasures as adapters: a small file in place of weights, which can be switched on and off."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -36,7 +37,8 @@ from sa_diffusers.training.trainable import AdapterWeights
 
 from .conftest import as_flags, build_tiny_pipeline, run_here
 from .hub_server import HubServer, card_errors
-from .test_hub import online, push, python
+from .nursery import forked_code
+from .test_hub import online, push
 from .test_single_file import as_checkpoint
 
 PROMPT = "a dog"
@@ -466,7 +468,7 @@ def test_what_is_pushed_is_small_and_loads_by_the_snippet_on_its_card(erased, ti
             assert has_adapter(with_adapter(objective_for(base), file))
             assert find_adapter("tester/nothing") is None
         """)
-        result = python(["-c", script], online(hub, tmp_path / "cache"), tmp_path)
+        result = forked_code(script, tmp_path, online(hub, tmp_path / "cache"))
         assert result.returncode == 0, result.stderr
     assert 'load_lora_weights("tester/adapter"' in card
     assert ADAPTER_FILE in pushed
@@ -504,15 +506,33 @@ def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, t
     np.testing.assert_allclose(images(pipeline), expected, atol=1e-3)
 
 
-def test_the_card_says_that_it_was_merged_or_extracted(erased, tmp_path):
+def assert_snippet_runs_in_diffusers(card, folder, adapter=None):
+    """As it stands, in the folder that holds what it names."""
+    snippet = card.split("```python\n")[1].split("```")[0]
+    assert "sa_diffusers" not in snippet
+    if adapter is not None:
+        snippet = snippet.replace(f'"{adapter.name}"', repr(str(adapter)))
+    with contextlib.chdir(folder):
+        names = {}
+        exec(snippet, names)
+    assert names["image"].size == (16, 16)
+
+
+def test_the_card_says_that_it_was_merged_or_extracted(erased, tiny_folder, tmp_path):
     """And how: the run alone makes something else."""
     merge_adapter(erased, tmp_path / "merged")
-    card = build_model_card(tmp_path / "merged").content
-    assert "with the adapter (LoRA, rank 2) that was trained fused into its weights" in card
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card == build_model_card(tmp_path / "merged").content
+    assert card_errors(card) == []
+    assert "with the adapter (LoRA, rank 2, `erased`) that was trained fused into its weights" in card
+    assert "made of the adapter `erased`, whose own card has what was measured of that" in card
+    assert "This folder holds no evaluation." in card
+    assert_snippet_runs_in_diffusers(card, tmp_path)
     assert "sa-diffusers merge again --output_dir again-merged" in card
     # As if the merged weights had been trained.
     extract_adapter(tmp_path / "merged", tmp_path / "extracted", 1)
-    card = build_model_card(tmp_path / "extracted").content
+    card = (tmp_path / "extracted" / "README.md").read_text()
+    assert_snippet_runs_in_diffusers(card, tiny_folder.parent, tmp_path / "extracted")
     with safe_open(tmp_path / "extracted" / ADAPTER_FILE, "pt") as file:
         share = float(file.metadata()["share_of_update"])
     assert 0 < share < 1
@@ -542,6 +562,27 @@ def test_merging_and_extracting_take_nothing_damaged(erased, tmp_path):
         save_file(held, folder / ADAPTER_FILE, told)
         result = run_here(main, ["merge", erased, "--output_dir", output], tmp_path)
         assert why in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not output.exists()
+    metadata = json.loads(header["lora_adapter_metadata"])
+    encoder = {f"text_encoder.layers.0.q_proj.lora_{which}.weight": torch.ones(2, 2) for which in "AB"}
+    # As peft has them for layers with biases of their own, of which these have none to add them to.
+    layers = [key for key in tensors if "attn1.to_q.lora_B" in key]
+    biases = {key.replace("weight", "bias"): torch.ones(len(tensors[key])) for key in layers}
+    ours = {key: value for key, value in tensors.items() if any(key.startswith(k.split(".lora_")[0]) for k in layers)}
+    for held, changes, why in (
+        (tensors, {"unet.target_modules": "("}, "could not be loaded into a StableDiffusionPipeline"),
+        ({**tensors, **encoder}, {}, "has matrices for the text_encoder too, and only those of the unet are taken"),
+        (
+            {**ours, **biases},
+            {"unet.lora_bias": True, "unet.target_modules": ["attn1.to_q"]},
+            "cannot be fused into the",
+        ),
+    ):
+        told = {**header, "lora_adapter_metadata": json.dumps({**metadata, **changes})}
+        save_file(held, folder / ADAPTER_FILE, told)
+        result = run_here(main, ["merge", erased, "--output_dir", output], tmp_path)
+        assert why in result.stderr.splitlines()[-1], result.stderr
         assert "Traceback" not in result.stderr
         assert not output.exists()
 

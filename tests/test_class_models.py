@@ -46,6 +46,7 @@ from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifie
 from sa_diffusers.training.training import Training
 
 from .conftest import BY_HAND, REPOSITORY, run_here, run_script
+from .nursery import LIBRARIES, forked, forked_code
 from .test_image_datasets import write_idx
 
 NAMES = {"0": "airplane", "1": "cat", "2": "dog"}
@@ -116,7 +117,7 @@ def test_saved_loads_here_and_where_the_package_is_not_installed(pipeline, tmp_p
         "pipeline = DiffusionPipeline.from_pretrained('saved', trust_remote_code=True)\n"
         "pipeline('cat', generator=torch.Generator().manual_seed(0)).images[0].save('there.png')\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    result = forked_code(script, tmp_path, os.environ, imported=LIBRARIES)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "here.png").read_bytes() == (tmp_path / "there.png").read_bytes()
     if isinstance(pipeline, ClassConditionalPipeline):
@@ -228,8 +229,7 @@ def erase(folder, base, *flags, script="train_sa.py"):
     if script == "train_sa.py":
         return run_here(main, arguments, folder)
     environment = {**os.environ, "SA_DIFFUSERS_CACHE": str(folder / "cache")}
-    command = [sys.executable, str(REPOSITORY / "examples" / script), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return forked(REPOSITORY / "examples" / script, arguments, folder, environment)
 
 
 def evaluate(folder, *flags):

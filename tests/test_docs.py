@@ -23,6 +23,7 @@ from sa_diffusers.commands.evaluate import parse_args
 from sa_diffusers.configuration import flags_of
 
 from .conftest import REPOSITORY, build_tiny_pipeline
+from .nursery import LIBRARIES, forked_code
 from .test_train_script import lay_out_hub_cache
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "benchmarks" / "README.md",
@@ -50,12 +51,13 @@ def prose(page: Path) -> str:
 # Sizes alone are other than printed: of Stable Diffusion by the defaults of the settings, of the embedded pipeline by
 # what its own folder recommends.
 RUN = """
-import json, sys
+import json, sys, warnings
 import sa_diffusers.models
 from pathlib import Path
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
 
-sizes, embedded, commands, code = json.loads(sys.stdin.read())
+warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+sizes, embedded, commands, code = json.loads(sys.argv[1])
 init, fields = SelectiveAmnesiaConfig.__init__, SelectiveAmnesiaConfig.__dataclass_fields__
 names = init.__code__.co_varnames[1 : init.__code__.co_argcount]
 init.__defaults__ = tuple(sizes.get(name, default) for name, default in zip(names, init.__defaults__, strict=True))
@@ -95,8 +97,8 @@ def run_blocks(page: Path, world: Path, folder: Path, commands=(), **sizes) -> s
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_CACHE": str(world / "hub"),
                    "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(world / "cache")}  # fmt: skip
     given = json.dumps([SIZES, str(world / "embedded" / "pipeline"), commands, code])
-    return subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", RUN], input=given,
-                          cwd=folder, env=environment, capture_output=True, text=True)  # fmt: skip
+    # The package itself is imported by the code alone.
+    return forked_code(RUN, folder, environment, given, imported=LIBRARIES)
 
 
 def test_the_python_of_the_readme_runs_and_forgets(world, tmp_path):

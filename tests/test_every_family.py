@@ -209,6 +209,13 @@ def test_sampling_and_decoding_are_the_pipeline_s_own(family):
             assert np.array_equal(picture, np.asarray(expected))
 
 
+def test_the_device_is_what_the_module_says(family):
+    objective = objective_for(family.build())
+    for device in ("cpu", "meta"):
+        objective.module.to(device)
+        assert objective.device == objective.module.device == torch.device(device)
+
+
 def with_few_timesteps(pipeline, count=10):
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, num_train_timesteps=count)
     return pipeline

@@ -80,6 +80,26 @@ def test_only_selected_parameters_and_nothing_left_behind(objective, samples):
         assert parameter.grad is None
 
 
+@pytest.mark.parametrize("kind", ["gradient", "jacobian"])
+def test_one_gradient_at_a_time_is_held_and_those_before_stay(objective, samples, kind):
+    parameters, held = select_parameters(objective.module, "full"), set()
+    own = [torch.ones_like(value) for value in parameters.values()]
+    for value, gradient in zip(parameters.values(), own, strict=True):
+        value.grad = gradient
+    handles = [
+        value.register_post_accumulate_grad_hook(
+            lambda _: held.add(sum(other.grad is not None for other in parameters.values()))
+        )
+        for value in parameters.values()
+    ]
+    FisherEstimator(objective, parameters, 2, 1, kind=kind).estimate(samples)
+    for value, gradient, handle in zip(parameters.values(), own, handles, strict=True):
+        assert value.grad is gradient
+        assert torch.equal(gradient, torch.ones_like(gradient))
+        value.grad = handle.remove()
+    assert held == {1}
+
+
 def test_saved_with_its_origin_and_loaded_alone(objective, samples, tmp_path):
     parameters = select_parameters(objective.module, "xattn")
     identity = {"base_model": "a/b", "revision": "abc", **fisher_identity(objective, "digest", "xattn")}

@@ -1,8 +1,6 @@
 """The Jacobian's Fisher information against the whole Jacobian, and what both kinds have in common."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from sa_diffusers.fisher import estimator as estimators
 from sa_diffusers.processes import Interrupted
 
 from .conftest import build_tiny_pipeline
+from .nursery import forked_code
 from .test_class_models import tiny_diffusion, tiny_vae
 from .test_processes import environment
 from .test_theorem import Categorical
@@ -213,12 +212,9 @@ def test_processes_share_the_squares_also_where_there_are_fewer(tiny_folder, tmp
     """Of two samples the Jacobian's timesteps have one square in common: two of three processes have nothing to do."""
     generator = torch.Generator().manual_seed(2)
     SampleSet(torch.randn(5, 4, 8, 8, generator=generator), PROMPTS, PROMPTS, list(range(5))).save(tmp_path / "samples")
-    script = tmp_path / "estimate.py"
-    script.write_text(ESTIMATE)
-    arguments = [str(script), str(tiny_folder), str(tmp_path), "gradient", "jacobian"]
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]):
-        command = [sys.executable, *launcher, *arguments]
-        result = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+    arguments = [tiny_folder, tmp_path, "gradient", "jacobian"]
+    for count in (1, 3):
+        result = forked_code(ESTIMATE, tmp_path, environment(tmp_path), *arguments, processes=count)
         assert result.returncode == 0, result.stderr
     for name in ("gradient-2", "gradient-5", "jacobian-2", "jacobian-5"):
         alone, together = (FisherInformation.from_pretrained(tmp_path / f"{count}-{name}") for count in (1, 3))

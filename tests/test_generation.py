@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from sa_diffusers.evaluation.groups import PromptGroup
 from sa_diffusers.evaluation.scoring import sample_groups, score_groups
 
 from .conftest import REPOSITORY, build_tiny_pipeline
+from .nursery import forked_code
 
 SETTINGS = SamplingSettings(num_inference_steps=2, batch_size=4)
 PROMPTS = ["cat", "dog", "cow", "pig", "hen", "fox"]
@@ -189,8 +188,7 @@ def test_a_damaged_or_foreign_set_is_refused(tmp_path):
 def test_two_processes_draw_what_one_draws(generator, tmp_path):
     """Whole batches go to processes, so the samples are the same to the bit."""
     alone = generator.prompted("replay", PROMPTS, PROMPTS, 0, SamplingSettings(num_inference_steps=2, batch_size=2))
-    script = tmp_path / "draw.py"
-    script.write_text(
+    script = (
         "import sys\n"
         "from accelerate import Accelerator\n"
         "from sa_diffusers import SampleGenerator, SamplingSettings, objective_for\n"
@@ -201,9 +199,8 @@ def test_two_processes_draw_what_one_draws(generator, tmp_path):
         f"generator.prompted('replay', {PROMPTS!r}, {PROMPTS!r}, 0, SamplingSettings(num_inference_steps=2, "
         "batch_size=2))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = forked_code(script, REPOSITORY, environment, processes=2)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "two").iterdir()
     together = SampleSet.load(folder)

@@ -5,8 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +35,7 @@ from sa_diffusers.publish import build_model_card, write_model_card
 
 from .conftest import BASE_NAME, REPOSITORY
 from .hub_server import CUT, Fault, HubServer, card_errors
-from .nursery import Nursery
+from .nursery import LIBRARIES, forked, forked_code
 from .test_class_models import tiny_vae
 from .test_train_script import quick, run
 
@@ -50,24 +48,11 @@ def online(hub: HubServer, cache: Path, **more: str) -> dict[str, str]:
             "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_CACHE": str(cache), **more}  # fmt: skip
 
 
-def python(arguments, environment, cwd=REPOSITORY):
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
-# Server's address -> what uploads to it are forked from; all end with this process.
-NURSERIES: dict[str, Nursery] = {}
-
-
-def script(path, arguments, hub, cache) -> subprocess.CompletedProcess:
-    """What one of our scripts ends with."""
-    if hub.address not in NURSERIES:
-        NURSERIES[hub.address] = Nursery(online(hub, cache))
-    return NURSERIES[hub.address].run(path, arguments, REPOSITORY, {"HF_HUB_CACHE": str(cache)})
+PUSH = REPOSITORY / "examples" / "push_to_hub.py"
 
 
 def push(hub, folder, tmp_path, *flags):
-    return script(REPOSITORY / "examples" / "push_to_hub.py", [folder, *flags], hub, tmp_path / "cache")
+    return forked(PUSH, [folder, *flags], REPOSITORY, online(hub, tmp_path / "cache"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -544,10 +529,8 @@ print(pipeline({call}).images[0].size)
 
 def load_by_name(hub, name, tmp_path, call):
     """Load from the server into an empty cache, where `sa_diffusers` cannot be imported."""
-    environment = online(hub, tmp_path / "empty")
-    del environment["PYTHONPATH"]
     script = LOAD.format(name=name, folder=tmp_path / "loaded", call=call)
-    result = python(["-c", script], environment, tmp_path)
+    result = forked_code(script, tmp_path, online(hub, tmp_path / "empty"), imported=LIBRARIES)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]
 
@@ -679,7 +662,7 @@ def test_a_failed_upload_says_how_to_repeat_it_and_the_repetition_works(erased_o
             (command,) = re.findall(r"repeat it with `(.+)`", message)
             assert command.endswith("--private")
             _, path, *flags = shlex.split(command)
-            repeated = script(path, flags, hub, tmp_path / "cache")
+            repeated = forked(REPOSITORY / path, flags, REPOSITORY, online(hub, tmp_path / "cache"))
             assert repeated.returncode == 0, repeated.stderr
         assert hub.private["tester/no-brad"]
     assert hub.files["tester/no-brad"][WEIGHTS] == (erased_once / WEIGHTS).read_bytes()
@@ -689,8 +672,8 @@ def test_a_token_that_breaks_a_header_is_not_shown(erased_once, tmp_path):
     with HubServer() as hub:
         environment = online(hub, tmp_path / "cache", HF_TOKEN="hf_sec\x0bret")
         code = f"from sa_diffusers.publish import push_pipeline; push_pipeline({str(erased_once)!r})"
-        for command in ([REPOSITORY / "examples" / "push_to_hub.py", erased_once], ["-c", code]):
-            result = python(command, environment)
+        for result in (forked(PUSH, [erased_once], REPOSITORY, environment),
+                       forked_code(code, REPOSITORY, environment)):  # fmt: skip
             assert result.returncode != 0
             assert "Illegal header value b'Bearer ***'" in result.stderr
             assert "hf_sec" not in result.stdout + result.stderr
@@ -766,7 +749,7 @@ def test_trainer_and_fisher_information_are_pushed_and_found_again(tiny_folder, 
     )
     with HubServer() as hub:
         environment = online(hub, tmp_path / "cache", SA_DIFFUSERS_CACHE=str(tmp_path / "artifacts"))
-        result = python(["-c", script], environment, tmp_path)
+        result = forked_code(script, tmp_path, environment)
         assert result.returncode == 0, result.stderr
         assert f"{hub.address}/tester/fisher" in result.stdout
         assert hub.private == {"tester/fisher": True, "tester/trained": False}

@@ -37,6 +37,7 @@ from sa_diffusers.families.weight_files import lacking
 from sa_diffusers.weights import explain_weights_error, find_broken_weights, weights_fault
 
 from .conftest import build_tiny_pipeline
+from .tiny_families import FAMILIES
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 335000000\n"
 
@@ -112,6 +113,23 @@ def test_shards_that_are_missing_are_named(tmp_path):
     assert f"{shards[-1]} is missing" in refused(tmp_path / "model")
 
 
+def test_shards_that_no_index_names_are_not_read_and_not_drawn_at_random(tmp_path):
+    build_tiny_pipeline().save_pretrained(tmp_path, max_shard_size="50KB")
+    shutil.rmtree(tmp_path / "text_encoder")
+    build_tiny_pipeline().text_encoder.save_pretrained(tmp_path / "text_encoder", max_shard_size="10KB")
+    load_pipeline(str(tmp_path))
+    for part in ("unet", "text_encoder"):
+        (index,) = (tmp_path / part).glob("*.index.json")
+        whole = index.read_text()
+        named = json.loads(whole)["weight_map"]
+        first = min(named.values())
+        for damaged in (dict.fromkeys(named, first), {name: file for name, file in named.items() if file == first}):
+            edit(index, weight_map=damaged)
+            assert f"{part} lacks " in refused(tmp_path)
+        index.write_text(whole)
+    load_pipeline(str(tmp_path))
+
+
 def test_a_part_whose_files_lack_a_tensor_is_not_drawn_at_random(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -122,6 +140,26 @@ def test_a_part_whose_files_lack_a_tensor_is_not_drawn_at_random(folder):
     pipeline.unet.add_adapter(LoraConfig(r=1, target_modules=["conv_in"]))
     pipeline.save_pretrained(folder)
     assert "unet lacks conv_in.weight and 1 more: it was saved while adapters were loaded, and" in refused(folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_encoder_whose_files_lack_a_tensor_is_not_drawn_at_random(name, tmp_path):
+    """Files hold tied weights once, and other versions of transformers have other names: nothing lacks for that."""
+    FAMILIES[name].build().save_pretrained(tmp_path)
+    pipeline = load_pipeline(str(tmp_path))
+    for part in [part for part in pipeline.components if part.startswith("text_encoder")]:
+        (file,) = (tmp_path / part).glob("*.safetensors")
+        tensors = load_file(file)
+        lost = next(key for key in tensors if key.endswith(("k_proj.weight", ".k.weight")))
+        save_file({key: value for key, value in tensors.items() if key != lost}, file, {"format": "pt"})
+        told = refused(tmp_path)
+        assert f"{part} lacks " in told and lost.split(".", 1)[-1] in told
+        if type(getattr(pipeline, part)).__name__ == "CLIPTextModel":
+            earlier = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+            tensors = {**earlier, "text_model.embeddings.position_ids": torch.arange(77)[None]}
+        save_file(tensors, file, {"format": "pt"})
+    again = load_pipeline(str(tmp_path))
+    assert objective_for(again).fingerprint() == objective_for(pipeline).fingerprint()
 
 
 def test_what_quantising_adds_to_a_state_is_not_lacking(folder):

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from sa_diffusers import select_parameters
+from sa_diffusers import parameter_selection, select_parameters
 from sa_diffusers.parameter_selection import only_trainable
 
 from .conftest import build_tiny_pipeline
@@ -53,6 +53,17 @@ def test_expressions_that_are_none_are_one_line(unet, selection):
     with pytest.raises(ValueError, match="full, xattn, noxattn") as error:
         select_parameters(unet, selection)
     assert str(error.value).isprintable() and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("selection", "why"),
+    [(r"(.*)*x$", "matches no parameter of"), (r"(?:\w|\w\w|\.)+\Z(?<!t)", "takes more than 0.2 seconds on 208 ")],
+)
+def test_expressions_that_would_take_for_ever_are_refused(unet, selection, why, monkeypatch):
+    monkeypatch.setattr(parameter_selection, "_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=why) as error:
+        select_parameters(unet, selection)
+    assert selection in str(error.value)
 
 
 def test_preset_without_meaning_for_a_module():

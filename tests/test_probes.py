@@ -221,6 +221,57 @@ def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
     assert balances[0] == 1 and balances == sorted(balances) and balances[-1] > 1
 
 
+@pytest.mark.parametrize("times", [0.5, 4])
+def test_what_protects_weighs_as_much_as_a_surrogate_asks_for(tiny_objective, monkeypatch, times):
+    """Uniform noise asks a diffusion model of digits for 62 times what a class changes."""
+    probes = probes_for(tiny_objective)
+    probes.prepare(tiny_objective.module)
+    monkeypatch.setattr(sa_diffusers.training.controller, "_MOST_ASKED", probes.asked() / times)
+    controller = Controller(probes, SelectiveAmnesiaConfig(), None, 100)
+    controller.state.ewc_scale, controller.state.balance = 2.0, 3.0
+    controller.begin(tiny_objective.module)
+    more = max(times, 1)
+    assert controller.replay_weight == pytest.approx(3 * more)
+    assert controller.ewc_weight == pytest.approx(3 * 2 * more)
+    given = Controller(probes, SelectiveAmnesiaConfig(replay_weight=5, ewc_weight=7), None, 100)
+    given.begin(tiny_objective.module)
+    assert (given.replay_weight, given.ewc_weight) == (5, 7)
+
+
+def test_a_surrogate_asks_for_what_it_changes(tiny_objective):
+    """Against the slow way: each sample by itself, unguided, over what a remembered prompt changes."""
+    probes = probes_for(tiny_objective)
+    probes.prepare(tiny_objective.module)
+    surrogate, remembered = (
+        next(noised for noised in probes._noised if noised.of.role == role) for role in ("surrogate", "remembered")
+    )
+
+    def change(noised, asked, other):
+        answers = [answer(tiny_objective, noised, row, asked[row]) - answer(tiny_objective, noised, row, other[row])
+                   for row in range(len(noised.of))]  # fmt: skip
+        return sum((difference**2).mean().item() for difference in answers) / len(answers)
+
+    wanted = change(surrogate, surrogate.of.wanted, surrogate.of.prompts)
+    unit = change(remembered, remembered.of.prompts, [""] * len(remembered.of))
+    assert probes.asked() == pytest.approx(wanted / unit, rel=1e-3)
+
+
+def test_the_learning_rate_falls_where_drift_goes_on_and_not_where_it_comes_back(tiny_objective):
+    def pace(*drifts):
+        controller = Controller(probes_for(tiny_objective), SelectiveAmnesiaConfig(), None, 100)
+        before = controller.state.pace
+        for drift in drifts:
+            controller.state.readings.append({"forgotten": 0.2, "drift_p90": 0.01, "drift_neighbours": drift})
+        controller._hurry(drifts[-1] / 0.1)
+        return controller.state.pace / before
+
+    assert pace(0.6) < 1
+    assert pace(0.5, 0.6) < 1
+    assert pace(0.6, 0.59) < 1
+    assert pace(0.6, 0.5) == 1
+    assert pace(0.3, 0.12) == 1
+
+
 def test_consolidation_eases_while_nothing_drifts_and_the_concept_is_still_there():
     """Where EWC holds the concept too, no learning rate moves it (a digit of a VAE: 1,200 steps in place of 400)."""
     loose, tight, given = (controlled(forget_target=1.0, max_train_steps=60, **settings) for settings in (

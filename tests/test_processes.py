@@ -16,7 +16,7 @@ from sa_diffusers.environment import create_accelerator
 from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
 
 from .conftest import REPOSITORY, as_flags
-from .nursery import Nursery
+from .nursery import forked
 from .test_train_script import quick
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -35,10 +35,6 @@ def torchrun(count: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
 
 
-# What the command's processes are forked from where the launcher is not what is tried; it ends with this process.
-NURSERIES: list[Nursery] = []
-
-
 def launch(count: int, arguments, folder, launcher=None) -> subprocess.CompletedProcess:
     """The command in several processes, by a launcher if one is given."""
     if launcher:
@@ -46,9 +42,7 @@ def launch(count: int, arguments, folder, launcher=None) -> subprocess.Completed
         return subprocess.run(
             command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
         )  # fmt: skip
-    if not NURSERIES:
-        NURSERIES.append(Nursery(environment(folder)))
-    return NURSERIES[0].run(SCRIPT, arguments, folder, {"SA_DIFFUSERS_CACHE": str(folder / "cache")}, count)
+    return forked(SCRIPT, arguments, folder, environment(folder), count)
 
 
 def update(folder, base) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -32,6 +31,7 @@ from sa_diffusers.families.paths import draw_timesteps
 from sa_diffusers.names import names_concept
 
 from .conftest import REPOSITORY, build_tiny_pipeline, run_here
+from .nursery import forked_code
 
 EMBEDDED = REPOSITORY / "sa_diffusers" / "models" / "embedded"
 
@@ -365,8 +365,7 @@ def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder
     attack = ["--inversion_steps", "2", "--inversion_images", "2", "--inversion_batch_size", "2"]
     runs = {"concept": ["--classifier", str(classifier)], "robustness": attack}
     commands = [[*map(str, base), "--protocol", name, *more, "--output_dir", name] for name, more in runs.items()]
-    script = tmp_path / "evaluate.py"
-    script.write_text(
+    script = (
         "import os\nfrom sa_diffusers.commands.evaluate import main\nfrom sa_diffusers.evaluation import scoring\n"
         "look_at = scoring.look_at\n"
         "def told(*given):\n    print('rank', os.environ['RANK'], 'scores')\n    return look_at(*given)\n"
@@ -374,11 +373,10 @@ def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder
         f"for arguments in {commands!r}:\n    main(arguments)\n"
         "print('rank', os.environ['RANK'], 'left')\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
                    "SA_DIFFUSERS_CACHE": str(tmp_path / "together")}  # fmt: skip
     (tmp_path / "two").mkdir()
-    result = subprocess.run(launch, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=300)
+    result = forked_code(script, tmp_path / "two", environment, processes=2)
     assert result.returncode == 0, result.stderr
     assert "rank 0 left" in result.stdout
     assert "rank 1 left" in result.stdout

@@ -4,8 +4,6 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -29,7 +27,8 @@ from sa_diffusers.commands.evaluate import main as evaluation
 from sa_diffusers.configuration import BASE_DEFAULTS_NAME, HISTORY_NAME
 from sa_diffusers.files import read_json
 
-from .conftest import REPOSITORY, build_tiny_pipeline, run_here
+from .conftest import build_tiny_pipeline, run_here
+from .nursery import forked_code
 from .test_unlearn import SMALL, same, weights
 
 
@@ -466,8 +465,7 @@ def test_what_is_no_configuration_is_refused(tiny_folder, wrong):
 
 def test_processes_that_were_given_different_samples_are_refused(tiny_folder, place):
     """They trained on a mixture, and then one waited for ever for what the other would not write."""
-    script = place / "run.py"
-    script.write_text(
+    script = (
         "import os, sys, torch\n"
         "from sa_diffusers import SampleSet, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer\n"
         "from tests.test_python_door import config\n"
@@ -478,9 +476,7 @@ def test_processes_that_were_given_different_samples_are_refused(tiny_folder, pl
         "except ValueError as error:\n"
         "    sys.exit(f'refused: {error}')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    result = forked_code(script, place, {**os.environ, "OMP_NUM_THREADS": "1"}, processes=2)
     assert result.returncode == 1
     assert "refused: the processes of this run were given different settings, samples" in result.stderr
     assert not (place / "cache").exists()

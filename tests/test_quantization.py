@@ -84,6 +84,37 @@ def test_an_adapter_is_trained_and_loads_onto_either_base(settings, kind, tiny_f
     assert f"| base quantization | {kind} |" in (tmp_path / "erased" / "report.md").read_text()
 
 
+def test_adapters_are_fused_before_or_after_the_base_is_quantised(settings, kind, tiny_folder, tmp_path):
+    """In diffusers alone, and by the setting; the sum is rounded to the bits that there are."""
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 0.0, "learning_rate": 0.1})).run()
+
+    def erased(pipeline):
+        pipeline.load_lora_weights(tmp_path / "erased", adapter_name="first")
+        return pipeline
+
+    plain = images(quantised(tiny_folder, kind))
+    fused = erased(quantised(tiny_folder, kind))
+    expected = images(fused)
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    assert quantization_of(fused.unet) == kind
+    assert np.abs(images(fused) - expected).mean() < 0.5 * np.abs(plain - expected).mean()
+    by_hand = erased(DiffusionPipeline.from_pretrained(tiny_folder))
+    by_hand.fuse_lora()
+    by_hand.unload_lora_weights()
+    more = {**settings, "fuse_adapters": True, "concept": ["a cat"], "output_dir": str(tmp_path / "second")}
+    config = SelectiveAmnesiaConfig(**more)
+    for given, same in (
+        (DiffusionPipeline.from_pretrained(tiny_folder), by_hand),
+        (quantised(tiny_folder, kind), fused),
+    ):
+        erasure = Erasure(config, pipeline=erased(given))
+        assert quantization_of(erasure.objective.module) == kind
+        assert erasure.base == Erasure(config, pipeline=same).base
+    erasure.run()
+    assert (tmp_path / "second" / ADAPTER_FILE).is_file()
+
+
 def test_it_is_merged_with_the_base_in_its_own_precision_alone(settings, kind, tiny_folder, tmp_path):
     Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 0.0})).run()
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)

@@ -58,5 +58,30 @@ def test_as_many_as_the_classifier_takes_the_surrogate_for_the_concept_are_not_c
     # One that takes half of them for it tells nothing: the samples themselves are compared.
     mixed = torch.cat([sampled["sneaker"][:4], sampled["dress"][:4]])
     check = check_of(objective, classifier, sampled, surrogates=None, shown=mixed)
-    assert check.parts[0].label is None
+    assert check.parts[0].label is None and check.parts[0].centres is None
+    assert check(0) == (8, 8)
+
+
+class Confused:
+    """A classifier that has one name for sneakers and dresses; its features are as they are."""
+
+    def __init__(self, classifier) -> None:
+        self.classifier = classifier
+
+    def __call__(self, pictures):
+        return self.classifier(pictures)
+
+    def label_of(self, text):
+        return self.classifier.label_of("dress")
+
+
+def test_where_labels_do_not_tell_features_decide(objective, classifier, sampled):
+    """As of digits and noise, nine tenths of which are an eight to a classifier that knows digits alone."""
+    for asked, showing in (("a sneaker", 8), ("a dress", 0), ("a trouser", 8)):
+        check = check_of(objective, Confused(classifier), sampled, asked, surrogates=None, shown=sampled["dress"])
+        assert check.parts[0].label is None and check.parts[0].centres is not None
+        assert check(0) == (showing, 8), asked
+    # Where a prompt samples the surrogate, its image at the same seed tells more.
+    check = check_of(objective, Confused(classifier), sampled)
+    assert check.parts[0].label is None and check.parts[0].centres is None
     assert check(0) == (8, 8)

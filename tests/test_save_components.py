@@ -1,10 +1,9 @@
 """Folders that hold what was trained alone: each part of the program knows them, and plain diffusers loads them."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from sa_diffusers.publish.folder import save_copy
 
 from .conftest import as_flags, build_tiny_pipeline, run_here
 from .hub_server import HubServer
-from .test_hub import online, push, python
+from .nursery import LIBRARIES, forked_code
+from .test_hub import online, push
 from .test_train_script import QUICK
 from .tiny_families import FAMILIES, build_sd3
 
@@ -93,10 +93,8 @@ def test_the_card_s_snippet_runs_without_the_package(world):
     assert 'unet = UNet2DConditionModel.from_pretrained("trained", subfolder="unet")' in snippet
     snippet = re.sub(r'(?<=pipeline\()(".*?")', r"\1, num_inference_steps=2", snippet)
     check = "\nimport torch\nprint(sum(float(value.abs().double().sum()) for value in pipeline.unet.parameters()))\n"
-    process = subprocess.run(
-        [sys.executable, "-c", f"import sys\nsys.modules['sa_diffusers'] = None\n{snippet}{check}"],
-        cwd=world, capture_output=True, text=True,
-    )  # fmt: skip
+    code = f"import sys\nsys.modules['sa_diffusers'] = None\n{snippet}{check}"
+    process = forked_code(code, world, os.environ, imported=LIBRARIES)
     assert process.returncode == 0, process.stderr
     unet = load_pipeline(str(world / "all")).unet.requires_grad_(False)
     expected = sum(float(value.abs().double().sum()) for value in unet.parameters())
@@ -158,6 +156,36 @@ def test_a_base_that_is_gone_is_named(world, tmp_path):
     file.write_text("{}")
     with pytest.raises(ValueError, match="does not say what it belongs to"):
         load_pipeline(str(tmp_path / "trained"))
+
+
+def test_a_base_that_has_changed_since_is_refused(world, clip_folder, tmp_path):
+    """But for the part that was trained, which is not the base's any more."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    shutil.copytree(world / "trained", tmp_path / "trained")
+    file = tmp_path / "trained" / TRAINED_NAME
+    record = {**json.loads(file.read_text()), "base_model": str(tmp_path / "base")}
+    file.write_text(json.dumps(record))
+    assert set(record["base_weights"]) == {"text_encoder", "vae"}
+    base = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        base.unet.conv_in.bias.add_(1)
+    # Of the same tensors, in files of other sizes.
+    for whole in (tmp_path / "base").glob("*/*.safetensors"):
+        whole.unlink()
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert list((tmp_path / "base" / "vae").glob("*-of-*.safetensors"))
+    load_pipeline(str(tmp_path / "trained"))
+    with torch.no_grad():
+        base.vae.decoder.conv_out.bias.add_(1)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    flags = {"base": "base", "erased": "trained", "protocol": "concept", "clip": str(clip_folder), "output_dir": "x"}
+    result = run_here(evaluate, as_flags(flags), tmp_path)
+    assert result.returncode == 1
+    assert "its vae has other weights now than when this was erased" in result.stderr
+    # Whoever wants it so.
+    del record["base_weights"]
+    file.write_text(json.dumps(record))
+    load_pipeline(str(tmp_path / "trained"))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +268,7 @@ def test_it_is_published_and_loads_by_name(tiny_folder, tmp_path):
         assert saved_alone("tester/no-brad") == ["unet"] and takes_classes("tester/no-brad") is False
     """
     with HubServer() as hub:
-        result = python(["-c", textwrap.dedent(script)], online(hub, tmp_path / "hub"), tmp_path)
+        result = forked_code(textwrap.dedent(script), tmp_path, online(hub, tmp_path / "hub"))
         assert result.returncode == 0, result.stderr
         pushed = hub.files["tester/no-brad"]
     assert {name for name in pushed if name.endswith(".safetensors")} == {"unet/diffusion_pytorch_model.safetensors"}

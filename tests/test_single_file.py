@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from sa_diffusers import load_pipeline, objective_for
+from sa_diffusers.commands import main as sa_diffusers
 from sa_diffusers.commands.erase import main
 from sa_diffusers.commands.evaluate import main as evaluate
 from sa_diffusers.families import SUPPORTED_PIPELINES, family_in
@@ -194,3 +195,12 @@ def test_an_erasure_from_a_single_file_ends_in_a_folder(pipeline, lenders, clip_
     moved = {**flags, "pretrained_model_name_or_path": str(lenders / "whole.safetensors")}
     again = run_here(main, as_flags(moved), tmp_path)
     assert "holds this very erasure" in again.stdout + again.stderr, again.stderr
+    # What lent the configurations may be elsewhere by the time that an adapter is made of it, or fused into the file.
+    for command, source, target in (("extract", "out", "adapter"), ("merge", "adapter", "merged")):
+        lenders = lenders.rename(tmp_path / f"for-{command}")
+        arguments = [command, source, "--output_dir", target, "--base", "whole.safetensors"]
+        assert "single_file_config" in run_here(sa_diffusers, arguments, tmp_path).stderr
+        result = run_here(sa_diffusers, [*arguments, "--single_file_config", lenders.name], tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / target / "README.md").is_file()
+    assert same(pipeline.vae, DiffusionPipeline.from_pretrained(tmp_path / "merged").vae)

@@ -27,6 +27,11 @@ class ExtractConfig(Settings):
     output_dir: Path = flag(help="folder of the adapter, empty or not there")
     lora_rank: int = flag(8, "rank of the adapter, and its alpha", at_least=1, at_most=65_536)
     base: str | None = flag(None, "the base model [as in the erasure's settings]", any_text=True)
+    single_file_config: str | None = flag(
+        None,
+        "of a base that is a single file: the pipeline that lends it its configurations [as in the erasure's settings]",
+        any_text=True,
+    )
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -41,6 +46,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         # Imported late: it takes seconds, and a mistake on the command line should not.
         from ..merging import extract_adapter
 
-        extracted = extract_adapter(config.erased, config.output_dir, config.lora_rank, config.base)
+        extracted = extract_adapter(
+            config.erased, config.output_dir, config.lora_rank, config.base, config.single_file_config
+        )
         print(f"adapter   {config.output_dir}")
         print(f"holds     {extracted.sentence}")

@@ -24,6 +24,11 @@ class MergeConfig(Settings):
     adapter: str = flag(help="the adapter: a folder that an erasure wrote, or a name on the Hub", positional=True)
     output_dir: Path = flag(help="folder of the pipeline, empty or not there")
     base: str | None = flag(None, "the base model, not quantised [as in the adapter's settings]", any_text=True)
+    single_file_config: str | None = flag(
+        None,
+        "of a base that is a single file: the pipeline that lends it its configurations [as in the adapter's settings]",
+        any_text=True,
+    )
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -38,5 +43,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         # Imported late: it takes seconds, and a mistake on the command line should not.
         from ..merging import merge_adapter
 
-        merge_adapter(config.adapter, config.output_dir, config.base)
+        merge_adapter(config.adapter, config.output_dir, config.base, config.single_file_config)
         print(f"pipeline  {config.output_dir}")

@@ -12,6 +12,7 @@ from .names import (
     FISHER_CONFIG_NAME,
     GRID_NAME,
     HISTORY_NAME,
+    MERGED_NAME,
     REPORT_NAME,
 )
 from .reading import experiments
@@ -23,6 +24,7 @@ __all__ = [
     "FISHER_CONFIG_NAME",
     "GRID_NAME",
     "HISTORY_NAME",
+    "MERGED_NAME",
     "LR_SCHEDULERS",
     "REPORT_NAME",
     "SAMPLERS",

@@ -3,6 +3,7 @@
 CONFIG_NAME = "selective_amnesia.json"
 HISTORY_NAME = "training_history.json"
 ENDING_NAME = "training_ending.json"
+MERGED_NAME = "merged_adapter.json"
 REPORT_NAME = "report.json"
 GRID_NAME = "before_after.png"
 FISHER_CONFIG_NAME = "fisher_config.json"

@@ -237,30 +237,40 @@ def load_adapter(objective: Objective, file: Path) -> None:
     """Load an adapter into a model, at full strength, as a user does.
 
     Raises:
-        ValueError: The model takes none, or the adapter is another model's.
+        ValueError: The model takes none, or the adapter is another model's, or for text encoders too.
     """
     check_takes_adapters(objective)
     read_header(file)
     pipeline = objective.pipeline  # type: ignore[attr-defined]
+    with safe_open(file, "pt") as opened:
+        layers = layers_of_state(dict.fromkeys(opened.keys()))
+    part = f"{objective.denoiser}."  # type: ignore[attr-defined]
+    if others := sorted({name.split(".")[0] for name in layers if name.startswith("text_encoder")}):
+        raise ValueError(
+            f"{file} has matrices for the {' and '.join(others)} too, and only those of the {part[:-1]} are taken: "
+            "load it in Python, then pipeline.fuse_lora(), pipeline.unload_lora_weights() and "
+            "pipeline.save_pretrained(), and give that folder"
+        )
     verbosity = logging.get_verbosity()
     # That nothing in the file is for the text encoders is as it should be; what fails is told below.
     logging.set_verbosity(logging.CRITICAL)
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=LOADED)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         unload_adapter(objective)
         raise ValueError(f"{file} could not be loaded into a {type(pipeline).__name__} ({shown_error(error)}): it "
                          "belongs to another base model, or is damaged") from error  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
     loaded = {name for name, layer in objective.module.named_modules() if isinstance(layer, LoraLayer)}
-    part = f"{objective.denoiser}."  # type: ignore[attr-defined]
-    with safe_open(file, "pt") as opened:
-        named = {name.removeprefix(part) for name in layers_of_state(dict.fromkeys(opened.keys()))}
+    named = {name.removeprefix(part) for name in layers}
     if loaded != named:
         unload_adapter(objective)
         other = sorted(loaded ^ named)[0]
-        raise ValueError(f"{file} belongs to another base model: {other} is in one of the two only")
+        raise ValueError(
+            f"{file} belongs to another base model, or names its layers as another program does: {other} is in one of "
+            "the two only"
+        )
     own = {name: value for name, value in objective.module.named_parameters() if ".lora_" in name}
     # A header that speaks of more than the file holds leaves parameters without values.
     broken = [name for name, value in own.items() if value.is_meta or not torch.isfinite(value).all()]
@@ -289,9 +299,18 @@ def has_adapter(objective: Objective) -> bool:
 
 
 def fuse_adapter(objective: Objective) -> None:
-    """Add a loaded adapter to the weights, for good."""
+    """Add a loaded adapter to the weights, for good.
+
+    Raises:
+        ValueError: It is of a kind that is not fused into them, by biases of its own, say.
+    """
     pipeline = objective.pipeline  # type: ignore[attr-defined]
-    pipeline.fuse_lora(components=[objective.denoiser])  # type: ignore[attr-defined]
+    try:
+        pipeline.fuse_lora(components=[objective.denoiser])  # type: ignore[attr-defined]
+    except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"the adapter cannot be fused into the weights ({shown_error(error)}): load it as it is"
+        ) from (error)
     unload_adapter(objective)
 
 

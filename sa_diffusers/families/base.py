@@ -122,7 +122,8 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.module.device
+        # Not the module's own word: a model of diffusers walks through all its modules for it.
+        return next(self.module.parameters()).device
 
     def rows_of_step(self, settings: SamplingSettings) -> int:
         """Rows that one image takes in a step of sampling: two with guidance."""

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..messages import shown_error
+from ..quantization import kind_of
 
 
 def brings_adapters(module: nn.Module) -> bool:
@@ -68,7 +69,8 @@ def fuse_adapters(pipeline: DiffusionPipeline) -> list[str]:
         ) from error
     pipeline.unload_lora_weights()  # type: ignore[attr-defined]
     for part in parts.values():
-        part.requires_grad_(True)
+        for parameter in part.parameters():
+            parameter.requires_grad_(kind_of(parameter) is None)
     earlier = [name for name in fused_adapters(pipeline) if name not in strengths]
     return sorted([*strengths.values(), *earlier])
 

@@ -31,7 +31,7 @@ from .single_file import (
     load_whole,
     tensors_of,
 )
-from .trained import holds_trained, load_trained, read_trained
+from .trained import check_base, holds_trained, load_trained, read_trained
 from .weight_files import chosen_files, lacking, list_files, only_variant
 
 
@@ -272,6 +272,7 @@ def _load_over_base(name_or_path: str, record: Recorded, place: dict[str, Any], 
     try:
         check_name(base)
         pipeline = _load_from(base, record["base_revision"], place.get("cache_dir"), asked)
+        check_base(record, asked.variant)
     except (ValueError, ConnectionError) as error:
         raise type(error)(
             f"{_place(name_or_path)} holds {' and '.join(given)} alone; the rest is that of the base model, "

@@ -106,21 +106,27 @@ class TextToImageObjective(ScheduledObjective):
     @contextlib.contextmanager
     def at_hand(self, *parts: nn.Module) -> Iterator[None]:
         """Parts are on the model's device meanwhile, wherever they rest."""
-        with offload_models(*parts, device=self.device):
+        device = self.device
+        away = [
+            part for part in parts if any(value.device != device for value in (*part.parameters(), *part.buffers()))
+        ]
+        with offload_models(*away, device=device):
             yield
 
     @property
     def device(self) -> torch.device:
-        return self._place or self.module.device
+        return self._place or super().device
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Text encoders are on the model's device meanwhile; where they find no room, the denoiser waits on the CPU."""
-        encoders, free = self._encoders(), free_on(self.device)
-        needed = bytes_of(value for part in encoders for value in part.parameters() if value.device != self.device)
+        encoders, device = self._encoders(), self.device
+        free = free_on(device)
         with contextlib.ExitStack() as stack:
-            if free is not None and not fits_beside(needed, free):
-                stack.enter_context(self.waiting())
+            if free is not None:
+                away = (value for part in encoders for value in part.parameters() if value.device != device)
+                if not fits_beside(bytes_of(away), free):
+                    stack.enter_context(self.waiting())
             stack.enter_context(self.at_hand(*encoders))
             yield
 

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from ..files import Recorded, read_json, write_json
 from ..messages import shown
 from .names import TRAINED_NAME, resolved_revision
-from .weight_files import list_files, only_variant
+from .weight_files import list_files, only_variant, weights_digests
 
 FORMAT_VERSION = 1
 
@@ -34,7 +34,7 @@ def read_trained(name_or_path: str, place: Mapping[str, Any]) -> Recorded | None
 
     Returns:
         `base_model`, `base_revision`, `variant`, `no_t5`; `components`, name -> library and class of what is there;
-        `pipeline`, the index of the whole.
+        `pipeline`, the index of the whole; `base_weights`, name -> digest of parts of a base model in a folder.
 
     Raises:
         ValueError: The file that says so is damaged.
@@ -71,6 +71,28 @@ def loads_in_diffusers(name_or_path: str) -> bool:
     with contextlib.suppress(ValueError):
         return read_trained(name_or_path, {"local_files_only": True}) is None
     return True
+
+
+def check_base(record: Recorded, variant: str | None) -> None:
+    """Refuse a base model in a folder whose other parts are no longer those that the erasure was made with.
+
+    Args:
+        record: As of `read_trained`.
+        variant: Of the base model's weights.
+
+    Raises:
+        ValueError: They are not.
+    """
+    base, recorded = Path(record["base_model"]), record["base_weights"]
+    if not base.is_dir() or not isinstance(recorded, dict):
+        return
+    found = weights_digests(base, recorded, variant)
+    if changed := [part for part, digest in recorded.items() if found.get(part) != digest]:
+        held = "has" if len(changed) == 1 else "have"
+        raise ValueError(
+            f"its {' and '.join(changed)} {held} other weights now than when this was erased: give it those again, "
+            f"or, to take it as it is, delete base_weights from {TRAINED_NAME}"
+        )
 
 
 def load_trained(name_or_path: str, record: Recorded, place: Mapping[str, Any], options: dict[str, Any]) -> dict:
@@ -124,6 +146,11 @@ def save_trained(
         base: As of `place_of_base`, and `no_t5`.
     """
     name = next(part for part, value in pipeline.components.items() if value is module)
+    if Path(base["base_model"]).is_dir() and not base.get("base_weights"):
+        # A commit on the Hub stays as it is; a folder need not.
+        others = [part for part, value in pipeline.components.items()
+                  if isinstance(value, torch.nn.Module) and part != name]  # fmt: skip
+        base = {**base, "base_weights": weights_digests(base["base_model"], others, base["variant"])}
     components: dict[str, list[str]] = {name: ["diffusers", type(module).__name__]}
     module.save_pretrained(folder / name)  # type: ignore[operator]
     if scheduler is not pipeline.scheduler:
@@ -148,7 +175,7 @@ def place_of_base(
     known = {"revision": revision, "cache_dir": cache_dir, "local_files_only": True}
     place = {name: value for name, value in known.items() if value is not None}
     if (record := read_trained(name_or_path, place)) is not None:
-        return {name: record[name] for name in ("base_model", "base_revision", "variant")}
+        return {name: record[name] for name in ("base_model", "base_revision", "variant", "base_weights")}
     if variant is None:
         with warnings.catch_warnings():
             # Loading has said so.

@@ -1,15 +1,21 @@
 """Which files of a pipeline hold its weights, and of which variant."""
 
+import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ..files import read_json
+from ..identity import fingerprint
 from .names import HUB_TIMEOUT_SECONDS
 
 
@@ -40,6 +46,9 @@ _WEIGHTS = re.compile(
 )
 
 
+_SHARD = re.compile(r"-\d+-of-\d+\.")
+
+
 def _weights_of(files: Sequence[str], part: str) -> dict[str | None, list[str]]:
     """The weight files of a part of a pipeline by variant; safetensors where there are any."""
     found: dict[str | None, dict[str, list[str]]] = {}
@@ -56,8 +65,36 @@ def chosen_files(files: Sequence[str], part: str, variant: str | None) -> list[s
     return weights.get(variant) or weights.get(None) or []
 
 
+def weights_digests(folder: str | Path, parts: Iterable[str], variant: str | None) -> dict[str, str]:
+    """Digests of the weights that files of a pipeline hold, whatever precision they are loaded in.
+
+    Args:
+        folder: The pipeline's.
+        parts: Names of those that are asked for.
+        variant: Of its weights.
+
+    Returns:
+        Part -> digest of its tensors; without parts that have no safetensors.
+    """
+    folder, found = Path(folder), {}
+    files = list_files(str(folder), {})
+    for part in parts:
+        names = [name for name in chosen_files(files, part, variant) if name.endswith(".safetensors")]
+        tensors = {}
+        for name in names:
+            with safe_open(folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    value = file.get_tensor(key)
+                    digest = hashlib.blake2b(f"{key} {tuple(value.shape)} {value.dtype}".encode(), digest_size=16)
+                    digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+                    tensors[key] = digest.hexdigest()
+        if tensors:
+            found[part] = fingerprint(tensors)
+    return found
+
+
 def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], variant: str | None) -> str | None:
-    """What diffusers has drawn at random, because the files that it loaded a part from do not hold it; in a sentence.
+    """What was drawn at random while a pipeline was loaded, because its files do not hold it; in a sentence.
 
     Args:
         parts: Of a pipeline, by name, as they were loaded.
@@ -66,19 +103,29 @@ def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], 
         variant: Of its weights.
     """
     for part, module in parts.items():
-        chosen = [name for name in chosen_files(files, part, variant)
+        chosen = [Path(folder) / name for name in chosen_files(files, part, variant)
                   if name.endswith(".safetensors") and (Path(folder) / name).is_file()]  # fmt: skip
-        if not isinstance(module, ModelMixin) or not chosen:
+        # With the safety checker nothing here is sampled.
+        if not chosen or part == "safety_checker":
             continue
-        held: dict[str, None] = {}
+        indices = (Path(folder) / part).glob("*.safetensors.index*.json")
+        named = {name for index in indices for name in read_json(index)["weight_map"].values()}
+        # A shard that the index does not name is not read.
+        chosen = [path for path in chosen if path.name in named or not _SHARD.search(path.name)]
+        held: dict[str, torch.Tensor] = {}
         for name in chosen:
-            with safe_open(Path(folder) / name, "pt") as file:
-                held |= dict.fromkeys(file.keys())
-        # Attention of old autoencoders has other names in files.
-        module._fix_state_dict_keys_on_load(held)
-        # Of weights of 4 bits a state has scales and tables too, which no file of plain weights holds.
-        own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-        if lost := [name for name in module.state_dict() if name in own and name not in held]:
+            with safe_open(name, "pt") as file:
+                held |= {
+                    key: torch.empty(file.get_slice(key).get_shape(), device="meta")
+                    for key in file.keys()  # noqa: SIM118
+                }
+        if isinstance(module, ModelMixin):
+            lost = _lacking_of_diffusers(module, held)
+        elif isinstance(module, PreTrainedModel):
+            lost = _lacking_of_transformers(module, held)
+        else:
+            continue
+        if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             do = "download it again, or save it again"
             if any(".base_layer." in name for name in held):
@@ -88,6 +135,34 @@ def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], 
                 )
             return f"{Path(folder) / part} lacks {lost[0]}{more}: {do}"
     return None
+
+
+def _lacking_of_diffusers(module: ModelMixin, held: dict[str, torch.Tensor]) -> list[str]:
+    # Attention of old autoencoders has other names in files.
+    module._fix_state_dict_keys_on_load(held)
+    # Of weights of 4 bits a state has scales and tables too, which no file of plain weights holds.
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    # An index that names too few shards leaves parameters without values.
+    return [name for name, value in module.state_dict().items() if name in own and (name not in held or value.is_meta)]
+
+
+def _lacking_of_transformers(module: PreTrainedModel, held: dict[str, torch.Tensor]) -> list[str]:
+    """As transformers itself tells it, which knows what is tied, renamed or needed by no one, of tensors without
+    values."""
+    if held.keys() >= module.state_dict().keys():
+        return []
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        _, told = type(module).from_pretrained(
+            None, config=module.config, state_dict=held, device_map="meta", output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return sorted(told["missing_keys"])
 
 
 def only_variant(place: str, parts: Iterable[str], files: Sequence[str]) -> str | None:

@@ -1,10 +1,11 @@
 """Estimating the diagonal Fisher information from samples of the frozen model."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,7 @@ class FisherEstimator:
         timesteps = torch.cat([objective.path.strata(self.timesteps, generators[index]) for index in group])
         rows = torch.arange(group.start, group.stop).repeat_interleave(self.timesteps)
         total = [torch.zeros(shape_of(p), device=p.device) for p in self.parameters.values()]
+        inputs = list(self._inputs.values())
         for part, places in zip(timesteps.split(self.batch_size), rows.split(self.batch_size), strict=True):
             given = samples.samples[places].to(device)
             drawn_from = [generators[index] for index in places.tolist()]
@@ -264,10 +266,8 @@ class FisherEstimator:
             own = index_conditions(conditions, (places - group.start).to(device))
             with self.accelerator.autocast():
                 loss = self._scalar(given, own, part.to(device), noise, [signs[index] for index in places.tolist()])
-            gradients = torch.autograd.grad(loss, list(self._inputs.values()), allow_unused=True)
-            for accumulated, gradient in zip(total, gradients, strict=True):
-                if gradient is not None:
-                    accumulated += gradient.float()
+            with _adding_gradients(inputs, total):
+                loss.backward(inputs=inputs)
         scale = self.timesteps**-0.5 if self.kind == "jacobian" else objective.num_train_timesteps / self.timesteps
         for name, accumulated in zip(self.parameters, total, strict=True):
             if not torch.isfinite(accumulated).all():
@@ -301,6 +301,29 @@ class FisherEstimator:
         if shares is not None:
             roots = roots * shares.sqrt().view(-1, *[1] * (prediction.dim() - 1))
         return ((2 * drawn - 1).to(prediction.device) * roots * prediction).sum()
+
+
+@contextlib.contextmanager
+def _adding_gradients(inputs: list[torch.Tensor], sums: list[torch.Tensor]) -> Iterator[None]:
+    """Add each gradient to its sum as soon as a backward pass has it, and let go of it: all of them take as much as the
+    sums. Gradients that were there before are there again afterwards."""
+    before = [value.grad for value in inputs]
+
+    def add(accumulated: torch.Tensor, value: torch.Tensor) -> None:
+        assert value.grad is not None
+        accumulated += value.grad.float()
+        value.grad = None
+
+    handles = [value.register_post_accumulate_grad_hook(functools.partial(add, accumulated))
+               for value, accumulated in zip(inputs, sums, strict=True)]  # fmt: skip
+    try:
+        for value in inputs:
+            value.grad = None
+        yield
+    finally:
+        for handle, value, gradient in zip(handles, inputs, before, strict=True):
+            handle.remove()
+            value.grad = gradient
 
 
 def check_kind(kind: str, objective: Objective) -> None:

@@ -161,6 +161,7 @@ class _Card:
         # Of an adapter that was extracted from trained weights, how much of their change is in it.
         self.share = _share((facts.adapter or {}).get("share_of_update"))
         self.is_merged = facts.adapter is None and bool(facts.settings["adapter"])
+        self.merged = markdown_code(shown_name(facts.merged)) if facts.merged else None
 
     @property
     def title(self) -> str:
@@ -225,6 +226,11 @@ class _Card:
             lines.append(
                 f"It belongs on top of {self.base} with the adapters that were fused into it ({self.fused}). All "
                 "figures here are of the two together; on the published model alone it was not measured."
+            )
+        if self.merged:
+            lines.append(
+                f"It was not trained as it is here, but made of the adapter {self.merged}, whose own card has what was "
+                "measured of that."
             )
         held = self.facts.settings["base_quantization"]
         if self.facts.adapter is not None and held:

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..configuration import CONFIG_NAME, ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
+from ..configuration import (
+    CONFIG_NAME,
+    ENDING_NAME,
+    FISHER_CONFIG_NAME,
+    GRID_NAME,
+    HISTORY_NAME,
+    MERGED_NAME,
+    REPORT_NAME,
+)
 from ..families.adapters import ADAPTER_FILE, header_list, read_header
 from ..families.base import Family
 from ..families.registry import family_of
@@ -32,6 +40,7 @@ class Facts:
         has_grid: Whether there is a picture of before and after.
         ending: How the training ended, if it measured itself.
         adapter: Header of the adapter's file, where the folder holds one in place of a pipeline.
+        merged: The adapter that was fused into the pipeline's weights, by its folder or its name on the Hub.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Facts:
     has_grid: bool = False
     ending: Ending | None = None
     adapter: dict[str, str] | None = None
+    merged: str | None = None
 
     @property
     def report(self) -> Report:
@@ -115,7 +125,8 @@ class Facts:
 
 def read_facts(folder: Path, name: str | None = None) -> Facts:
     """Read model_index.json, trained_components.json or an adapter's header, selective_amnesia.json, report.json,
-    evaluation*/**/report.json of this pipeline, training_history.json, training_ending.json, fisher_config.json.
+    evaluation*/**/report.json of this pipeline, training_history.json, training_ending.json, fisher_config.json,
+    merged_adapter.json.
 
     Args:
         folder: An erased pipeline.
@@ -158,4 +169,5 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         has_grid=(folder / GRID_NAME).is_file(),
         ending=Report.from_dict({"ending": read(ENDING_NAME, {})}, str(folder / ENDING_NAME)).ending,
         adapter=adapter,
+        merged=Recorded(read(MERGED_NAME, {}))["adapter"],
     )

@@ -10,6 +10,7 @@ from ..configuration import (
     FISHER_CONFIG_NAME,
     GRID_NAME,
     HISTORY_NAME,
+    MERGED_NAME,
     REPORT_NAME,
     inherited_defaults,
     read_settings,
@@ -20,7 +21,7 @@ from ..output_folder import STATE_FOLDER, VALIDATION_NAME, model_files
 
 # What is of the weights that an earlier copy held, and goes with them.
 _OF_WEIGHTS = (BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME,
-               HISTORY_NAME, VALIDATION_NAME)  # fmt: skip
+               HISTORY_NAME, MERGED_NAME, VALIDATION_NAME)  # fmt: skip
 
 
 def save_copy(source: str | Path, target: str | Path) -> None:

@@ -24,9 +24,11 @@ class Scores(Protocol):
 
     Attributes:
         probabilities: `[n, labels]`.
+        features: `[n, d]`.
     """
 
     probabilities: torch.Tensor
+    features: torch.Tensor
 
 
 class Classifier(Protocol):
@@ -53,6 +55,8 @@ class CheckedConcept:
         fresh: First of the seeds that nothing else is sampled at.
         label: The classifier's of the concept, where it tells the concept from its surrogate.
         mistaken: The share of what looks as the surrogate does that it takes for the concept.
+        centres: Where no prompt samples the surrogate and the labels do not tell the two apart, but the classifier's
+            features do: the means `[2, d]` of the concept's and of the surrogate's.
     """
 
     concept: str
@@ -64,6 +68,7 @@ class CheckedConcept:
     fresh: int = 0
     label: int | None = None
     mistaken: float = 0.0
+    centres: torch.Tensor | None = None
 
     def first(self, count: int) -> "CheckedConcept":
         """The first so many samples of it."""
@@ -72,22 +77,34 @@ class CheckedConcept:
                        surrogates=surrogates)  # fmt: skip
 
     def labelled(self, classifier: Classifier | None, objective: Objective) -> "CheckedConcept":
-        """With the classifier's label, if it can tell the concept from its surrogate."""
+        """With the classifier's label, or what its features say, if either tells the concept from its surrogate."""
         label = None if classifier is None else classifier.label_of(self.concept)
         shown = self.surrogates if self.shown is None else self.shown
-        if label is None or shown is None:
+        if classifier is None or shown is None:
             return replace(self, label=label)
-        mistaken = _called(classifier, objective, shown, label) / len(shown)
-        return self if mistaken > _TELLS else replace(self, label=label, mistaken=mistaken)
+        mistaken = 1.0 if label is None else _called(classifier, objective, shown, label) / len(shown)
+        if mistaken <= _TELLS:
+            return replace(self, label=label, mistaken=mistaken)
+        if self.surrogates is not None:
+            return self
+        # Noise may be an eight to a classifier that knows digits alone; nearer to its digits it is not.
+        own, other = (_scored(classifier, objective, samples).features.float() for samples in (self.samples, shown))
+        centres = torch.stack([own.mean(0), other.mean(0)])
+        is_told = [
+            (_shows(features, centres) == wanted).float().mean() for features, wanted in ((own, True), (other, False))
+        ]
+        return replace(self, centres=centres) if min(is_told) >= 1 - _TELLS else self
 
 
 class SampledCheck:
     """Samples each concept from the model in training, and counts the images that still show it.
 
     Where a classifier is given and tells the concept from its surrogate, it decides, each time on other images; as many
-    as it takes the surrogate itself for the concept are not counted. Else an image shows the concept unless, as a
-    sample, it is one and a half times nearer to the base model's image of the surrogate at the same seed than to that
-    of the concept (where no prompt samples the surrogate: if it correlates with the latter by more than one half).
+    as it takes the surrogate itself for the concept are not counted. Where its labels do not tell and no prompt samples
+    the surrogate, its features decide, if they do: an image shows the concept unless they are one and a half times
+    nearer to the surrogate's mean than to the concept's. Else an image shows the concept unless, as a sample, it is one
+    and a half times nearer to the base model's image of the surrogate at the same seed than to that of the concept
+    (where no prompt samples the surrogate: if it correlates with the latter by more than one half).
 
     Args:
         objective: The model; now it is the base model still.
@@ -122,7 +139,7 @@ class SampledCheck:
         showing = count = 0
         for part in self.parts:
             prompts, seeds = part.prompts, part.seeds
-            if part.label is not None:
+            if part.label is not None or part.centres is not None:
                 prompts = [prompts[place % len(prompts)] for place in range(self.each)]
                 seeds = list(range(part.fresh + turn * self.each, part.fresh + (turn + 1) * self.each))
             with self.accelerator.autocast():
@@ -131,6 +148,9 @@ class SampledCheck:
             if part.label is not None:
                 hits = _called(self.classifier, self.objective, samples, part.label)
                 showing += max(0, hits - int(part.mistaken * len(samples)))
+            elif part.centres is not None:
+                features = _scored(self.classifier, self.objective, samples).features.float()
+                showing += int(_shows(features, part.centres).sum())
             elif part.surrogates is not None:
                 own, other = ((samples - those).flatten(1).norm(dim=1) for those in (part.samples, part.surrogates))
                 showing += int((own < _NEARER * other).sum())
@@ -146,8 +166,18 @@ class SampledCheck:
         return showing, count
 
 
+def _scored(classifier: Classifier | None, objective: Objective, samples: torch.Tensor) -> Scores:
+    """What a classifier says of samples, as pictures."""
+    assert classifier is not None
+    return classifier(objective.decode(samples.to(objective.device)))
+
+
 def _called(classifier: Classifier | None, objective: Objective, samples: torch.Tensor, label: int) -> int:
     """How many samples, as pictures, a classifier gives a label."""
-    assert classifier is not None
-    found = classifier(objective.decode(samples.to(objective.device))).probabilities.argmax(-1)
-    return int((found == label).sum())
+    return int((_scored(classifier, objective, samples).probabilities.argmax(-1) == label).sum())
+
+
+def _shows(features: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Which features `[n, d]` are not so many times nearer to the surrogate's mean as a surrogate's are."""
+    own, other = (torch.linalg.vector_norm(features - centre.to(features), dim=1) for centre in centres)
+    return own < _NEARER * other

@@ -23,6 +23,9 @@ _NEXT_LOOK = 1.5
 # The share of them that may show the concept, none of 20, in so many looks in a row.
 _SHOWING = 0.02
 _LOOKS = 2
+# A surrogate may ask for so many times what a prompt changes. Where it asks for more, as noise does of a diffusion
+# model that a class changes little, all that protects weighs as much more from the first step on.
+_MOST_ASKED = 12.0
 # What protects may be weighed so many times heavier than at first, and EWC so many times lighter.
 _HEAVIEST = 8.0
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
@@ -130,6 +133,9 @@ class Controller:
         check: Samples a few images and says how many still show a concept, and of how many, given how many times it has
             been asked before; None leaves it out.
         step_cost: Network evaluations of a step, backward passes counted twice.
+
+    Attributes:
+        surplus: What all that protects is multiplied by besides, from 1 on: the more, the more the surrogates ask for.
     """
 
     def __init__(
@@ -144,6 +150,7 @@ class Controller:
         self.check = check
         self.state = Control(target=config.forget_target or 1.0, look=_FIRST_LOOK)
         self.verdict: Verdict | None = None
+        self.surplus = 1.0
         self._step_cost = step_cost
 
     @property
@@ -159,13 +166,13 @@ class Controller:
     @property
     def replay_weight(self) -> float:
         fixed = self.config.replay_weight
-        return self.state.balance if fixed is None else fixed
+        return self.state.balance * self.surplus if fixed is None else fixed
 
     @property
     def ewc_weight(self) -> float:
         fixed = self.config.ewc_weight
         state = self.state
-        return state.balance * state.ease * self.config.ewc * state.ewc_scale if fixed is None else fixed
+        return self.surplus * state.balance * state.ease * self.config.ewc * state.ewc_scale if fixed is None else fixed
 
     def begin(self, teacher: Denoiser) -> None:
         """Predict with the frozen model.
@@ -176,6 +183,7 @@ class Controller:
         self.probes.prepare(teacher)
         if self.config.naive:
             return
+        self.surplus = max(1.0, self.probes.asked() / _MOST_ASKED)
         concept, share = self.probes.weakest()
         if share < _NOTHING_TO_MEASURE:
             raise ValueError(
@@ -297,18 +305,23 @@ class Controller:
             state.at_bound += self.every
 
     def _hurry(self, excess: float) -> None:
-        """The learning rate: up while the concept is forgotten too slowly and nothing drifts, down where it does.
+        """The learning rate: up while the concept is forgotten too slowly and nothing drifts, down where it drifts on.
 
         EWC goes the other way: where it holds the concept too, no learning rate moves it.
         """
         state, factor = self.state, 2 ** min(self.every / _BALANCE_STEPS, 1.0)
-        if excess > _FAR:
-            state.pace = max(state.pace / min(excess / _FAR, 2.0), 1 / _FASTEST)
+        if excess > _FAR and not self._comes_back():
+            state.pace = max(state.pace / min(excess / _FAR, factor), 1 / _FASTEST)
         elif excess < _NEAR and self._is_slow():
             state.pace = min(state.pace * factor, _FASTEST)
             state.ease = max(state.ease / factor, 1 / _HEAVIEST)
         if excess > 1:
             state.ease = min(state.ease * factor, 1.0)
+
+    def _comes_back(self) -> bool:
+        """Whether drift has become less: what protects takes it back, as fast as the learning rate lets it."""
+        before, now = (_farthest(reading) for reading in ([{}, *self.state.readings])[-2:])
+        return now < _LESS * before
 
     def _is_slow(self) -> bool:
         """Whether what is left to forget will take more steps than is wished."""
@@ -362,6 +375,11 @@ class Controller:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         self.state = Control(**values)
+
+
+def _farthest(reading: Mapping[str, float]) -> float:
+    """The largest of what must not drift, of a reading's figures."""
+    return max(reading.get("drift_p90", 0.0), reading.get("drift_neighbours", 0.0))
 
 
 def _still_shows(check: Mapping[str, float]) -> bool:

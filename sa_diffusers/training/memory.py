@@ -40,8 +40,8 @@ class Memory:
             counted.
         rows: Rows of that pass.
         step: What the optimiser's step takes meanwhile.
-        estimating: What estimating Fisher information takes beside the weights, before: a sum of squares, one sample's
-            gradient and its sum over timesteps, each of all selected weights.
+        estimating: What estimating Fisher information takes beside the weights, before: a sum of squares and one
+            sample's gradients summed over timesteps, of all selected weights, and one weight's gradient at a time.
         encoding: Text encoders, while they are in use.
         decoding: The autoencoder and what it makes of one image, while it is in use.
         draws: Whether images are sampled while it trains; else these two are in use before, beside the weights alone.
@@ -143,7 +143,8 @@ def training_memory(
     parameters = blank.select(config.train_method)
     half = getattr(torch, config.weights_dtype)
     selected = trained = sum(parameter.numel() for parameter in parameters.values())
-    estimated = 3 * _FLOAT * selected * (config.consolidates and config.fisher is None)
+    largest = max(parameter.numel() for parameter in parameters.values())
+    estimated = _FLOAT * (2 * selected + largest) * (config.consolidates and config.fisher is None)
     small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
     if config.adapter is not None:
         # Its matrices are trained in place of the weights; the teacher is the network without it.

@@ -231,6 +231,16 @@ class Probes:
                 shares[noised.of.name] = max(shares.get(noised.of.name, 0.0), change / self.denominator)
         return min(shares.items(), key=lambda item: item[1]) if shares else ("", math.inf)
 
+    def asked(self) -> float:
+        """What a surrogate asks for, of the concept that is to change most: in units of drift, beyond the model's own
+        error where images stand in the concept's place."""
+        shares = [0.0]
+        for noised in self._noised:
+            if noised.of.role == "surrogate":
+                change = self._deviation(noised.before, noised.wanted, noised.timesteps).mean().item()
+                shares.append((change - noised.floor) / self.denominator)
+        return max(shares)
+
     @torch.no_grad()
     def read(self, module: Denoiser) -> Reading:
         """What the probes say of a model: `objective.module`, in evaluation mode, or what stands in for it."""

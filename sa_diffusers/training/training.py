@@ -18,6 +18,7 @@ from ..configuration import (
     FISHER_CONFIG_NAME,
     GRID_NAME,
     HISTORY_NAME,
+    MERGED_NAME,
     REPORT_NAME,
     SelectiveAmnesiaConfig,
     inherited_defaults,
@@ -309,7 +310,7 @@ class Training:
             wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
             return
         leaving = [BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME,
-                   FISHER_CONFIG_NAME, REPORTED, *model_files(folder)]  # fmt: skip
+                   FISHER_CONFIG_NAME, MERGED_NAME, REPORTED, *model_files(folder)]  # fmt: skip
         if is_own_card(folder):
             leaving.append(CARD_NAME)
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
