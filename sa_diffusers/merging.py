@@ -103,7 +103,8 @@ def merge_adapter(
         for told in (HISTORY_NAME, ENDING_NAME, FISHER_CONFIG_NAME):
             if (Path(name) / told).is_file():
                 shutil.copyfile(Path(name) / told, staging / told)
-        write_json(staging / MERGED_NAME, {"adapter": str(Path(name).resolve()) if Path(name).is_dir() else name})
+        # It may be published: no folder of this machine is named.
+        write_json(staging / MERGED_NAME, {"adapter": Path(name).resolve().name if Path(name).is_dir() else name})
         write_model_card(staging, output_dir.resolve().name)
 
 

@@ -496,6 +496,9 @@ def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, t
     result = run_here(main, ["merge", tmp_path / "merged", "--output_dir", tmp_path / "more"], tmp_path)
     assert "holds no adapter" in result.stderr
     assert "brad pitt" in build_model_card(tmp_path / "merged").content
+    for name in ("merged_adapter.json", "README.md"):
+        # They may be published.
+        assert str(tmp_path) not in (tmp_path / "merged" / name).read_text(), name
     # What the merged one changes is what the adapter did: nothing is lost at its own rank.
     arguments = ["extract", tmp_path / "merged", "--output_dir", tmp_path / "extracted", "--lora_rank", 2]
     result = run_here(main, arguments, tmp_path)

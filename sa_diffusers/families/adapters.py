@@ -310,7 +310,7 @@ def fuse_adapter(objective: Objective) -> None:
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"the adapter cannot be fused into the weights ({shown_error(error)}): load it as it is"
-        ) from (error)
+        ) from error
     unload_adapter(objective)
 
 
