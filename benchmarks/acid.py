@@ -4,8 +4,9 @@ chosen on, several seeds, and the worst of them.
     python benchmarks/acid.py --base garments=sa_diffusers/models/embedded/pipeline --methods full xattn \\
         --pairs "bag:sandal" "trouser:coat" --output benchmarks/results/acid.json
 
-Every finished erasure is written at once; the same command goes on where it stopped. Prints a Markdown table. A base
-that does not name its classifier gets one by `--classifier`; a class without a surrogate is erased to uniform noise.
+Every finished erasure is written at once; the same command goes on where it stopped. Prints a Markdown table of all
+that is written there, of each figure the worst seed. A base that does not name its classifier gets one by
+`--classifier`; a class without a surrogate is erased to uniform noise.
 """
 
 import argparse
@@ -159,41 +160,68 @@ def kept(result: dict[str, Any], labels: list[str], place: int) -> float:
     return mean([result["others"][label][place] for label in labels])
 
 
+def lost(result: dict[str, Any], labels: list[str]) -> float:
+    return 100 * (kept(result, labels, 0) - kept(result, labels, 1))
+
+
+def cells(base: str, method: str, pair: str, seeds: list[dict[str, Any]]) -> list[str]:
+    """The worst seed of each figure."""
+    left = max(seeds, key=lambda result: result["concept"][1])
+    count = next(iter(left["others"].values()))[2]
+    low, high = wilson_interval(round(left["concept"][1] * count), count)
+    text = f"{100 * left['concept'][1]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    if "floor" in left:
+        far = max(abs(result["probability"][1] - result["floor"]) for result in seeds)
+        text += f"; probability off by {far:.3f}"
+    label, (before, after, _) = max(
+        ((label, result["others"][label]) for result in seeds for label in result["neighbours"]),
+        key=lambda item: item[1][0] - item[1][1],
+    )
+    frechet = max((result.get("frechet", [0, 0, 0]) for result in seeds), key=lambda value: value[1])
+    steps = [result["steps"] for result in seeds]
+    return [
+        base, method, pair.replace(":", " → "), f"{sum(result['done'] for result in seeds)} of {len(seeds)}",
+        f"{min(steps)} to {max(steps)}" if min(steps) < max(steps) else str(steps[0]), text,
+        " → ".join(f"{100 * value:.1f}" for value in min((result.get("surrogate", ()) for result in seeds),
+                                                         key=lambda pair: pair[1:])),
+        f"{max(lost(result, list(result['others'])) for result in seeds):.1f}",
+        f"{max(lost(result, result['neighbours']) for result in seeds):.1f}",
+        f"{label}: {100 * before:.1f} → {100 * after:.1f}", *(f"{value:.2f}" if value else "" for value in frechet),
+        f"{max(result['seconds'] for result in seeds) / 60:.1f}",
+    ]  # fmt: skip
+
+
 def table(results: dict[str, Any]) -> str:
-    """A row for each pair: the worst seed of each figure."""
-    header = ("base", "selection", "erased", "steps", "stopped by itself", "left, %", "surrogate, %",
-              "others: before, %", "lost, points", "neighbours lost", "Fréchet: before", "after", "other seeds",
-              "core minutes")  # fmt: skip
+    """A row for each pair, and the means over all pairs and seeds of a base."""
+    header = ("base", "selection", "erased", "stopped by itself", "steps", "left, %", "surrogate, %",
+              "others lost, points", "neighbours lost", "the worst neighbour", "Fréchet: before", "after",
+              "other seeds", "training, core minutes")  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for key, result in results.items():
         rows.setdefault(tuple(key.split("|")[:3]), []).append(result)
-    for (base, method, pair), seeds in rows.items():
-
-        def lost(result: dict[str, Any], near: bool = False) -> float:
-            labels = result["neighbours"] if near else list(result["others"])
-            return 100 * (kept(result, labels, 0) - kept(result, labels, 1))
-
-        left = max(seeds, key=lambda result: result["concept"][1])
-        count = max(value[2] for value in left["others"].values())
-        low, high = wilson_interval(round(left["concept"][1] * count), count)
-        text = f"{100 * left['concept'][1]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-        if "floor" in left:
-            far = max(abs(result["probability"][1] - result["floor"]) for result in seeds)
-            text += f"; probability off by {far:.3f}"
-        frechet = max((result.get("frechet", [0, 0, 0]) for result in seeds), key=lambda value: value[1])
-        steps = [result["steps"] for result in seeds]
-        cells = [
-            base, method, pair.replace(":", " → "), f"{min(steps)} to {max(steps)}",
-            f"{sum(result['done'] for result in seeds)} of {len(seeds)}", text,
-            f"{100 * min(result['surrogate'][1] for result in seeds):.1f}" if "surrogate" in left else "",
-            f"{100 * kept(left, list(left['others']), 0):.1f}", f"{max(map(lost, seeds)):.1f}",
-            f"{max(lost(result, near=True) for result in seeds):.1f}",
-            *(f"{value:.2f}" if value else "" for value in frechet),
-            f"{max(result['seconds'] for result in seeds) / 60:.1f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(cells(*of, seeds)) + " |" for of, seeds in rows.items()]
+    for base, method in dict.fromkeys(of[:2] for of in rows):
+        mine = [seeds for of, seeds in rows.items() if of[:2] == (base, method)]
+        if len(mine) > 1:
+            lines.append("| " + " | ".join(means(base, method, len(mine), sum(mine, []))) + " |")
     return "\n".join(lines)
+
+
+def means(base: str, method: str, pairs: int, results: list[dict[str, Any]]) -> list[str]:
+    """Of all runs of several pairs alike."""
+    surrogates = [result["surrogate"][1] for result in results if "surrogate" in result]
+    frechet = [result["frechet"] for result in results if "frechet" in result]
+    return [
+        base, method, f"**mean of {pairs}**", f"{sum(result['done'] for result in results)} of {len(results)}",
+        f"{mean([result['steps'] for result in results]):.0f}",
+        f"{100 * mean([result['concept'][1] for result in results]):.1f}",
+        f"{100 * mean(surrogates):.1f}" if surrogates else "",
+        f"{mean([lost(result, list(result['others'])) for result in results]):.1f}",
+        f"{mean([lost(result, result['neighbours']) for result in results]):.1f}", "",
+        *(f"{mean([value[place] for value in frechet]):.2f}" if frechet else "" for place in range(3)),
+        f"{mean([result['seconds'] for result in results]) / 60:.1f}",
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -208,7 +236,7 @@ def main() -> None:
                     results[key] = erased(pair, method, seed, args)
                     write_json(args.output, results)
                     print(table({key: results[key]}).splitlines()[-1], results[key]["stopped"], flush=True)
-    print(f"\nThe worst of {len(args.seeds)} seeds\n\n{table(results)}")
+    print(f"\n{table(results)}")
 
 
 if __name__ == "__main__":
