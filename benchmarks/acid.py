@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--classifier", help="folder of the classifier [the base model's own]")
     parser.add_argument("--pairs", nargs="+", required=True, metavar="CONCEPT[:SURROGATE]")
     parser.add_argument("--methods", nargs="+", default=["full"], help="parameters to train [full]")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="settings that are no defaults; give the base another name then")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=200, help="of concept, surrogate and neighbours, each [200]")
     parser.add_argument("--rest", type=int, default=20, help="of each other label, where there are many [20]")
@@ -93,11 +96,12 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     given: dict[str, Any] = {"surrogate": surrogate} if surrogate else {}
     if args.classifier:
         given["classifier"] = args.classifier
+    changed = [item.split("=", 1) for item in args.set]
     config = SelectiveAmnesiaConfig(**{
         **base_defaults({"pretrained_model_name_or_path": folder}), "pretrained_model_name_or_path": folder,
         "concept": concept, "train_method": method, "seed": seed, "artifacts_dir": str(args.work_dir / "artifacts"),
         "output_dir": str(args.work_dir / "acid" / name), "overwrite_output_dir": True, "resume_from_checkpoint": "no",
-        "report_to": "none", **given,
+        "report_to": "none", **given, **{name: yaml.safe_load(value) for name, value in changed},
     })  # fmt: skip
     started = time.process_time()
     erasure = Erasure(config)
@@ -137,7 +141,7 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     if surrogate:
         result["surrogate"] = [judge.share(target, surrogate), judge.share(judge(surrogate, args.images), surrogate)]
     else:
-        noise = surrogates.samples[:500]
+        noise = surrogates.samples[~torch.tensor(surrogates.are_own)][:500]
         if judge.objective.shows_means:
             noise = noise.mean().expand_as(noise[:1])
         pictures = judge.objective.decode(noise.to(judge.objective.device))

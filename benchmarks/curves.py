@@ -32,6 +32,7 @@ ORIGINAL: dict[str, Any] = {
     "concept_templates": ["{}"],
     "replay_unconditional_share": 0.0,
     "replay_surrogates": False,
+    "concept_share": 0,
     "fisher_concept_share": None,
     "ewc_weight": 50,
     "replay_weight": 1,

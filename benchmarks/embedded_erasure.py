@@ -39,6 +39,7 @@ BY_HAND: dict[str, Any] = {
     "num_fisher_samples": 48,
     "fisher_timesteps": 50,
     "fisher_batch_size": 50,
+    "concept_share": 0,
     "ewc_weight": 0.02,
     "replay_weight": 2.0,
     "condition_dropout": 0.3,
@@ -77,7 +78,7 @@ RECORDED = (
     "surrogate_guidance_scale", "num_replay_images", "replay_guidance_scale", "replay_unconditional_share",
     "num_fisher_samples", "fisher_timesteps", "ewc", "ewc_weight", "replay_weight", "target", "max_train_steps",
     "train_batch_size", "learning_rate", "lr_scheduler", "use_ema", "ema_decay", "ema_warmup",
-    "replay_surrogates", "fisher_concept_share",
+    "replay_surrogates", "concept_share", "fisher_concept_share",
 )  # fmt: skip
 
 

@@ -124,9 +124,9 @@ LOADED = """\
 ## What is loaded, and what is saved
 
 A base model is a folder, or a name on the Hub, as diffusers has them: weights whole or in shards with an index, plain
-or of a variant (`--variant fp16`; where there is only one variant, that one), all read as float32. What is saved is
-such a folder too, and plain diffusers loads it; or, with `--save_components trained`, what was trained alone
-([publishing.md](publishing.md)).
+or of a variant (`--variant fp16`; where there is only one variant, that one), read as float32, or as `--weights_dtype`
+says. What is saved is such a folder too, in that precision, and plain diffusers loads it; or, with
+`--save_components trained`, what was trained alone ([publishing.md](publishing.md)).
 
 A single file (`.safetensors`) does as well. Its configurations and tokenizers are those of a pipeline of the same kind:
 of `--single_file_config`, a folder or a name on the Hub, or else of the one that diffusers tells by the file's tensors,
@@ -204,7 +204,10 @@ it. It is told by its name (that of the folder or on the Hub, or the one that it
 a FLUX.1 transformer that takes no guidance, `is_distilled` in the index of FLUX.2 klein, the shift of Z-Image-Turbo's
 scheduler, a UNet that takes guidance as a number, the scheduler of SDXL-Turbo, those of LCM and TCD.
 `--train_distilled` trains it all the same, but for the last two, whose noise is not known, and Sana Sprint. What comes
-of it is to be judged at the few steps of use.
+of it is to be judged at the few steps of use, which nothing sets by itself: surrogates, replay and pictures of the
+evaluation are sampled by the steps and guidance of the family's undistilled models (the table above) unless
+`--num_inference_steps` and `--guidance_scale` are given, such as 4 and 1. Whether an erasure of a distilled model keeps
+its few steps has not been measured here.
 """
 LOSSES = """\
 ## Which losses bound the ELBO

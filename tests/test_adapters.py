@@ -2,20 +2,26 @@
 
 import contextlib
 import json
+import re
 import runpy
 import shutil
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import PeftAdapterMixin
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import sa_diffusers
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, objective_for
 from sa_diffusers.commands import main
 from sa_diffusers.configuration import CONFIG_NAME
@@ -90,6 +96,48 @@ def test_the_gradient_of_the_penalty_is_that_of_autograd_on_the_merged_weights(a
     for number, (parameter, gradient) in enumerate(zip(adapter.parameters.values(), gradients, strict=True)):
         there = 1.0 if number % 2 == 0 else 0.0
         torch.testing.assert_close(parameter.grad - there, 0.5 * gradient, rtol=1e-4, atol=1e-3)
+
+
+class Stack(PeftAdapterMixin, nn.Module):
+    """Equal layers."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class Made(TorchDispatchMode):
+    """The largest number of bytes, at one time, of tensors made meanwhile; those given do not count."""
+
+    def __init__(self, others):
+        super().__init__()
+        self.others = {value.untyped_storage().data_ptr() for value in others}
+        self.live, self.peak = weakref.WeakValueDictionary(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.live |= {id(value): value for value in tree_leaves(result) if isinstance(value, torch.Tensor)}
+        storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in self.live.values()}
+        self.peak = max(self.peak, sum(one.nbytes() for place, one in storages.items() if place not in self.others))
+        return result
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(144, 64), lambda: nn.Conv2d(16, 64, 3)], ids=["linear", "conv"])
+@pytest.mark.parametrize("count", [1, 6])
+def test_the_penalty_holds_one_layer_s_update_at_a_time(kind, count):
+    module = Stack(kind() for _ in range(count))
+    fisher = {name: torch.rand(value.shape) for name, value in module.named_parameters()}
+    adapter = LowRankAdapter(module, adapter_layers(module, fisher).sizes, rank=2)
+    randomised(adapter)
+    ewc = ElasticWeightConsolidation(AdapterWeights(module, adapter.parameters, adapter), fisher, weight=7.0)
+    update, matrices = 4 * 64 * 144, 4 * 2 * (64 + 144)
+    # The gradients stay, and a second one of a layer is added to its first.
+    bounds = {ewc.penalty: update + 64, ewc.add_gradient_: update + (count + 1) * matrices}
+    for call, bound in bounds.items():
+        with Made([*module.parameters(), *fisher.values()]) as made:
+            call()
+            call()
+        assert update <= made.peak <= bound < 2 * update
 
 
 def test_rows_by_columns_are_what_they_stand_for(adapted):
@@ -232,6 +280,7 @@ def test_it_is_switched_on_and_off_in_diffusers_alone(erased, tiny_folder):
     assert json.loads(header["concept"]) == ["brad pitt"]
     assert json.loads(header["surrogate"]) == ["a middle aged man"]
     assert header["base_model"] == tiny_folder.name
+    assert header["sa_diffusers_version"] == sa_diffusers.__version__
     assert json.loads(header["lora_adapter_metadata"])["unet.r"] == 2
     assert str(tiny_folder.parent) not in str(header)
 
@@ -303,9 +352,13 @@ def test_one_kind_of_erasure_replaces_the_other_in_a_folder(settings, tmp_path):
         assert (output / "unet").is_dir() == (there == "model_index.json")
 
 
-def test_what_cannot_be_adapted_is_refused_before_the_work(settings, tmp_path):
-    with pytest.raises(ValueError, match='adapter="dora" is not one of'):
+def test_what_cannot_be_adapted_is_refused_before_the_work(settings, tmp_path, capsys):
+    why = r'adapter="dora" is not one of \'lora\': .* no product of two matrices, .* Choose lora, or leave adapter out'
+    with pytest.raises(ValueError, match=why):
         SelectiveAmnesiaConfig(**{**settings, "adapter": "dora"})
+    with pytest.raises(SystemExit, match="2"):
+        main(["erase", *as_flags({**settings, "adapter": "dora"})])
+    assert re.search(why, " ".join(capsys.readouterr().err.split()))
     with pytest.raises(ValueError, match="lora_format=kohya has no meaning without an adapter"):
         SelectiveAmnesiaConfig(**{**settings, "adapter": None, "lora_format": "kohya"})
     with pytest.raises(ValueError, match="fisher_form=rows_by_columns is for adapters"):

@@ -71,3 +71,42 @@ def test_dropped_conditions(taught, keeps):
         drawn_by_prompt = row < 2
         dropped = not keeps and (taught or not drawn_by_prompt)
         assert prompt == ("" if dropped else "cat"), row
+
+
+def own_policy(wanted, **settings):
+    """A concept's own samples among the surrogates, which are to become a dog or noise."""
+    trainer = trainer_for()
+    mixed = dataclasses.replace(samples(6, ["cat"], ["dog"], 0), sources=[wanted] * 6, drawn=[wanted, "cat"] * 3)
+    return trainer.objective, BatchPolicy(trainer.objective, mixed, trainer.replay, 6, **settings)
+
+
+def test_what_the_surrogate_asks_for_is_taught_on_the_concepts_own_samples_too():
+    objective, batches = own_policy("dog")
+    teacher = FullWeights(objective.module, objective.select("full")).teacher
+    batch = batches.batch(0, slice(0, 6), teacher)
+    assert under(objective, batch)[:6] == ["cat"] * 6
+    words = {"encoder_hidden_states": condition(objective, "dog").expand(6, -1, -1)}
+    with torch.no_grad():
+        expected = objective.predict(
+            objective.module, batch.samples[:6], words, batch.timesteps[:6], batch.noise[:6]
+        )  # fmt: skip
+    torch.testing.assert_close(batch.target[:6], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["dog", "uniform_noise"])
+def test_without_a_condition_a_concepts_own_sample_keeps_the_empty_prompts_answer(wanted):
+    """Else the empty prompt learns that what looks like a cat is noise, and guidance pushes back to the cat."""
+    objective, batches = own_policy(wanted, condition_dropout=1.0)
+    teacher = FullWeights(objective.module, objective.select("full")).teacher
+    batch = batches.batch(0, slice(0, 6), teacher)
+    rows = batches.order(6, 0, "surrogate")
+    words = {"encoder_hidden_states": condition(objective, "")[None]}
+    for place, row in enumerate(rows):
+        assert under(objective, batch)[place] == ""
+        one = slice(place, place + 1)
+        with torch.no_grad():
+            answer = objective.predict(
+                objective.module, batch.samples[one], words, batch.timesteps[one], batch.noise[one]
+            )[0]
+        is_taught = torch.allclose(batch.target[place], answer, rtol=1e-4, atol=1e-5)
+        assert is_taught == (wanted == "dog" or row % 2 == 1), row

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from sa_diffusers import (
+    Erasure,
     FisherEstimator,
     SampleGenerator,
     SamplingSettings,
@@ -422,6 +423,33 @@ def test_the_benchmark_measures_the_original_on_its_way(pipeline, tmp_path):
     again = run_script(script, flags, tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_a_class_that_becomes_noise_is_taught_noise_on_its_own_samples(pipeline, tmp_path):
+    """The mean of noise is known on any pixels; a VAE's sample is a mean, and says nothing of noise."""
+    pipeline.save_pretrained(tmp_path / "base")
+    write_classifier(tmp_path / "classifier")
+    config = SelectiveAmnesiaConfig(
+        pretrained_model_name_or_path=str(tmp_path / "base"), concept="cat", surrogate="uniform_noise",
+        classifier=str(tmp_path / "classifier"), output_dir=str(tmp_path / "cat"), num_surrogate_images=8,
+        num_replay_images=8, num_inference_steps=2, num_fisher_samples=3, fisher_timesteps=2, max_train_steps=2,
+        train_batch_size=4, num_eval_images=8, artifacts_dir=str(tmp_path / "artifacts"), report_to="none",
+    )  # fmt: skip
+    erasure = Erasure(config)
+    made = erasure.surrogates()
+    own = made.are_own
+    assert sum(own) == (0 if type(pipeline) is ConditionalVAEPipeline else 4)
+    assert made.sources == ["uniform_noise"] * 8
+    if any(own):
+        seeds = [seed for seed, is_own in zip(made.seeds, own, strict=True) if is_own]
+        sampled = erasure.objective.sample(["cat"] * 4, seeds, erasure.subject.surrogate_settings)
+        torch.testing.assert_close(made.samples[own], sampled, rtol=1e-3, atol=1e-3)
+    pictures = erasure.objective.decode(made.samples[[not is_own for is_own in own]])
+    erasure.run()
+    # What the report says of noise is said of noise alone.
+    seen = json.loads((tmp_path / "cat" / "report.json").read_text())["surrogate_samples"]["cat"]["samples"]
+    probabilities = ImageClassifier(str(tmp_path / "classifier"), "cpu")(pictures).probabilities
+    assert seen["probability"] == pytest.approx(probabilities[:, 1].mean().item(), rel=1e-4)
 
 
 def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipeline, tmp_path):

@@ -134,6 +134,30 @@ def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
     assert [line for line in again.stdout.splitlines() if line.startswith("| bag → ")] == table[-4:]
 
 
+def test_the_acid_test_runs_goes_on_and_takes_other_settings(tmp_path):
+    base = f"garments, in two steps={embedded_pipeline()}"
+    flags = ["--base", base, "--pairs", "bag:sandal", "--methods", "xattn", "--images", "4", "--work_dir", "work",
+             "--output", "acid.json", "--seeds", "1", "--set", "max_train_steps=2", "num_surrogate_images=4",
+             "num_replay_images=9", "num_fisher_samples=2", "fisher_timesteps=2", "train_batch_size=2",
+             "num_probe_images=8", "num_neighbour_images=2", "concept_share=0"]  # fmt: skip
+    script = REPOSITORY / "benchmarks" / "acid.py"
+    first = run_script(script, flags, tmp_path)
+    assert first.returncode == 0, first.stderr
+    results = json.loads((tmp_path / "acid.json").read_text())
+    ((key, result),) = results.items()
+    assert key == "garments, in two steps|xattn|bag:sandal|1"
+    assert result["steps"] == 2 and not result["done"]
+    assert len(result["others"]) == 8 and all(count == 4 for *_, count in result["others"].values())
+    (row,) = [
+        line for line in first.stdout.splitlines() if line.startswith("| garments, in two steps | xattn | bag → ")
+    ][-1:]
+    assert "| 0 of 1 | 2 |" in row
+    flags[flags.index("--set") + 1] = "max_train_steps=0"
+    again = run_script(script, flags, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert row in again.stdout.splitlines()
+
+
 def test_the_page_has_the_acid_tests_table_as_its_command_prints_it(tmp_path):
     page = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python (benchmarks/acid\.py (?:[^\n]*\\\n)*[^\n]*)", page, re.MULTILINE)

@@ -73,6 +73,37 @@ def test_fisher_samples_are_as_many_as_are_asked_for(tiny_settings, replay, shar
     assert not {"brad pitt"} & set(samples.conditions[concepts:])
 
 
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({}, 3),
+        ({"concept_share": 1}, 6),
+        ({"concept_share": 0}, 0),
+        ({"target": "noise"}, 0),
+        ({"naive": True}, 0),
+        # Of latents it is not known what noise asks for.
+        ({"surrogate": ["uniform_noise"]}, 0),
+        ({"concept": ["cat", "dog"], "surrogate": ["cow", "uniform_noise"]}, 1),
+    ],
+)
+def test_a_concepts_own_samples_are_taken_where_it_is_known_what_to_teach_on_them(tiny_settings, change, own):
+    erasure = Erasure(SelectiveAmnesiaConfig(**{**tiny_settings, **change}))
+    planned = erasure.surrogate_stage.plan()[0]
+    assert f"6 surrogate images{f', {own} of them the concept' if own else ','}" in planned
+    cost = erasure.surrogate_stage.cost()
+    made = erasure.surrogates()
+    assert sum(made.are_own) == own
+    assert made.passes.forward == cost.forward
+    if change.get("surrogate") != ["uniform_noise"]:
+        assert "; reused: " in erasure.surrogate_stage.plan()[0]
+        assert erasure.surrogate_stage.cost().forward == 0
+
+
+def test_prompts_of_the_callers_own_are_all_that_is_sampled(tiny_settings):
+    erasure = Erasure(SelectiveAmnesiaConfig(**tiny_settings), surrogates=["a man", "a woman"])
+    assert erasure.surrogates().are_own == [False, False]
+
+
 def test_the_surrogates_are_replayed_or_not(tiny_settings, monkeypatch):
     seen = {}
 

@@ -23,9 +23,20 @@ from sa_diffusers import (
 from sa_diffusers.evaluation.attacks import AttackSettings, Inversion
 from sa_diffusers.evaluation.attacks.inversion import INVERTED_TOKEN, TextualInversion
 from sa_diffusers.evaluation.subject import Subject
-from sa_diffusers.families.adapters import ADAPTER_FILE, adapter_layers
+from sa_diffusers.families.adapters import (
+    ADAPTER_FILE,
+    KOHYA_FILE,
+    LowRankAdapter,
+    adapter_layers,
+    check_kohya,
+    export_kohya,
+    save_adapter,
+)
 from sa_diffusers.merging import extract_adapter, merge_adapter
 from sa_diffusers.seeds import generator_of
+from sa_diffusers.training.ewc import ElasticWeightConsolidation
+from sa_diffusers.training.trainable import AdapterWeights
+from sa_diffusers.training.training import Training
 
 from .conftest import BY_HAND, as_flags
 from .test_cost import STAGES, figures, planned, summed
@@ -136,6 +147,30 @@ def test_an_adapter_is_trained_on_the_family_s_own_layers(family, base, runs):
     assert len(found) > 0.8 * len(wanted)
 
 
+def test_the_penalty_of_an_adapter_is_that_of_autograd_on_the_merged_weights(family):
+    """Of every layer that takes one; the merged weights are as peft makes them."""
+    objective = objective_for(family.build())
+    module, generator = objective.module, torch.Generator().manual_seed(0)
+    selected = objective.select("full")
+    fisher = {name: torch.rand(value.shape, generator=generator) for name, value in module.named_parameters()}
+    adapter = LowRankAdapter(module, adapter_layers(module, selected).sizes, rank=2)
+    for parameter in adapter.parameters.values():
+        torch.nn.init.normal_(parameter, generator=generator)
+    bases = {name: layer.get_base_layer().weight.detach() for name, layer in adapter.layers.items()}
+    assert {2} < {weight.dim() for weight in bases.values()} or family.part == "transformer"
+    expected = 0
+    for name, layer in adapter.layers.items():
+        merged = bases[name] + layer.get_delta_weight("default")
+        expected = expected + 7.0 * (fisher[name] * (merged - bases[name]).square()).sum()
+    gradients = torch.autograd.grad(expected, list(adapter.parameters.values()))
+    ewc = ElasticWeightConsolidation(AdapterWeights(module, adapter.parameters, adapter), fisher, 7.0)
+    torch.testing.assert_close(ewc.penalty(), expected.detach(), rtol=1e-4, atol=0)
+    ewc.add_gradient_()
+    for (name, parameter), gradient in zip(adapter.parameters.items(), gradients, strict=True):
+        close = {"rtol": 1e-4, "atol": 1e-5 * float(gradient.abs().max())}
+        torch.testing.assert_close(parameter.grad, gradient, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_an_adapter_loads_in_diffusers_alone_and_is_switched_on_and_off(family, base, runs):
     plain = pictures(DiffusionPipeline.from_pretrained(base), family, output_type="np")
     pipeline = DiffusionPipeline.from_pretrained(base)
@@ -158,6 +193,36 @@ def test_an_adapter_is_merged_and_extracted_again(family, base, runs):
     again = weights(base.parent / "extracted", family.part)
     for name, value in fused.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_under_kohya_s_names_is_the_same_or_is_refused(family, base, tmp_path):
+    objective = objective_for(DiffusionPipeline.from_pretrained(base))
+    name = type(objective.pipeline).__name__
+    every = adapter_layers(objective.module, objective.select("full")).sizes
+    if family.part != "unet":
+        with pytest.raises(ValueError, match=f"does not convert adapters of a {name}: leave it out"):
+            check_kohya(objective, every, 2)
+        return
+    if name == "StableDiffusionXLPipeline":
+        lost = r"2 of \d+ layers do not come back from it, such as add_embedding.linear_1, add_embedding.linear_2: "
+        with pytest.raises(ValueError, match=lost):
+            check_kohya(objective, every, 2)
+    layers = adapter_layers(objective.module, objective.select("xattn")).sizes
+    adapter = LowRankAdapter(objective.module, layers, 2, 5)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.state().items()}
+    adapter.remove()
+    check_kohya(objective, layers, 2)
+    save_adapter(objective, state, 2, tmp_path, {})
+    export_kohya(objective, tmp_path, tmp_path)
+    found = []
+    for file in (None, ADAPTER_FILE, KOHYA_FILE):
+        pipeline = DiffusionPipeline.from_pretrained(base)
+        if file is not None:
+            pipeline.load_lora_weights(tmp_path, weight_name=file)
+        found.append(pictures(pipeline, family, output_type="np"))
+    assert np.array_equal(found[1], found[2])
+    assert np.abs(found[1] - found[0]).max() > 1e-6
 
 
 def test_what_is_saved_loads_in_diffusers_alone_and_samples_otherwise(family, base, runs):
@@ -249,6 +314,65 @@ def test_fisher_information_over_all_timesteps_is_that_of_autograd(family):
     assert largest > 0
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-6 * largest)
+
+
+def test_two_steps_follow_eq_4_by_hand(family):
+    """Gradient descent on the published scripts' losses and the penalty, by autograd; the second step is away from
+    theta*, where the penalty has a gradient."""
+    pipeline, rate = family.build(), 0.1
+    objective = objective_for(pipeline)
+    prompts = ["brad pitt", "a dog on grass"]
+    images = torch.rand(4, 3, family.size, family.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoded = objective.encode_images(images, 0).split(2)
+    surrogates, replay = (
+        SampleSet(samples, [prompt] * 2, [prompt] * 2, [0, 1], {"base": "test"})
+        for samples, prompt in zip(encoded, prompts, strict=True)
+    )
+    fisher = FisherEstimator(objective, "full", 2, batch_size=4).estimate(replay)
+    largest = float(max(value.max() for value in fisher.values.values()))
+    # Of where it is most, the penalty takes a third of the shift back in the second step.
+    weight = 1 / (6 * rate * largest)
+    config = SelectiveAmnesiaConfig(**{
+        **BY_HAND, "max_train_steps": 2, "train_batch_size": 2, "target": "noise", "condition_dropout": 0.0,
+        "replay_weight": 0.7, "ewc_weight": weight, "max_grad_norm": 1e9, "report_to": "none", "train_method": "full",
+    })  # fmt: skip
+    training = Training(objective, config, surrogates, replay, fisher)
+    parameters = training.parameters
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def by_hand(weight):
+        for step in range(2):
+            batch = training.batches().batch(step, slice(0, 2))
+            texts = [prompt for prompt in prompts for _ in range(2)]
+            losses = family.loss(pipeline, batch.samples, texts, batch.timesteps, batch.noise)
+            total = losses[:2].mean() + 0.7 * losses[2:].mean()
+            total += weight * sum((fisher.values[name] * (value - before[name]) ** 2).sum()
+                                  for name, value in parameters.items())  # fmt: skip
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+            with torch.no_grad():
+                for value, gradient in zip(parameters.values(), gradients, strict=True):
+                    value -= rate * (0 if gradient is None else gradient)
+        return shifts()
+
+    def shifts():
+        """How far the weights are from theta*, to which they go back."""
+        found = {name: value.detach() - before[name] for name, value in parameters.items()}
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(before[name])
+        return found
+
+    for value in parameters.values():
+        value.requires_grad_(True)
+    expected, without = by_hand(weight), by_hand(0.0)
+    training._optimizer = lambda: torch.optim.SGD(list(parameters.values()), lr=rate)
+    training.train()
+    found = shifts()
+    furthest = max(float(value.abs().max()) for value in expected.values())
+    apart = max(float((value - without[name]).abs().max()) for name, value in expected.items())
+    assert apart > 1e-2 * furthest
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3 * furthest, msg=name)
 
 
 class KilledAfter:

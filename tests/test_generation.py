@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from sa_diffusers import SampleGenerator, SampleSet, SamplingSettings, objective_for, pair_concepts
-from sa_diffusers.data.generation import count_black
+from sa_diffusers.data.generation import count_black, surrogate_requests, takes_concept
 from sa_diffusers.data.sample_set import MANIFEST_NAME
 from sa_diffusers.evaluation.groups import PromptGroup
 from sa_diffusers.evaluation.scoring import sample_groups, score_groups
@@ -137,6 +137,45 @@ def test_surrogates_are_drawn_from_the_surrogate_and_trained_as_the_concept(gene
     assert made.sources[:4] == ["a cow", "a pig", "a photo of a cow", "a photo of a pig"]
     expected = generator.objective.sample(made.sources, made.seeds, SETTINGS)
     torch.testing.assert_close(made.samples, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("templates", [["{}"], ["{}", "a {}"], ["{}", "a {}", "one {}"]])
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 1])
+def test_each_concept_has_its_share_of_own_samples_in_every_phrasing(templates, share):
+    pairs = pair_concepts(["cat", "dog"], ["a cow", "a pig"])
+    count = 2 * 12 * len(templates)
+    own = takes_concept(pairs, templates, count, share)
+    chosen, conditions, _ = surrogate_requests(pairs, templates, count)
+    assert len(own) == count
+    for concept in ("cat", "dog"):
+        for template in templates:
+            rows = [place for place, prompt in enumerate(conditions) if prompt == template.format(concept)]
+            assert sum(own[place] for place in rows) == share * len(rows), (concept, template)
+
+
+def test_a_concepts_own_samples_stand_among_its_surrogates_and_have_their_teacher(generator):
+    pairs = pair_concepts(["cat"], ["a cow"])
+    alone = generator.surrogates(pairs, ["{}"], 4, 0, SETTINGS)
+    own = [False, True, False, True]
+    made = generator.surrogates(pairs, ["{}"], 4, 0, SETTINGS, own)
+    assert made.conditions == ["cat"] * 4
+    assert made.sources == alone.sources == ["a cow"] * 4
+    assert made.are_own == own
+    assert alone.are_own == [False] * 4
+    assert made.fingerprint != alone.fingerprint
+    expected = generator.objective.sample(["a cow", "cat", "a cow", "cat"], alone.seeds, SETTINGS)
+    torch.testing.assert_close(made.samples, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.samples[::2], alone.samples[::2], rtol=1e-3, atol=1e-3)
+    assert (made + alone).are_own == own + [False] * 4
+    assert (alone + made).subset([5, 0]).are_own == [True, False]
+
+
+def test_which_samples_are_a_concepts_own_is_kept(generator, tmp_path):
+    made = generator.surrogates(pair_concepts(["cat"], ["a cow"]), ["{}"], 4, 0, SETTINGS, [False, True, False, True])
+    made.save(tmp_path / "set")
+    again = SampleSet.load(tmp_path / "set")
+    assert again.are_own == made.are_own
+    assert again.fingerprint == made.fingerprint
 
 
 def test_surrogates_are_replayed_under_the_prompt_that_drew_them():

@@ -310,11 +310,12 @@ def test_a_training_stops_when_both_wishes_hold_and_images_agree(target):
     assert history[-1]["step"] < 400
     assert training.controller.verdict.done
     assert "forgotten" in training.controller.verdict.sentence
-    assert len(calls) == 3
-    first, second, third = training.controller.state.checks
-    assert first["showing"] == 20 and second["showing"] == third["showing"] == 0
+    assert len(calls) == 4
+    first, *others = training.controller.state.checks
+    assert first["showing"] == 20 and [check["showing"] for check in others] == [0, 0, 0]
     # Each on other weights.
-    assert first["step"] < second["step"] < third["step"] == history[-1]["step"]
+    steps = [check["step"] for check in training.controller.state.checks]
+    assert steps == sorted(set(steps)) and steps[-1] == history[-1]["step"]
 
 
 def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
@@ -324,17 +325,19 @@ def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
     def check(turn):
         assert turn == len(seen)
         seen.append(None)
-        # One agreement alone is chance.
-        return (1 if len(seen) in (1, 2, 4) else 0), 20
+        # Two agreements may be chance.
+        return (1 if len(seen) in (1, 2, 4, 7) else 0), 20
 
-    training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=200, check=check)
+    training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=400, check=check)
     training.train()
     steps = [check["step"] for check in training.controller.state.checks]
     # Few of them, farther and farther apart, until one agrees.
-    assert len(steps) == 6 and steps[1] >= 1.5 * steps[0] and steps[2] >= 1.5 * steps[1] and steps[4] >= 1.5 * steps[3]
-    assert training.history[-1]["step"] == steps[-1] < 200
+    assert len(steps) == 10
+    for disagreed in (0, 1, 3, 6):
+        assert steps[disagreed + 1] >= 1.5 * steps[disagreed], disagreed
+    assert training.history[-1]["step"] == steps[-1] < 400
     assert training.controller.verdict.done
-    assert "none of 40 images shows it" in training.controller.verdict.sentence
+    assert "none of 60 images shows it" in training.controller.verdict.sentence
 
 
 def test_a_run_whose_images_still_show_the_concept_says_so_at_its_limit():

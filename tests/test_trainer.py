@@ -122,10 +122,10 @@ def test_resuming_from_nothing(tmp_path):
 
 
 def test_the_first_step_follows_eq_4():
-    """One step of plain gradient descent on the explicit sum of the three terms, by autograd."""
+    """One step of plain gradient descent on the explicit sum of the three terms, by autograd. At theta* the penalty has
+    no gradient; `test_two_steps_follow_eq_4_by_hand` is for that."""
     settings = {"max_train_steps": 1, "replay_weight": 0.7, "max_grad_norm": 1e9, "ewc_weight": 3.0}
     trainer = trainer_for(**settings)
-    # Away from theta*, so that the EWC term has a gradient.
     objective, parameters = trainer.objective, trainer.parameters
     anchor = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     losses = trainer.batches().batch(0, slice(0, 2)).losses(objective, objective.module)

@@ -40,7 +40,9 @@ def _add_flag(group: Any, spec: dataclasses.Field) -> None:
         options["action"] = argparse.BooleanOptionalAction
     else:
         choices = "{" + ",".join(allowed) + "}" if allowed else None
-        options |= {"type": kind, "choices": allowed, "metavar": choices or spec.metadata["metavar"] or _METAVARS[kind]}
+        # A refusal that says why is the configuration's own.
+        listed = None if spec.metadata["why_no_other"] else allowed
+        options |= {"type": kind, "choices": listed, "metavar": choices or spec.metadata["metavar"] or _METAVARS[kind]}
         if is_list:
             options["nargs"] = "+"
     group.add_argument(f"--{spec.name}", **options)

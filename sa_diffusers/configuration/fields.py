@@ -34,6 +34,7 @@ def flag(
     metavar: str | None = None,
     positional: bool = False,
     any_text: bool = False,
+    why_no_other: str | None = None,
 ) -> Any:
     """A setting.
 
@@ -48,6 +49,7 @@ def flag(
         metavar: Stands for the value in the help of the command line.
         positional: Whether the command line takes it without a name.
         any_text: Whether it is left to its user to refuse what no file could hold.
+        why_no_other: Of a setting with a few allowed values, why another is refused, and what to do instead.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
     if default is _NEEDED:
@@ -214,7 +216,9 @@ def _coerced(spec: dataclasses.Field, value: Any) -> Any:
         return [_text(spec, item) for item in value]
     if allowed is not None:
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f'{spec.name}="{shown(value)}" is not one of {", ".join(f"{item!r}" for item in allowed)}')
+            why = f": {spec.metadata['why_no_other']}" if spec.metadata["why_no_other"] else ""
+            names = ", ".join(f"{item!r}" for item in allowed)
+            raise ValueError(f'{spec.name}="{shown(value)}" is not one of {names}{why}')
         return value
     if kind is float and not isinstance(value, bool):
         # YAML reads 1e-5 (no dot) as a string.

@@ -134,6 +134,8 @@ class ModelSettings(Settings):
         None,
         "train a low-rank adapter on the selected linear and convolutional layers in place of their weights: a small "
         "file, which can be switched on and off",
+        why_no_other="the update of DoRA and of other kinds is no product of two matrices, on which the penalty of "
+        "elastic weight consolidation rests. Choose lora, or leave adapter out to train the weights themselves",
     )
     lora_rank: int = flag(8, "rank of the adapter, and its alpha", at_least=1, at_most=65_536)
     lora_format: AdapterFormat = flag(
@@ -156,6 +158,13 @@ class SampleSettings(Settings):
     """Samples from the frozen model."""
 
     num_surrogate_images: int = flag(200, "surrogate images, over all concepts", at_least=1, at_most=500_000)
+    concept_share: float = flag(
+        0.5,
+        "share of the surrogate images in whose place the concept's own are taken, where the frozen model, or the mean "
+        "of noise, says what is to be predicted on them too (0: the surrogate's alone, as in the paper)",
+        at_least=0,
+        at_most=1,
+    )
     num_replay_images: int = flag(400, "replay images", at_least=0, at_most=1_000_000)
     num_neighbour_images: int = flag(
         100, "further replay images, of the replay prompts that drift most in a training's first steps", at_least=0,

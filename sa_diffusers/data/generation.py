@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ def surrogate_requests(
     return chosen, conditions, sources
 
 
+def takes_concept(pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, share: float) -> list[bool]:
+    """Which of `count` surrogate images the concept's own stand in for: a share of them, in each pair and phrasing."""
+    rounds = [index // len(pairs) for index in range(count)]
+    places = [turn // len(templates) + turn % len(templates) for turn in rounds]
+    return [math.floor((place + 1) * share) > math.floor(place * share) for place in places]
+
+
+def knows_noise(objective: Objective) -> bool:
+    """Whether an objective knows what a model whose samples are uniform noise predicts, on whatever sample."""
+    # A sample that is the mean of its pixels says nothing of noise.
+    if objective.labels is None or objective.shows_means:
+        return False
+    samples = torch.linspace(-1, 1, 4, device=objective.device).view(1, 1, 2, 2)
+    samples = samples.expand(1, objective.channels, 2, 2)
+    timesteps = torch.full((1,), objective.num_train_timesteps // 2, device=objective.device)
+    arguments = (samples, timesteps, torch.ones_like(samples))
+    return not torch.equal(objective.uniform_noise_target(*arguments).float(), objective.target(*arguments).float())
+
+
 class SampleGenerator:
     """Samples from a frozen model, in parallel over processes, and keeps what it sampled, batch by batch.
 
@@ -95,16 +116,32 @@ class SampleGenerator:
         return self.drawn(name, conditions, sources, seeds, settings)
 
     def surrogates(
-        self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings
-    ) -> SampleSet:
-        """The surrogate set of all pairs: sampled from prompts, read from folders, or uniform noise."""
+        self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings,
+        own: Sequence[bool] | None = None,
+    ) -> SampleSet:  # fmt: skip
+        """The surrogate set of all pairs: sampled from prompts, read from folders, or uniform noise.
+
+        Args:
+            pairs: Concepts and their surrogates.
+            templates: Phrasings.
+            count: Samples, over all pairs.
+            seed: Of the run.
+            settings: Sampler, steps, guidance.
+            own: Which of them are sampled with the concept's prompt in place of the surrogate's. Their source, whose
+                answer is right, stays the surrogate. Default: none.
+        """
         chosen, conditions, sources = surrogate_requests(pairs, templates, count)
         first = first_seed("surrogate", seed)
-        drawn, others = _by_kind(chosen)
+        drawn, others = _by_kind(chosen, own)
         parts: list[SampleSet] = []
         if drawn:
-            parts.append(self.drawn("surrogate", [conditions[i] for i in drawn], [sources[i] for i in drawn],
-                                    [first + i for i in drawn], settings))  # fmt: skip
+            prompts = [conditions[i] if own and own[i] else sources[i] for i in drawn]
+            under, seeds = [conditions[i] for i in drawn], [first + i for i in drawn]
+            made = self.drawn("surrogate", under, prompts, seeds, settings)
+            if own and any(own):
+                right = [UNIFORM_NOISE if chosen[i].surrogate.kind == "noise" else sources[i] for i in drawn]
+                made = replace(made, sources=right, drawn=prompts)
+            parts.append(made)
         for index in others:
             parts.append(self.from_pixels([chosen[i] for i in index], [conditions[i] for i in index],
                                            [first + i for i in index], settings))  # fmt: skip
@@ -114,8 +151,9 @@ class SampleGenerator:
         return whole
 
     def surrogate_identity(
-        self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings
-    ) -> Identity:
+        self, pairs: Sequence[ErasurePair], templates: Sequence[str], count: int, seed: int, settings: SamplingSettings,
+        own: Sequence[bool] | None = None,
+    ) -> Identity:  # fmt: skip
         """What `surrogates` depends on, known before anything is sampled. Images count by their bytes."""
         chosen, conditions, sources = surrogate_requests(pairs, templates, count)
         folders = {pair.surrogate.value for pair in pairs if pair.surrogate.kind == "images"}
@@ -125,6 +163,8 @@ class SampleGenerator:
                   for pair, source in zip(chosen, sources, strict=True)]  # fmt: skip
         facts = {"conditions": conditions, "kinds": kinds, "sources": values,
                  "first_seed": first_seed("surrogate", seed), "origin": self._origin(settings)}  # fmt: skip
+        if own and any(own):
+            facts["own"] = [place for place, is_own in enumerate(own) if is_own]
         return Identity("surrogates", facts)
 
     def identity(self, name: str, conditions: Sequence[str], sources: Sequence[str | None], seeds: Sequence[int],
@@ -297,9 +337,10 @@ class SampleGenerator:
         return SampleSet(torch.cat(latents), list(conditions), sources, list(seeds), origin, 0, Passes())
 
 
-def _by_kind(pairs: Sequence[ErasurePair]) -> tuple[list[int], list[list[int]]]:
-    """Places of the pairs whose surrogate a prompt samples, and of the others, images and noise apart."""
-    places = {kind: [i for i, pair in enumerate(pairs) if pair.surrogate.kind == kind]
+def _by_kind(pairs: Sequence[ErasurePair], own: Sequence[bool] | None) -> tuple[list[int], list[list[int]]]:
+    """Places of the samples that a prompt samples, and of the others, images and noise apart."""
+    kinds = ["prompt" if own and own[i] else pair.surrogate.kind for i, pair in enumerate(pairs)]
+    places = {kind: [i for i, own_kind in enumerate(kinds) if own_kind == kind]
               for kind in ("prompt", "images", "noise")}  # fmt: skip
     return places["prompt"], [places[kind] for kind in ("images", "noise") if places[kind]]
 

@@ -33,6 +33,8 @@ class SampleSet:
         origin: The base model's fingerprint and the sampling settings.
         black_images: How many of the previewed pictures are black (None: there is no preview).
         passes: What sampling them took of the network; None where that is not on record. No part of the fingerprint.
+        drawn: For each sample the prompt that drew it, where a concept's own stand among its surrogate's and have the
+            same sources; None where `sources` says it.
     """
 
     samples: torch.Tensor
@@ -42,6 +44,7 @@ class SampleSet:
     origin: dict[str, Any] = field(default_factory=dict)
     black_images: int | None = None
     passes: Passes | None = None
+    drawn: list[str | None] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.samples), len(self.conditions), len(self.sources), len(self.seeds)}
@@ -54,7 +57,13 @@ class SampleSet:
     @property
     def fingerprint(self) -> str:
         """What identifies these samples before they are drawn."""
-        return fingerprint(sample_facts(self.conditions, self.sources, self.seeds, self.origin))
+        facts = sample_facts(self.conditions, self.sources, self.seeds, self.origin)
+        return fingerprint(facts if self.drawn is None else {**facts, "drawn": self.drawn})
+
+    @property
+    def are_own(self) -> list[bool]:
+        """Which samples are a concept's own, and not what their source draws."""
+        return [first != second for first, second in zip(self.drawn or self.sources, self.sources, strict=True)]
 
     def subset(self, index: list[int]) -> "SampleSet":
         return SampleSet(
@@ -63,15 +72,17 @@ class SampleSet:
             sources=[self.sources[i] for i in index],
             seeds=[self.seeds[i] for i in index],
             origin=self.origin,
+            drawn=self.drawn and [self.drawn[i] for i in index],
         )
 
     def under_their_sources(self) -> "SampleSet":
-        """The samples that a prompt drew, to be trained on under that prompt: surrogates, as replay of themselves."""
+        """The samples whose source is a prompt, to be trained on under it: surrogates, as replay of themselves."""
         kept = self.subset([place for place, source in enumerate(self.sources) if is_prompt(source)])
         kept.conditions = [source for source in kept.sources if is_prompt(source)]
         return kept
 
     def __add__(self, other: "SampleSet") -> "SampleSet":
+        drawn = [*(self.drawn or self.sources), *(other.drawn or other.sources)]
         return SampleSet(
             samples=torch.cat([self.samples, other.samples]),
             conditions=self.conditions + other.conditions,
@@ -79,6 +90,7 @@ class SampleSet:
             seeds=self.seeds + other.seeds,
             origin={"parts": [self.origin, other.origin]},
             passes=together([self.passes, other.passes]),
+            drawn=drawn if self.drawn or other.drawn else None,
         )
 
     def save(self, folder: str | Path, pictures: list[Image.Image] | None = None) -> None:
@@ -95,6 +107,7 @@ class SampleSet:
                 "conditions": self.conditions,
                 "sources": self.sources,
                 "seeds": self.seeds,
+                "drawn": self.drawn,
                 "passes": self.passes and self.passes.to_dict(),
             }
             write_sealed(staging, MANIFEST_NAME, FORMAT_VERSION, values)
@@ -118,6 +131,7 @@ class SampleSet:
                 origin=manifest["origin"],
                 black_images=manifest["black_images"],
                 passes=Passes.read(manifest.get("passes")),
+                drawn=manifest.get("drawn"),
             )
         except (KeyError, ValueError, TypeError, FileNotFoundError, SafetensorError) as error:
             raise DamagedArtefact(f"{folder} is not a set of samples ({error})") from error

@@ -187,7 +187,8 @@ class ReportStage(Stage):
         for pair in self.subject.pairs:
             label = scorer.label_of(pair.concept)
             prompts = {fill_template(template, pair.concept) for template in config.concept_templates}
-            rows = [row for row, prompt in enumerate(surrogates.conditions) if prompt in prompts]
+            of_surrogate = zip(surrogates.conditions, surrogates.are_own, strict=True)
+            rows = [row for row, (prompt, is_own) in enumerate(of_surrogate) if prompt in prompts and not is_own]
             if label is None or not rows:
                 continue
             samples = surrogates.samples[rows].to(objective.device)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..data.classes import class_name
-from ..data.generation import surrogate_requests
+from ..data.generation import knows_noise, surrogate_requests, takes_concept
 from ..data.given import Samples, are_prompts, content_identity, given_prompts, given_samples
 from ..data.sample_set import MANIFEST_NAME, SampleSet, is_prompt
 from ..families import SamplingSettings
@@ -22,6 +23,10 @@ from .subject import MODEL, SAMPLING, Subject, describe, reused
 class SurrogateStage(Stage):
     """The surrogate set: q(x | c_f) of eq. 4; for eq. 3 the concept's own samples.
 
+    Under the frozen target a share of them are the concept's own. What is to be predicted on them is known as well:
+    what the frozen model predicts under the surrogate's prompt, or the mean that noise has. Such samples are where a
+    model goes that still knows the concept, and surrogates alone tell it nothing of them.
+
     Args:
         subject: The model and what it is to forget.
         given: Samples in place of those that would be made; prompts among them are sampled with.
@@ -29,7 +34,7 @@ class SurrogateStage(Stage):
 
     title = "surrogate samples"
     depends_on = frozenset((*MODEL, *SAMPLING, "surrogate", "concept_templates", "num_surrogate_images", "naive",
-                            "surrogate_guidance_scale"))  # fmt: skip
+                            "surrogate_guidance_scale", "concept_share", "target"))  # fmt: skip
 
     def __init__(self, subject: Subject, given: Samples | None = None) -> None:
         self.subject = subject
@@ -88,6 +93,17 @@ class SurrogateStage(Stage):
             sources = self._prompts
         return conditions, conditions if config.naive else sources
 
+    @cached_property
+    def _own(self) -> list[bool]:
+        """Which samples are the concept's own: a share, where it is known what the surrogate asks for on them."""
+        subject, config = self.subject, self.subject.config
+        if config.naive or self._prompts or config.target != "frozen" or not config.concept_share:
+            return [False] * self.count
+        known = {"prompt": True, "images": False, "noise": knows_noise(subject.objective)}
+        own = takes_concept(subject.pairs, config.concept_templates, self.count, config.concept_share)
+        chosen, _, _ = surrogate_requests(subject.pairs, config.concept_templates, self.count)
+        return [is_own and known[pair.surrogate.kind] for is_own, pair in zip(own, chosen, strict=True)]
+
     def identity(self) -> Identity:
         subject, config, settings = self.subject, self.subject.config, self.subject.surrogate_settings
         if self.given is not None:
@@ -97,7 +113,7 @@ class SurrogateStage(Stage):
             seeds = list(range(self._first, self._first + len(sources)))
             return subject.generator.identity(self._name, conditions, sources, seeds, settings)
         return subject.generator.surrogate_identity(
-            subject.pairs, config.concept_templates, self.count, config.seed, settings
+            subject.pairs, config.concept_templates, self.count, config.seed, settings, self._own
         )
 
     @property
@@ -109,13 +125,16 @@ class SurrogateStage(Stage):
             return [f"sample    {self.count} surrogate images are given"]
         folder = self._folder(self._drawn())
         note = reused(folder, MANIFEST_NAME) if folder else ""
-        return [f"sample    {self.count} surrogate images, {describe(self.subject.surrogate_settings)}{note}"]
+        own = f", {sum(self._own)} of them the concept's own" if any(self._own) else ""
+        return [f"sample    {self.count} surrogate images{own}, {describe(self.subject.surrogate_settings)}{note}"]
 
     def _drawn(self) -> list[int]:
         """Places of the samples that a prompt draws."""
-        kinds = [pair.surrogate.kind for pair in self.subject.pairs]
         are_all = self._prompts or self.subject.config.naive
-        return [i for i in range(self.count) if are_all or kinds[i % len(kinds)] == "prompt"]
+        return [i for i in range(self.count) if are_all or self._own[i] or self._kind(i) == "prompt"]
+
+    def _kind(self, place: int) -> str:
+        return self.subject.pairs[place % len(self.subject.pairs)].surrogate.kind
 
     def _folder(self, drawn: Sequence[int]) -> Path | None:
         """Where those samples are kept; None if there are none."""
@@ -123,7 +142,7 @@ class SurrogateStage(Stage):
             return None
         conditions, sources = self._requests(self.count)
         return self.subject.generator.folder(
-            self._name, [conditions[i] for i in drawn], [sources[i] for i in drawn],
+            self._name, [conditions[i] for i in drawn], [(conditions if self._own[i] else sources)[i] for i in drawn],
             [self._first + i for i in drawn], self.subject.surrogate_settings,
         )  # fmt: skip
 
@@ -134,7 +153,7 @@ class SurrogateStage(Stage):
             return 0.0
         if self.given is not None:
             return sum(map(is_prompt, self.given.sources)) / self.count
-        return len(self._drawn()) / self.count
+        return sum(bool(self._prompts) or self._kind(place) == "prompt" for place in self._drawn()) / self.count
 
     def cost(self) -> Passes:
         drawn = [] if self.given is not None else self._drawn()
@@ -154,7 +173,7 @@ class SurrogateStage(Stage):
             return self.given
         if not config.naive and not self._prompts:
             return subject.generator.surrogates(
-                subject.pairs, config.concept_templates, self.count, config.seed, settings
+                subject.pairs, config.concept_templates, self.count, config.seed, settings, self._own
             )
         conditions, sources = self._requests(self.count)
         samples = subject.generator.prompted(self._name, conditions, sources, self._first, settings)

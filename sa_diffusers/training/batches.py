@@ -47,8 +47,9 @@ class BatchPolicy:
 
     Under the frozen target a sample that a prompt drew is taught by the frozen model, under the prompt that drew it;
     one that no prompt drew has no teacher and keeps the noise's target, uniform noise its mean where that is known. A
-    dropped condition turns a replay sample into one of the empty prompt; a surrogate sample too, if it has a teacher.
-    One that no prompt drew goes without its condition under either target: it is new to the model.
+    dropped condition turns a replay sample into one of the empty prompt; a surrogate sample too, if it has a teacher,
+    and a concept's own among them. One that no prompt drew goes without its condition under either target: it is new to
+    the model.
 
     Attributes:
         objective: The model. Every prompt is embedded once, now.
@@ -74,6 +75,7 @@ class BatchPolicy:
         used += self.replay.conditions if self.replay else []
         prompts = list(dict.fromkeys(used))
         self._row = {prompt: row for row, prompt in enumerate(prompts)}
+        self._are_own = self.surrogates.are_own
         with torch.no_grad():
             self._conditions = self.objective.encode_prompts(prompts)
         self._drawn: _Draws | None = None
@@ -106,6 +108,7 @@ class BatchPolicy:
         drawn = self._draw(step)
         rows = drawn.rows[0][part]
         count = len(rows)
+        are_new = [not is_prompt(self.surrogates.sources[row]) and not self._are_own[row] for row in rows]
         samples = self.surrogates.samples[rows]
         prompts = [self.surrogates.conditions[row] for row in rows]
         sources = [self.surrogates.sources[row] for row in rows]
@@ -121,7 +124,7 @@ class BatchPolicy:
             is_surrogate = place < count
             if is_surrogate and self.keeps_surrogates:
                 continue
-            if not is_prompt(sources[place]):
+            if is_surrogate and are_new[place]:
                 # New to the model, noise say: guidance would push away from what the empty prompt does not know.
                 prompts[place] = ""
             elif not is_surrogate or teacher is not None:

@@ -22,7 +22,7 @@ _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
 # The share of them that may show the concept, none of 20, in so many looks in a row.
 _SHOWING = 0.02
-_LOOKS = 2
+_LOOKS = 3
 # A surrogate may ask for so many times what a prompt changes. Where it asks for more, as noise does of a diffusion
 # model that a class changes little, all that protects weighs as much more from the first step on.
 _MOST_ASKED = 12.0

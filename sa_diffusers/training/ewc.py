@@ -54,8 +54,8 @@ class ElasticWeightConsolidation:
         """`sum_i F_i (theta_i - theta*_i)^2`, a float32 scalar."""
         total = torch.zeros((), device=next(iter(self.fisher.values())).device)
         for name in self.fisher:
-            shift = self.shift(name)
-            total += (shift.square_().mul_(self.fisher[name])).sum()
+            # No name for the shift: it would keep it while the next one is made.
+            total += self.shift(name).square_().mul_(self.fisher[name]).sum()
         return total
 
     @torch.no_grad()
