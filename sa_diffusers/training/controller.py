@@ -27,7 +27,7 @@ _LOOKS = 3
 # model that a class changes little, all that protects weighs as much more from the first step on.
 _MOST_ASKED = 12.0
 # What protects may be weighed so many times heavier than at first, and EWC so many times lighter.
-_HEAVIEST = 8.0
+_HEAVIEST, _LIGHTEST = 32.0, 8.0
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
 _BALANCE_STEPS = 50
 # Steps in a row at the heaviest weight in which drift does not become less, until the wishes are given up.
@@ -314,7 +314,7 @@ class Controller:
             state.pace = max(state.pace / min(excess / _FAR, factor), 1 / _FASTEST)
         elif excess < _NEAR and self._is_slow():
             state.pace = min(state.pace * factor, _FASTEST)
-            state.ease = max(state.ease / factor, 1 / _HEAVIEST)
+            state.ease = max(state.ease / factor, 1 / _LIGHTEST)
         if excess > 1:
             state.ease = min(state.ease * factor, 1.0)
 
