@@ -104,6 +104,18 @@ def test_prompts_of_the_callers_own_are_all_that_is_sampled(tiny_settings):
     assert erasure.surrogates().are_own == [False, False]
 
 
+def test_a_concepts_own_samples_that_are_handed_in_need_the_frozen_target(tiny_settings):
+    made = Erasure(SelectiveAmnesiaConfig(**tiny_settings)).surrogates()
+    assert Erasure(SelectiveAmnesiaConfig(**tiny_settings), surrogates=made).surrogates().are_own == made.are_own
+    noise = SelectiveAmnesiaConfig(**{**tiny_settings, "target": "noise"})
+    with pytest.raises(
+        ValueError, match='surrogates: 3 of 6 samples are the concept\'s own, .* Choose target="frozen"'
+    ):
+        Erasure(noise, surrogates=made)
+    others = made.subset([place for place, is_own in enumerate(made.are_own) if not is_own])
+    assert len(Erasure(noise, surrogates=others).surrogates()) == 3
+
+
 def test_the_surrogates_are_replayed_or_not(tiny_settings, monkeypatch):
     seen = {}
 

@@ -47,7 +47,8 @@ class SampleSet:
     drawn: list[str | None] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.samples), len(self.conditions), len(self.sources), len(self.seeds)}
+        drawn = self.sources if self.drawn is None else self.drawn
+        lengths = {len(self.samples), len(self.conditions), len(self.sources), len(self.seeds), len(drawn)}
         if len(lengths) != 1:
             raise ValueError(f"samples, conditions, sources and seeds must be equally many, but there are {lengths}")
 

@@ -57,6 +57,12 @@ class SurrogateStage(Stage):
         conditions = prompts or self._requests(len(given))[0]
         resolution = subject.config.resolution
         self.given = given_samples("surrogates", given, subject.objective, conditions, resolution)
+        own = sum(self.given.are_own)
+        if own and subject.config.target != "frozen":
+            raise ValueError(
+                f"surrogates: {own} of {len(self.given)} samples are the concept's own, which the noise of "
+                f'target="{subject.config.target}" would teach anew. Choose target="frozen", or hand in the others'
+            )
 
     def _check_texts(self, texts: Sequence[str], are_sampled: bool) -> None:
         """Prompts to sample with name no concept; texts of images are prompts of one."""
