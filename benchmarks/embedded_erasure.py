@@ -40,6 +40,7 @@ BY_HAND: dict[str, Any] = {
     "fisher_timesteps": 50,
     "fisher_batch_size": 50,
     "concept_share": 0,
+    "timestep_draws": 1,
     "ewc_weight": 0.02,
     "replay_weight": 2.0,
     "condition_dropout": 0.3,
@@ -78,7 +79,7 @@ RECORDED = (
     "surrogate_guidance_scale", "num_replay_images", "replay_guidance_scale", "replay_unconditional_share",
     "num_fisher_samples", "fisher_timesteps", "ewc", "ewc_weight", "replay_weight", "target", "max_train_steps",
     "train_batch_size", "learning_rate", "lr_scheduler", "use_ema", "ema_decay", "ema_warmup",
-    "replay_surrogates", "concept_share", "fisher_concept_share",
+    "replay_surrogates", "concept_share", "timestep_draws", "fisher_concept_share",
 )  # fmt: skip
 
 

@@ -23,9 +23,11 @@ from sa_diffusers.families import (
     StableDiffusionXLObjective,
     TextToImageObjective,
     ZImageObjective,
+    distilled,
     registry,
 )
 from sa_diffusers.families.flow import FlowObjective
+from sa_diffusers.families.stable_diffusion import UNetObjective
 from sa_diffusers.parameter_selection import PEER_PRESETS, PRESETS, select_parameters
 from sa_diffusers.stages.subject import hands_to_xformers
 
@@ -111,6 +113,7 @@ HEAD = """\
 
 Written by `python docs/families.py` from the families themselves. None of these models' own weights has been trained
 here yet; `tests/test_every_family.py` takes a tiny model of each one's real classes through the same steps.
+[new-family.md](new-family.md) shows how one is written.
 """
 SIBLINGS = """\
 An erasure from a sibling (image to image, inpainting by the same network, ControlNet) is one from the pipeline of its
@@ -198,16 +201,28 @@ information).
 DISTILLED = """\
 ## Distilled models
 
-A model that is distilled to few steps (FLUX.1-schnell, FLUX.2 klein but for its base, Z-Image-Turbo, SDXL-Turbo,
-Lightning, LCM) is refused, with the name of the base to train in its place: ordinary training takes the few steps from
-it. It is told by its name (that of the folder or on the Hub, or the one that its index holds) and by its configuration:
-a FLUX.1 transformer that takes no guidance, `is_distilled` in the index of FLUX.2 klein, the shift of Z-Image-Turbo's
-scheduler, a UNet that takes guidance as a number, the scheduler of SDXL-Turbo, those of LCM and TCD.
-`--train_distilled` trains it all the same, but for the last two, whose noise is not known, and Sana Sprint. What comes
-of it is to be judged at the few steps of use, which nothing sets by itself: surrogates, replay and pictures of the
-evaluation are sampled by the steps and guidance of the family's undistilled models (the table above) unless
-`--num_inference_steps` and `--guidance_scale` are given, such as 4 and 1. Whether an erasure of a distilled model keeps
-its few steps has not been measured here.
+A model that is distilled to few steps is refused, with the name of the base to train in its place: ordinary training
+takes the few steps from it. It is told by its name (that of the folder or on the Hub, or the one that its index holds)
+and by its configuration: a FLUX.1 transformer that takes no guidance, `is_distilled` in the index of FLUX.2 klein, the
+shift of Z-Image-Turbo's scheduler, the scheduler of SDXL-Turbo, that of latent consistency models, a UNet that takes
+guidance as a number. Sana Sprint and models with a scheduler of TCD are refused in any case.
+
+`--train_distilled` trains it all the same; of a model that nothing else tells, it says that it is distilled. Plan,
+report and card then name it so, and so does `sa-diffusers evaluate`. What comes of it is to be judged at the few steps
+of its use, and surrogates, replay, previews and pictures of evaluations are all sampled so, unless other settings are
+given:
+"""
+USED = """\
+All without guidance (`--guidance_scale 1`), as their publishers say. A number in a name ("8step") is the number of
+steps. Transformers have their family's sampler in any case. Where nothing but `--train_distilled` tells, sampler, steps
+and guidance are the family's own, and `--num_inference_steps` and `--guidance_scale` say others. Z-Image-Turbo's own
+page says nine steps: before diffusers 0.40 the ninth took no noise away.
+
+FLUX.1-schnell reads 256 tokens of T5, FLUX.1 dev 512: plain diffusers takes `max_sequence_length=256` for it. UNets
+that take guidance as a number (latent consistency models) are given it in training, replay, probes, Fisher information
+and sampling alike, {guidance:g}, and have no guidance beside it.
+
+Whether an erasure of a distilled model keeps its few steps has not been measured here.
 """
 LOSSES = """\
 ## Which losses bound the ELBO
@@ -224,9 +239,12 @@ density and `v(s)` the weight of the velocity's error, that weight is `p(s) v(s)
 | logit-normal, weighted by the square of the noise's share | no, for the same reason |
 | noise prediction, unweighted (Stable Diffusion 1 and 2, SDXL) | no; the reweighted ELBO of the paper's section 2.1 |
 
-Each family trains the loss that its model was trained with, and the Fisher information and the probes take the same:
+Each family trains the loss of its published script, and the Fisher information and the probes take the same:
 its strata hold equal shares of the density, and over all timesteps (`--fisher_timesteps 0`) each timestep counts as
-often as it would be drawn.
+often as it would be drawn. The one choice is Stable Diffusion 3's: it was trained without a weight, and diffusers'
+script fine-tunes it with the square of the noise's share, which is taken here. On a small model of its classes the two
+erased alike ([figures](../benchmarks/README.md)), so that nothing speaks against the script's; at the real size it has
+not been measured.
 """
 MEANINGS = [
     ["Stable Diffusion 1 and 2, SDXL", "cross-attention: `attn2`",
@@ -367,6 +385,12 @@ def pages() -> Iterator[str]:
     handed = [base.family.title for name, base in BASES.items() if hands_to_xformers(denoiser(name))]
     yield FASTER.format(handed=", ".join(dict.fromkeys(handed)))
     yield DISTILLED
+    yield table(
+        ["told to be, or named", "steps", "sampler", "to train in its place"],
+        [[use.title, str(use.steps), f"`{use.sampler}`" if use.sampler else "the family's",
+          f"`{use.base}`" if use.base else "the family's"] for use in distilled.USES],
+    )  # fmt: skip
+    yield USED.format(guidance=UNetObjective.embedded_guidance)
 
 
 def text() -> str:

@@ -18,9 +18,10 @@ from .data.sample_set import SampleSet
 from .data.sensitive import must_blur
 from .environment import create_accelerator
 from .evaluation import Comparison
-from .families import SUPPORTED_PIPELINES, Objective, family_in, family_of, load_pipeline, objective_for
+from .families import SUPPORTED_PIPELINES, Objective, family_of, kind_in, load_pipeline, objective_for
 from .families.adapters import ADAPTER_FILE, KOHYA_FILE, export_kohya, has_adapter, load_adapter
 from .families.digests import digested_once, fingerprint_module
+from .families.distilled import Distilled, distilled_as_said, distilled_in_memory
 from .fisher import FisherInformation
 from .hub import repository_name
 from .identity import Identity
@@ -90,7 +91,8 @@ class Erasure:
                 f"config: what is of type {type(config).__name__} is no configuration: give a SelectiveAmnesiaConfig"
             )
         # A copy: what is written into the given one afterwards changes nothing.
-        self.config = config = config.over_base_defaults(_usual(config, pipeline))
+        usual, told = _usual(config, pipeline)
+        self.config = config = config.over_base_defaults(usual)
         surrogates, replay = taken("surrogates", surrogates), taken("replay", replay)
         step_functions(callbacks)
         self._builder = build_objective or objective_for
@@ -130,6 +132,7 @@ class Erasure:
         self.report_stage = ReportStage(self.subject, self.output, self.image_stage, self.training_stage)
         self.card_stage = CardStage(self.output, self.report_stage)
         self.push_stage = PushStage(config, self.output, self.card_stage)
+        self.subject.distilled = told and told.sentence
         self.subject.handed_in = _told_of(surrogates, replay, fisher, self.subject.fused)
         self._is_given = pipeline is not None
         if len(set(gather_object([self.identity.digest]))) > 1:
@@ -206,6 +209,8 @@ class Erasure:
         ]
         lines.append(f"model     {config.pretrained_model_name_or_path}, {objective.kind}, "
                      f"{objective.prediction_type}, on {self.accelerator.device}")  # fmt: skip
+        if self.subject.distilled:
+            lines.append(f"distilled {self.subject.distilled}")
         return "\n".join([*lines, *(line for stage in self.stages for line in stage.plan()), self._cost_plan()])
 
     def costs(self) -> dict[str, Passes]:
@@ -352,18 +357,22 @@ class Erasure:
             )
 
 
-def _usual(config: SelectiveAmnesiaConfig, pipeline: DiffusionPipeline | None) -> Mapping[str, Any]:
-    """How models of the base's kind are sampled where nobody says otherwise."""
+def _usual(
+    config: SelectiveAmnesiaConfig, pipeline: DiffusionPipeline | None
+) -> tuple[Mapping[str, Any], Distilled | None]:
+    """How models of the base's kind are sampled where nobody says otherwise, and whether it is distilled."""
     if pipeline is not None:
-        family = family_of(type(pipeline).__name__)
+        family, told = family_of(type(pipeline).__name__), distilled_in_memory(pipeline)
     else:
-        family = family_in(
+        family, told = kind_in(
             config.pretrained_model_name_or_path, config.revision, config.cache_dir, config.single_file_config
         )
+    if config.train_distilled and told is None:
+        told = distilled_as_said(family)
     if family is None:
-        return {}
+        return {}, told
     adapted = {"train_method": family.adapted} if config.adapter and family.adapted else {}
-    return {**family.defaults, **adapted}
+    return {**family.defaults, **(told.defaults if told else {}), **adapted}, told
 
 
 def _told_of(surrogates: Any, replay: Any, fisher: Any, fused: Sequence[str]) -> dict[str, str]:

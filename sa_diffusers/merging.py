@@ -31,6 +31,7 @@ from .families.adapters import (
     save_adapter,
 )
 from .families.digests import fingerprint_module
+from .families.trained import told_variant
 from .files import finish_interrupted, new_folder, write_json
 from .hub import adapter_header, drop_local_names
 from .output_folder import OutputFolder
@@ -84,7 +85,7 @@ def merge_adapter(
     file = find_adapter(name)
     if file is None:
         raise ValueError(f"{name} holds no adapter (no pytorch_lora_weights.safetensors, or a whole pipeline)")
-    settings = _settings_of(name, single_file_config)
+    settings = _settings_of(name, base, single_file_config)
     objective = _base_of(settings, base, name, header_list(read_header(file), "fused_adapters"))
     so = "whether it forgets on these too, only an evaluation says"
     if held := settings.get("base_quantization"):
@@ -99,7 +100,7 @@ def merge_adapter(
     with new_folder(output_dir) as staging:
         objective.save(staging)
         drop_local_names(staging)
-        _tell(staging, settings, base, output_dir)
+        _tell(staging, settings, output_dir)
         for told in (HISTORY_NAME, ENDING_NAME, FISHER_CONFIG_NAME):
             if (Path(name) / told).is_file():
                 shutil.copyfile(Path(name) / told, staging / told)
@@ -139,7 +140,7 @@ def extract_adapter(
     _check_written(name)
     if find_adapter(name) is not None:
         raise ValueError(f"{name} holds an adapter already: give an erased pipeline")
-    settings = _settings_of(name, single_file_config)
+    settings = _settings_of(name, base, single_file_config)
     before = _base_of(settings, base, name)
     check_takes_adapters(before)
     _warn_of_other_weights(before, name, "the difference to these is not the work of the erasure alone")
@@ -150,15 +151,16 @@ def extract_adapter(
     sizes = adapter_layers(before.module, ours).sizes
     rank = min(rank, max(map(min, sizes.values())))
     state, extracted = _factorised(ours, theirs, list(sizes), rank)
-    base = base or settings["pretrained_model_name_or_path"]
+    pipeline = before.pipeline  # type: ignore[attr-defined]
+    place, revision = settings["pretrained_model_name_or_path"], settings.get("revision")
     header = adapter_header(
-        settings.get("concept", []), settings.get("surrogate", []), base, settings.get("revision"),
-        type(before.pipeline).__name__,  # type: ignore[attr-defined]
+        settings.get("concept", []), settings.get("surrogate", []), place, revision, type(pipeline).__name__,
+        told_variant(place, pipeline.components, revision, settings.get("variant")),
     )  # fmt: skip
     with new_folder(output_dir) as staging:
         save_adapter(before, state, rank, staging, {**header, "share_of_update": f"{extracted.kept:.4f}"})
         # The erasure was one of weights, and is repeated so.
-        _tell(staging, {**settings, "lora_rank": rank}, base, output_dir)
+        _tell(staging, {**settings, "lora_rank": rank}, output_dir)
         write_model_card(staging, output_dir.resolve().name)
     return extracted
 
@@ -192,27 +194,28 @@ def _factorised(
     return state, Extracted(len(state) // 2, kept / whole, 1 - inside / whole, rank)
 
 
-def _settings_of(name: str, single_file_config: str | None) -> dict[str, Any]:
+def _settings_of(name: str, base: str | None, single_file_config: str | None) -> dict[str, Any]:
     """Those of an erasure, but for what is told otherwise."""
     settings = erasure_settings(name)
+    if base is not None and base != settings.get("pretrained_model_name_or_path"):
+        # Another model's revision and variant are not known.
+        settings |= {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
     return {**settings, "single_file_config": single_file_config} if single_file_config else settings
 
 
 def _base_of(settings: dict[str, Any], base: str | None, name: str, fused: Sequence[str] = ()) -> Objective:
-    recorded = settings.get("pretrained_model_name_or_path")
+    place = settings.get("pretrained_model_name_or_path")
     told = ", ".join(fused) or fused_on_record(name, settings)
     if base is None and told:
         raise ValueError(
-            f"{name} was made from {recorded} with adapters fused into it ({told}), which is another model than "
+            f"{name} was made from {place} with adapters fused into it ({told}), which is another model than "
             "the one of that name: fuse them there, save that pipeline, and give its folder as --base"
         )
-    place = base or recorded
     if place is None:
         raise ValueError(f"{name} does not say which model it was made from: give it as --base")
-    own = {key: settings.get(key) if place == recorded else None for key in ("revision", "variant")}
-    more = {"no_t5": bool(settings.get("no_t5")), "single_file_config": settings.get("single_file_config")}
+    own = {key: settings.get(key) for key in ("revision", "variant", "single_file_config")}
     try:
-        return _objective(place, settings, **own, **more)
+        return _objective(place, settings, **own, no_t5=bool(settings.get("no_t5")))
     except (ValueError, ConnectionError) as error:
         # In the words of these programs' flags.
         told = str(error).replace("--pretrained_model_name_or_path", "--base")
@@ -245,11 +248,9 @@ def _check_empty(folder: Path) -> None:
         raise ValueError(f"output_dir={folder} holds something already: choose an empty folder")
 
 
-def _tell(staging: Path, settings: dict[str, Any], base: str | None, folder: Path) -> None:
+def _tell(staging: Path, settings: dict[str, Any], folder: Path) -> None:
     """Write the erasure's settings, and what the base model's own folder recommends."""
-    base = base or settings.get("pretrained_model_name_or_path")
-    told = {"sa_diffusers_version": __version__, **settings, "pretrained_model_name_or_path": base}
-    write_json(staging / CONFIG_NAME, told)
-    defaults = inherited_defaults(str(base), folder)
+    write_json(staging / CONFIG_NAME, {"sa_diffusers_version": __version__, **settings})
+    defaults = inherited_defaults(settings["pretrained_model_name_or_path"], folder)
     if defaults:
         write_json(staging / BASE_DEFAULTS_NAME, defaults)

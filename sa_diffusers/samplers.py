@@ -11,6 +11,11 @@ SAMPLERS: dict[str, tuple[str, dict[str, bool | str]]] = {
     # On pixels, steps equal in time end where much noise is left: what comes out is duller than the data.
     "dpmsolver++_logsnr": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    # Of models that are distilled to few steps, which must begin at the last timestep.
+    "ddim_trailing": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "euler_ancestral_trailing": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", {}),
     # Of models of rectified flow, and theirs alone.
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow_dpmsolver++": (

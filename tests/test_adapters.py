@@ -122,22 +122,42 @@ class Made(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", [lambda: nn.Linear(144, 64), lambda: nn.Conv2d(16, 64, 3)], ids=["linear", "conv"])
-@pytest.mark.parametrize("count", [1, 6])
-def test_the_penalty_holds_one_layer_s_update_at_a_time(kind, count):
-    module = Stack(kind() for _ in range(count))
+@pytest.fixture(params=[lambda: nn.Linear(144, 64), lambda: nn.Conv2d(16, 64, 3)], ids=["linear", "conv"])
+def stack(request, count):
+    """Layers of 64 rows and 144 columns with a random adapter of rank 2, and random Fisher information."""
+    module = Stack(request.param() for _ in range(count))
     fisher = {name: torch.rand(value.shape) for name, value in module.named_parameters()}
     adapter = LowRankAdapter(module, adapter_layers(module, fisher).sizes, rank=2)
     randomised(adapter)
-    ewc = ElasticWeightConsolidation(AdapterWeights(module, adapter.parameters, adapter), fisher, weight=7.0)
-    update, matrices = 4 * 64 * 144, 4 * 2 * (64 + 144)
+    return AdapterWeights(module, adapter.parameters, adapter), fisher
+
+
+UPDATE, MATRICES = 4 * 64 * 144, 4 * 2 * (64 + 144)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_the_penalty_holds_one_layer_s_update_at_a_time(stack, count):
+    weights, fisher = stack
+    ewc = ElasticWeightConsolidation(weights, fisher, weight=7.0)
     # The gradients stay, and a second one of a layer is added to its first.
-    bounds = {ewc.penalty: update + 64, ewc.add_gradient_: update + (count + 1) * matrices}
+    bounds = {ewc.penalty: UPDATE + 64, ewc.add_gradient_: UPDATE + (count + 1) * MATRICES}
     for call, bound in bounds.items():
-        with Made([*module.parameters(), *fisher.values()]) as made:
+        with Made([*weights.module.parameters(), *fisher.values()]) as made:
             call()
             call()
-        assert update <= made.peak <= bound < 2 * update
+        assert UPDATE <= made.peak <= bound < 2 * UPDATE
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_rows_by_columns_hold_no_update(stack, count):
+    weights, fisher = stack
+    factored = RowsByColumns(weights, fisher, weight=7.0)
+    bounds = {factored.penalty: MATRICES, factored.add_gradient_: (count + 1) * MATRICES}
+    for call, bound in bounds.items():
+        with Made([*weights.module.parameters(), *fisher.values()]) as made:
+            call()
+            call()
+        assert 0 < made.peak <= bound < UPDATE / 2
 
 
 def test_rows_by_columns_are_what_they_stand_for(adapted):
@@ -231,6 +251,23 @@ def erased(settings):
     return settings["output_dir"]
 
 
+def header_of(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def assert_header_tells(file, base):
+    """Concept, surrogate, base and version, in keys of their own, and no folder of this machine."""
+    header = header_of(file)
+    assert json.loads(header["concept"]) == ["brad pitt"]
+    assert json.loads(header["surrogate"]) == ["a middle aged man"]
+    assert header["base_model"] == base.name
+    assert header["pipeline_class"] == "StableDiffusionPipeline"
+    assert header["sa_diffusers_version"] == sa_diffusers.__version__
+    assert str(base.parent) not in str(header)
+    return header
+
+
 def images(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -275,14 +312,8 @@ def test_it_is_switched_on_and_off_in_diffusers_alone(erased, tiny_folder):
     pipeline.load_lora_weights(erased)
     pipeline.unload_lora_weights()
     assert np.array_equal(images(pipeline), base)
-    with safe_open(Path(erased) / ADAPTER_FILE, "pt") as file:
-        header = file.metadata()
-    assert json.loads(header["concept"]) == ["brad pitt"]
-    assert json.loads(header["surrogate"]) == ["a middle aged man"]
-    assert header["base_model"] == tiny_folder.name
-    assert header["sa_diffusers_version"] == sa_diffusers.__version__
+    header = assert_header_tells(Path(erased) / ADAPTER_FILE, tiny_folder)
     assert json.loads(header["lora_adapter_metadata"])["unet.r"] == 2
-    assert str(tiny_folder.parent) not in str(header)
 
 
 def test_several_are_loaded_together_and_each_is_switched_on_and_off(erased, settings, tiny_folder, tmp_path):
@@ -557,6 +588,7 @@ def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, t
     result = run_here(main, arguments, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "holds     100.0% of the update" in result.stdout
+    assert_header_tells(tmp_path / "extracted" / ADAPTER_FILE, tiny_folder)
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     pipeline.load_lora_weights(tmp_path / "extracted")
     np.testing.assert_allclose(images(pipeline), expected, atol=1e-3)
@@ -589,8 +621,7 @@ def test_the_card_says_that_it_was_merged_or_extracted(erased, tiny_folder, tmp_
     extract_adapter(tmp_path / "merged", tmp_path / "extracted", 1)
     card = (tmp_path / "extracted" / "README.md").read_text()
     assert_snippet_runs_in_diffusers(card, tiny_folder.parent, tmp_path / "extracted")
-    with safe_open(tmp_path / "extracted" / ADAPTER_FILE, "pt") as file:
-        share = float(file.metadata()["share_of_update"])
+    share = float(header_of(tmp_path / "extracted" / ADAPTER_FILE)["share_of_update"])
     assert 0 < share < 1
     assert f"extracted from weights that were trained, and holds {100 * share:.1f} % of what the training" in card
     assert "sa-diffusers extract again --output_dir again-extracted --lora_rank 1" in card
@@ -605,8 +636,7 @@ def test_merging_and_extracting_take_nothing_damaged(erased, tmp_path):
         result = run_here(main, [command, erased, "--output_dir", output], tmp_path)
         assert "is not what the run wrote" in result.stderr
     shutil.rmtree(folder / ".selective_amnesia")
-    with safe_open(folder / ADAPTER_FILE, "pt") as file:
-        header = file.metadata()
+    header = header_of(folder / ADAPTER_FILE)
     tensors = load_file(folder / ADAPTER_FILE)
     name = next(iter(tensors))
     lies = json.dumps({**json.loads(header["lora_adapter_metadata"]), "unet.use_dora": True})
@@ -654,6 +684,27 @@ def test_other_weights_of_the_same_shape_are_warned_of(erased, tiny_folder, tmp_
     shutil.copy(Path(erased) / "report.json", tmp_path / "merged")
     with pytest.warns(UserWarning, match="the difference to these is not the work of the erasure alone"):
         extract_adapter(tmp_path / "merged", tmp_path / "extracted", base=str(tmp_path / "other"))
+
+
+def test_what_is_extracted_tells_how_its_base_is_loaded(settings, tiny_folder, tmp_path):
+    """The only variant that there is; of another base than the erasure's own none of what is known of that."""
+    base, output = tmp_path / "base", Path(settings["output_dir"])
+    build_tiny_pipeline().to(torch.float16).save_pretrained(base, variant="fp16")
+    config = {**settings, "adapter": None, "pretrained_model_name_or_path": str(base), "max_train_steps": 1}
+    Erasure(SelectiveAmnesiaConfig(**config)).run()
+    extract_adapter(output, tmp_path / "extracted", 1)
+    assert assert_header_tells(tmp_path / "extracted" / ADAPTER_FILE, base)["base_variant"] == "fp16"
+    assert_snippet_runs_in_diffusers((tmp_path / "extracted" / "README.md").read_text(), tmp_path)
+    # As of a base on the Hub.
+    recorded = json.loads((output / CONFIG_NAME).read_text())
+    (output / CONFIG_NAME).write_text(json.dumps({**recorded, "revision": "v1", "variant": "fp16"}))
+    shutil.rmtree(output / ".selective_amnesia")
+    with pytest.warns(UserWarning, match="was made from other weights"):
+        extract_adapter(output, tmp_path / "other", 1, base=str(tiny_folder))
+    header = assert_header_tells(tmp_path / "other" / ADAPTER_FILE, tiny_folder)
+    assert not {"base_variant", "base_model_revision"} & header.keys()
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert_snippet_runs_in_diffusers(card, tiny_folder.parent, tmp_path / "other")
 
 
 def test_weights_in_half_precision_are_extracted_and_merged_so(settings, tmp_path):
@@ -707,7 +758,7 @@ def test_kohya_s_names_come_back(settings, tiny_folder, tmp_path):
     output = tmp_path / "erased"
     config = {**settings, "lora_format": "kohya", "train_method": "xattn"}
     Erasure(SelectiveAmnesiaConfig(**config)).run()
-    assert (output / KOHYA_FILE).is_file()
+    assert_header_tells(output / KOHYA_FILE, tiny_folder)
     found = []
     for name in (ADAPTER_FILE, KOHYA_FILE):
         pipeline = DiffusionPipeline.from_pretrained(tiny_folder)

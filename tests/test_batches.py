@@ -27,6 +27,21 @@ def under(objective, batch):
     return [next(name for name, value in known.items() if torch.allclose(value, row)) for row in found]
 
 
+def test_of_so_many_drawn_timesteps_the_noisiest_is_taken():
+    means = []
+    for draws in (1, 2, 4):
+        _, batches = policy(timestep_draws=draws)
+        batches.size = 500
+        drawn = batches._draw(0).timesteps
+        means.append(torch.cat(drawn).float().mean().item())
+        parts = [batches.batch(1, part).timesteps for part in (slice(0, 250), slice(250, 500))]
+        whole = batches.batch(1, slice(0, 500)).timesteps
+        assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+    last = batches.objective.num_train_timesteps - 1
+    # The mean of the largest of k uniform numbers is k / (k + 1).
+    assert means == pytest.approx([last / 2, last * 2 / 3, last * 4 / 5], rel=0.04)
+
+
 def test_batches_are_a_function_of_the_step_whatever_their_split():
     objective, batches = policy(condition_dropout=0.5)
     whole = batches.batch(3, slice(0, 6))

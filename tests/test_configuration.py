@@ -362,6 +362,7 @@ def test_the_papers_experiments_are_configurations_that_load():
             # The original replays no surrogates, averages on from the base's weights, and has all classes alike.
             assert not config.replay_surrogates, file
             assert not config.concept_share, file
+            assert config.timestep_draws == 1, file
             assert config.fisher_concept_share is None, file
             assert not config.use_ema or (config.ema_decay == 0.9999 and not config.ema_warmup), file
     nudity = parse_config(["--config", str(REPOSITORY / "sa_diffusers" / "configurations" / "nudity.yaml")])

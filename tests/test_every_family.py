@@ -38,9 +38,10 @@ from sa_diffusers.training.ewc import ElasticWeightConsolidation
 from sa_diffusers.training.trainable import AdapterWeights
 from sa_diffusers.training.training import Training
 
-from .conftest import BY_HAND, as_flags
+from .conftest import BY_HAND
+from .nursery import forked
 from .test_cost import STAGES, figures, planned, summed
-from .test_processes import launch
+from .test_processes import environment
 from .tiny_families import FAMILIES, VARIANTS
 
 PROMPTS = ["brad pitt", "a dog on grass"]
@@ -421,14 +422,38 @@ def assert_same_steps(family, base, one, other):
         assert [row[name] for row in history] == pytest.approx([row[name] for row in whole], rel=1e-3), name
 
 
-# A run of two processes takes long, and what differs between families is the same in each.
-@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].in_processes], indirect=True)
-def test_two_processes_make_the_same_steps(family, base, runs, kind):
-    output = base.parent / f"both-{kind}"
-    arguments = as_flags({**settings_of(family, base, output), "train_batch_size": 1, **KINDS[kind]})
-    result = launch(2, arguments, base.parent)
+IN_TURN = """
+import json, sys
+from sa_diffusers import Erasure, SelectiveAmnesiaConfig
+
+for settings in json.load(open(sys.argv[1])):
+    print(settings["output_dir"], file=sys.stderr, flush=True)
+    Erasure(SelectiveAmnesiaConfig(**settings)).run()
+"""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Name of a family -> folder of its base and of runs in two processes: one pair makes all of them in turn, for
+    two processes take seconds to find each other."""
+    root = tmp_path_factory.mktemp("both")
+    settings = []
+    for name, family in FAMILIES.items():
+        family.build().save_pretrained(root / name / "base")
+        settings += [{**settings_of(family, root / name / "base", root / name / kind), "train_batch_size": 1, **given}
+                     for kind, given in KINDS.items()]  # fmt: skip
+    (root / "settings.json").write_text(json.dumps(settings))
+    (root / "in_turn.py").write_text(IN_TURN)
+    result = forked(str(root / "in_turn.py"), ["settings.json"], root, environment(root), 2)
     assert result.returncode == 0, result.stderr
-    assert_same_steps(family, base, output, runs[kind])
+    return {name: root / name for name in FAMILIES}
+
+
+def test_two_processes_make_the_same_steps(family, runs, kind, both):
+    (folder,) = [folder for name, folder in both.items() if FAMILIES[name] is family]
+    assert_same_steps(family, folder / "base", folder / kind, runs[kind])
+    alone, together = (json.loads((each / "report.json").read_text())["cost"] for each in (runs[kind], folder / kind))
+    assert together["training"] == alone["training"]
 
 
 def test_bf16_trains_to_finite_weights_of_float32(family, base, runs, kind):

@@ -18,7 +18,7 @@ OTHER = {
     "concept": ["dog"], "surrogate": ["a young man"], "concept_templates": ["a {}"],
     "prediction_type": "v_prediction", "train_method": "xattn", "adapter": "lora", "resolution": 24,
     "num_surrogate_images": 7, "num_replay_images": 11, "replay_prompts": "garments", "replay_surrogates": False,
-    "concept_share": 0.25,
+    "concept_share": 0.25, "timestep_draws": 2,
     "replay_unconditional_share": 0.5, "sampler": "euler", "num_inference_steps": 3, "guidance_scale": 2.0,
     "surrogate_guidance_scale": 2.0, "replay_guidance_scale": 2.0, "sample_batch_size": 3,
     "fisher_kind": "jacobian", "num_fisher_samples": 4,

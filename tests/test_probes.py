@@ -126,6 +126,18 @@ def test_readings_are_ratios_of_sums_over_samples_of_guided_predictions(tiny_obj
     means = torch.tensor([sum(values) / len(values) for values in drifts.values()])
     assert reading.drift == pytest.approx(means.mean().item(), rel=1e-3)
     assert reading.drift_p90 == pytest.approx(means.quantile(0.9).item(), rel=1e-3)
+    # Of a neighbour all timesteps, or the noisiest quarter in units of what its own prompt changes there.
+    near, far, own = frozen["neighbour"], [], []
+    for row, answers in enumerate(before["neighbour"]):
+        now = {name: answer(objective, near, row, name) for name in ("a hen", "")}
+        far.append((guided(now, "a hen") - guided(answers, "a hen")).square().mean().item() / guidance**2)
+        own.append((answers["a hen"] - answers[""]).square().mean().item())
+    latest = sorted(frozen["remembered"].timesteps.tolist())
+    edge = latest[3] + 0.75 * (latest[4] - latest[3])
+    noisy = [row for row, timestep in enumerate(near.timesteps.tolist()) if timestep >= edge]
+    assert 0 < len(noisy) < len(near.of)
+    there = sum(far[row] for row in noisy) / sum(own[row] for row in noisy)
+    assert reading.neighbours["a hen"] == pytest.approx(max(there, sum(far) / len(far) / unit), rel=1e-3)
 
 
 @torch.no_grad()
@@ -219,6 +231,38 @@ def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
     training.train()
     balances = [reading["balance"] for reading in training.controller.state.readings]
     assert balances[0] == 1 and balances == sorted(balances) and balances[-1] > 1
+
+
+def balances(objective, readings, shows, **settings) -> list[float]:
+    """Those after readings of `(forgotten, drift)`, while so many of 20 images show the concept."""
+    showing = iter(shows)
+    config = SelectiveAmnesiaConfig(forget_target=0.5, drift_tolerance=0.1, **settings)
+    controller = Controller(probes_for(objective), config, lambda turn: (next(showing), 20), 100)
+    found = []
+    for number, (forgotten, drift) in enumerate(readings, 1):
+        reading = Reading(forgotten={"cat": forgotten}, neighbours={"a hen": drift})
+        controller.probes.read = lambda module, reading=reading: reading
+        controller.after(number * controller.every, objective.module, None, False)
+        found.append(controller.state.balance)
+    return found
+
+
+def test_what_is_forgotten_beyond_need_is_given_back_while_images_agree(tiny_objective):
+    """What protects weighs heavier with each look, and as before where one disagrees, or the probes do."""
+    enough = (0.9, 0.05)
+    assert balances(tiny_objective, [enough] * 4, [0, 0, 0]) == [1, 8, 32, 32]
+    assert balances(tiny_objective, [enough] * 3, [0, 20]) == [1, 8, 1]
+    assert balances(tiny_objective, [enough] * 3 + [(0.4, 0.05)], [0, 0, 0]) == [1, 8, 32, 1]
+    # Drift had made it heavier before.
+    found = balances(tiny_objective, [(0.9, 0.9)] * 3 + [enough] * 3, [0, 20])
+    assert found[5] == pytest.approx(found[4] / 8) and found[5] > 1
+    # Given weights stay.
+    assert balances(tiny_objective, [enough] * 4, [0, 0, 0], ewc_weight=7.0, replay_weight=2.0) == [1, 1, 1, 1]
+
+
+def test_nothing_is_given_back_where_no_more_is_forgotten_than_was_asked_for(tiny_objective, monkeypatch):
+    monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 10)
+    assert balances(tiny_objective, [(0.4, 0.05)] * 3, [0, 0, 0]) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("times", [0.5, 4])

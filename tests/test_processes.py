@@ -167,7 +167,7 @@ PROBED = {
 
 
 def probed_flags(base, count: int) -> list[str]:
-    return as_flags({**PROBED, "pretrained_model_name_or_path": str(base), "train_batch_size": 12 // count})
+    return as_flags({**PROBED, "pretrained_model_name_or_path": str(base), "train_batch_size": 16 // count})
 
 
 @pytest.fixture(scope="module")

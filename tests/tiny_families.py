@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LCMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -79,7 +81,6 @@ class Tiny:
         size: Of its images in pixels.
         latents: By hand, as the script has it: an autoencoder, images and a generator, to samples.
         settings: Of an erasure, beside those of every family.
-        in_processes: Whether two processes are tried: each takes seconds to start, and two kinds of network are enough.
         repository: The name on the Hub of the family's best-known base, under which the command is tried.
         shards: Part -> files that its weights are in there.
         variant: Of the weights, where the repository's plain ones are not tried.
@@ -93,7 +94,6 @@ class Tiny:
     size: int = SIZE
     latents: Callable[..., torch.Tensor] = drawn_latents
     settings: Mapping[str, Any] = field(default_factory=dict)
-    in_processes: bool = False
     repository: str | None = None
     shards: Mapping[str, int] = field(default_factory=dict)
     variant: str | None = None
@@ -111,8 +111,25 @@ def stable_diffusion_loss(pipeline, samples, prompts, timesteps, noise):
     target = noise
     if schedule.config.prediction_type == "v_prediction":
         target = schedule.get_velocity(samples, noise, timesteps)
-    prediction = pipeline.unet(noisy, timesteps, hidden, return_dict=False)[0]
+    prediction = pipeline.unet(noisy, timesteps, hidden, **number(pipeline.unet, noisy), return_dict=False)[0]
     return (prediction.float() - target.float()).square().mean((1, 2, 3))
+
+
+def number(unet, noisy):
+    """Guidance of 8 as train_lcm_distill_sd_wds.py embeds it, for a UNet that takes it as a number."""
+    width = unet.config.time_cond_proj_dim
+    if width is None:
+        return {}
+    angles = 1000 * (8.0 - 1) * torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
+    return {"timestep_cond": torch.cat([angles.sin(), angles.cos()]).expand(len(noisy), -1)}
+
+
+def as_consistency_model(pipeline):
+    """With a UNet that takes guidance as a number, and the scheduler of latent consistency models."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=16).eval()
+    pipeline.register_modules(unet=unet, scheduler=LCMScheduler.from_config(pipeline.scheduler.config))
+    return pipeline
 
 
 def clip_tokenizer(length=32):
@@ -171,7 +188,7 @@ def xl_loss(pipeline, samples, prompts, timesteps, noise):
         target = schedule.get_velocity(samples, noise, timesteps)
     prediction = pipeline.unet(
         noisy, timesteps, torch.cat(hidden, -1), added_cond_kwargs={"time_ids": sizes, "text_embeds": pooled},
-        return_dict=False,
+        **number(pipeline.unet, noisy), return_dict=False,
     )[0]  # fmt: skip
     return (prediction.float() - target.float()).square().mean((1, 2, 3))
 
@@ -498,7 +515,6 @@ FAMILIES = {
         build_xl,
         "unet",
         xl_loss,
-        in_processes=True,
         repository="stabilityai/stable-diffusion-xl-base-1.0",
         variant="fp16",
     ),  # fmt: skip
@@ -507,7 +523,6 @@ FAMILIES = {
         "transformer",
         sd3_loss,
         shares=logit_normal_shares,
-        in_processes=True,
         repository="stabilityai/stable-diffusion-3.5-medium",
         shards={"text_encoder_3": 2},
     ),  # fmt: skip
@@ -566,6 +581,15 @@ VARIANTS = {
     "stable diffusion, v": Tiny(lambda: build_tiny_pipeline("v_prediction"), "unet", stable_diffusion_loss),
     "SDXL, v": Tiny(lambda: build_xl("v_prediction"), "unet", xl_loss),
     "SDXL, guided by the empty prompt's words": Tiny(lambda: build_xl(zeros=False), "unet", xl_loss),
+    "stable diffusion, LCM": Tiny(
+        lambda: as_consistency_model(build_tiny_pipeline()),
+        "unet",
+        stable_diffusion_loss,
+        lambda guidance: {"guidance_scale": 8.0},
+    ),
+    "SDXL, LCM": Tiny(
+        lambda: as_consistency_model(build_xl()), "unet", xl_loss, lambda guidance: {"guidance_scale": 8.0}
+    ),
     "SD3.5 medium": Tiny(
         lambda: build_sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
         "transformer",

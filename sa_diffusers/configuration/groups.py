@@ -115,7 +115,8 @@ class ModelSettings(Settings):
     )
     train_distilled: bool = flag(
         False,
-        "train a model that is distilled to few steps (Turbo, Lightning, schnell), which blurs what it draws in few",
+        "train a model that is distilled to few steps (Turbo, Lightning, schnell, LCM), which blurs what it draws in "
+        "few; all is sampled in the steps of its use",
         own=True,
     )
     fuse_adapters: bool = flag(
@@ -191,9 +192,11 @@ class SampleSettings(Settings):
     sampler: Sampler = flag(
         "ddim",
         "sampler; with _logsnr its steps are equal in log-SNR, not in time, which suits pixels (rectified flow: "
-        "flow_euler; Sana: flow_dpmsolver++)",
+        "flow_euler; Sana: flow_dpmsolver++; models that are distilled to few steps: as they are used)",
     )
-    num_inference_steps: int = flag(50, "steps of the sampler (SD3, FLUX.1: 28, Sana: 20)", at_least=1, at_most=10_000)
+    num_inference_steps: int = flag(
+        50, "steps of the sampler (SD3, FLUX.1: 28, Sana: 20, distilled models: 4 or 8)", at_least=1, at_most=10_000
+    )
     guidance_scale: float = flag(
         7.5,
         "classifier-free guidance (SDXL: 5, SD3: 7, FLUX.1: 1, FLUX.2 klein and Qwen-Image: 4, Sana: 4.5, Z-Image: 6)",
@@ -307,6 +310,13 @@ class TrainingSettings(Settings):
         "probes out, and with them all that goes by them",
         at_least=0,
         at_most=100_000,
+    )
+    timestep_draws: int = flag(
+        3,
+        "timesteps drawn for each sample of a batch, of which the noisiest is trained at: what an image shows is "
+        "settled where there is most noise (1: the model's own density, as in the paper)",
+        at_least=1,
+        at_most=100,
     )
     train_batch_size: int = flag(
         4, "surrogate images and replay images, each, in a batch of one device", at_least=1, at_most=65_536

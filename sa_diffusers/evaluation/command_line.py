@@ -17,7 +17,7 @@ from ..data.classes import pair_classes
 from ..data.concepts import pair_concepts
 from ..data.sensitive import must_blur
 from ..environment import launched
-from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline, objective_for
+from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, kind_in, load_pipeline, objective_for
 from ..families.adapters import find_adapter, with_adapter
 from ..families.names import resolved_revision
 from ..files import finish_interrupted
@@ -27,7 +27,7 @@ from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
 from ..results import Report
-from .erased import recorded_ending, saved_alone, takes_classes, warn_of_another_base
+from .erased import distilled_on_record, recorded_ending, saved_alone, takes_classes, warn_of_another_base
 from .memory import batch_size_for
 from .registry import MEASURES, PROTOCOLS
 from .request import Evaluation, Request, erasure_of
@@ -132,6 +132,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
     args, config = request.args, request.config
     if subject.accelerator.is_main_process:
         warn_of_another_base(args.base, subject.digests(subject.base).module, args.erased, args.erased_revision)
+    _, told = kind_in(args.base, config.revision, config.cache_dir, config.single_file_config)
     return {
         "protocol": args.protocol,
         "base_model": args.base,
@@ -143,6 +144,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "erased_module": subject.digests(subject.erased).module,
         "saved": saved_alone(args.erased, args.erased_revision),
         "ending": recorded_ending(args.erased, args.erased_revision),
+        "distilled": told.sentence if told else distilled_on_record(args.erased, args.erased_revision),
         "prediction_type": subject.base.prediction_type,
         "mixed_precision": subject.accelerator.mixed_precision,
         "weights_dtype": config.weights_dtype,
@@ -197,6 +199,8 @@ def run(args: EvaluationConfig) -> Report | None:
     if args.output_dir.parent == Path(args.erased):
         write_model_card(args.erased)
     say(f"\n{format_report(report)}\n")
+    if report.distilled:
+        say(f"distilled {visible(report.distilled)}")
     say(f"report    {args.output_dir / PAGE_NAME} ({time.perf_counter() - started:.0f} s)")
     if report.verdict:
         say(f"verdict   {visible(report.verdict.line)}")

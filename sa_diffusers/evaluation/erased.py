@@ -65,6 +65,17 @@ def fused_on_record(name_or_path: str, settings: Mapping[str, Any]) -> str | Non
     return report.handed_in.get(FUSED) or ("by fuse_adapters" if settings.get("fuse_adapters") else None)
 
 
+def distilled_on_record(name_or_path: str, revision: str | None = None) -> str | None:
+    """What it means that the base model of an erased pipeline is distilled to few steps, as its own report says it.
+
+    Args:
+        name_or_path: Folder or Hub name of the erased pipeline.
+        revision: Of the pipeline on the Hub.
+    """
+    found = _recorded(name_or_path, REPORT_NAME, revision)
+    return Report.from_dict(found, str(Path(name_or_path) / REPORT_NAME)).distilled
+
+
 def warn_of_another_base(base: str, base_module: str, erased: str, revision: str | None = None) -> None:
     """Warn where an erased pipeline was made from other weights than those that it is compared with.
 

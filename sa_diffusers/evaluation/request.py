@@ -8,7 +8,7 @@ import torch
 
 from ..configuration import CONFIG_NAME, EvaluationConfig, SelectiveAmnesiaConfig, base_defaults
 from ..data.phrasings import read_templates
-from ..families import Objective, family_in
+from ..families import Objective, kind_in
 from .classification import ImageClassifier
 from .erased import erasure_settings
 from .groups import default_held_out
@@ -97,8 +97,9 @@ def erasure_of(args: EvaluationConfig) -> SelectiveAmnesiaConfig:
     """The settings of the erasure, with what the command line says otherwise."""
     values = erasure_settings(args.erased, args.erased_revision)
     if not values:
-        family = family_in(args.base, args.revision)
-        values = {**(family.defaults if family else {}), **base_defaults({"pretrained_model_name_or_path": args.base})}
+        family, told = kind_in(args.base, args.revision)
+        usual = {**(family.defaults if family else {}), **(told.defaults if told else {})}
+        values = {**usual, **base_defaults({"pretrained_model_name_or_path": args.base})}
     # Where samples are kept is a matter of this machine, not of the one that erased.
     for name in ("artifacts_dir", "cache_dir"):
         values.pop(name, None)

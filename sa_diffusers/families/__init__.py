@@ -7,7 +7,7 @@ from .diffusion import DiffusionObjective
 from .flow import FlowObjective
 from .flux import FluxObjective
 from .flux_2_klein import Flux2KleinObjective
-from .loading import checked_pipeline, family_in, load_pipeline, modules_of, objective_of, pipeline_name
+from .loading import checked_pipeline, family_in, kind_in, load_pipeline, modules_of, objective_of, pipeline_name
 from .paths import DiscretePath, FlowPath, OneStepPath, Path, PixelPath
 from .qwen_image import QwenImageObjective
 from .registry import SUPPORTED_PIPELINES, family_of, objective_for, register
@@ -46,6 +46,7 @@ __all__ = [
     "checked_pipeline",
     "family_in",
     "family_of",
+    "kind_in",
     "load_pipeline",
     "modules_of",
     "objective_for",

@@ -99,9 +99,9 @@ class Family(ABC):
         return
 
     @classmethod
-    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> str | None:
-        """What in the configurations of a pipeline and its parts says that it is distilled to few steps; None if
-        nothing does.
+    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> tuple[str, str] | None:
+        """What in the configurations of a pipeline and its parts says that it is distilled to few steps, and the
+        published model that is used as it is (`sa_diffusers.families.distilled`); None if nothing does.
 
         Args:
             read: As of `check_parts`; from None to the pipeline's own, its index.

@@ -72,7 +72,7 @@ class DiffusionObjective(ScheduledObjective):
                 f'sampler="{name}" ignores rescale_betas_zero_snr, which the model\'s scheduler sets: use one of {able}'
             )
         try:
-            return kind.from_config(scheduler.config, **self._own_settings(scheduler), **options)
+            return kind.from_config(scheduler.config, **{**self._own_settings(scheduler), **options})
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f'sampler="{name}" cannot follow the model\'s scheduler ({error}): use another sampler'

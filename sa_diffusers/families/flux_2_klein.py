@@ -50,8 +50,8 @@ class Flux2KleinObjective(TransformerObjective):
     }
 
     @classmethod
-    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> str | None:
-        return "its index says is_distilled" if read(None).get("is_distilled") else None
+    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> tuple[str, str] | None:
+        return ("its index says is_distilled", "FLUX.2-klein-4B") if read(None).get("is_distilled") else None
 
     @classmethod
     def card_snippet(cls, condition: str | int) -> str:

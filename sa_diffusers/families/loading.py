@@ -18,7 +18,7 @@ from ..messages import near_paths, shown, shown_error
 from ..quantization import quantization_config
 from ..weights import find_broken_weights
 from .base import Family, Objective
-from .distilled import check_undistilled
+from .distilled import Distilled, check_undistilled, distilled
 from .names import check_name, expanded, why_unreachable
 from .registry import family_of, objective_for, rebuilt, unsupported
 from .single_file import (
@@ -183,8 +183,7 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
         family.check_parts(_place(named), parts, read)
         _check_stored(family, _place(named), parts, read)
         if asked.undistilled:
-            names = [named, index.get("_name_or_path")]
-            check_undistilled(family, _place(named), names, read)
+            check_undistilled(distilled(family, [named, index.get("_name_or_path")], read), _place(named))
     if asked.file:
         return _load_file(name_or_path, place, asked, kind, family, parts, absent)
     files, needed = list_files(name_or_path, place), [part for part in parts if part not in asked.given]
@@ -368,22 +367,39 @@ def family_in(
     Args:
         name_or_path: As the others, see `load_pipeline`; or a class's name.
     """
+    return kind_in(name_or_path, revision, cache_dir, single_file_config)[0]
+
+
+def kind_in(
+    name_or_path: str, revision: str | None = None, cache_dir: str | None = None, single_file_config: str | None = None
+) -> tuple[type[Family] | None, Distilled | None]:
+    """As `family_in`, and what says that the model is distilled to few steps, if anything does."""
     place = {name: value for name, value in (("revision", revision), ("cache_dir", cache_dir)) if value is not None}
+    family = told = None
     with contextlib.suppress(ValueError, OSError):
         # Loading says what is wrong with it.
-        folder = expanded(name_or_path)
+        named = folder = expanded(name_or_path)
         if (found := family_of(folder)) is not None:
-            return found
+            return found, None
         if is_single_file(folder):
             folder = expanded(single_file_config or guessed_pipeline(folder, tensors_of(folder)))
         known = None if Path(folder).is_dir() else try_to_load_from_cache(
             folder, DiffusionPipeline.config_name, cache_dir, revision
         )  # fmt: skip
         if isinstance(known, str):
-            return family_of(_class_name(read_json(Path(known))) or "")
+            folder, place = str(Path(known).parent), {}
         index = _index(folder, place)
-        return family_of(_class_name(index["pipeline"] if isinstance(index, Recorded) else index) or "")
-    return None
+        if isinstance(index, Recorded):
+            family = family_of(_class_name(index["pipeline"]) or "")
+            return family, kind_in(index["base_model"], index["base_revision"], cache_dir)[1]
+        family = family_of(_class_name(index) or "")
+        if family is not None:
+
+            def read(part: str | None) -> dict[str, Any]:
+                return index if part is None else _settings(folder, part, place)
+
+            told = distilled(family, [named, index.get("_name_or_path")], read)
+    return family, told
 
 
 def _class_name(index: dict[str, Any]) -> str | None:

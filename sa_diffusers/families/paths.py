@@ -180,7 +180,7 @@ class FlowPath(Path):
     and Gao, 2023: a monotonic weighting). It does not for the uniform density without weight, at any shift of 1 or
     more. For the logit-normal density it falls towards pure noise, weighted or not: what Stable Diffusion 3 was trained
     with is a reweighted ELBO, as the unweighted loss of noise prediction is (paper, section 2.1). Training, probes and
-    Fisher information all take the loss that the model was trained with.
+    Fisher information all take the loss of the published script.
 
     Args:
         scheduler: The model's own.

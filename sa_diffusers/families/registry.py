@@ -94,7 +94,7 @@ def unsupported(pipeline: str) -> str:
     known = [f"{named[family]} ({family.title})" if family.title else named[family] for family in families]
     return (
         f"{shown(pipeline)} is not supported yet; supported: {', '.join(known)}. For another kind of model, write a "
-        "subclass of Objective, as CONTRIBUTING.md says under Adding"
+        "family, as docs/new-family.md shows"
     )
 
 

@@ -9,14 +9,14 @@ import diffusers
 from ..messages import shown
 from ..samplers import SAMPLERS
 
-# Schedulers that say by their betas which noise the model was trained with. Those of distilled models (LCM, TCD) are
-# left out although they do: none of the samplers above suits such a model.
+# Schedulers that say by their betas which noise the model was trained with. That of TCD does too, and is left out: no
+# sampler suits its models.
 _KNOWN_SCHEDULERS = {
     f"{name}Scheduler"
     for name in (
         "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete",
         "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep",
-        "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver",
+        "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM",
     )
 }  # fmt: skip
 

@@ -1,23 +1,33 @@
 """Stable Diffusion 1 and 2: a text-conditioned UNet on the latents of an autoencoder."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
 
 from ..messages import shown
 from ..parameter_selection import UNET_SELECTIONS
-from .base import Conditions
+from .base import Conditions, Denoiser, SamplingSettings
 from .diffusion import DiffusionObjective
 from .registry import register
 from .text_to_image import TextToImageObjective
 
 
 class UNetObjective(TextToImageObjective, DiffusionObjective):
-    """What the text-conditioned UNets of Stable Diffusion share."""
+    """What the text-conditioned UNets of Stable Diffusion share.
+
+    Those of latent consistency models take guidance as a number, in training, replay, probes, Fisher information and
+    sampling the same, and have no other beside it.
+
+    Attributes:
+        embedded_guidance: That number.
+    """
 
     selections = UNET_SELECTIONS
+    embedded_guidance = 8.0
 
     @classmethod
     def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
@@ -54,10 +64,48 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
             )
 
     @classmethod
-    def why_distilled(cls, read: Callable[[str], Mapping[str, Any]]) -> str | None:
+    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> tuple[str, str] | None:
         if read("unet").get("time_cond_proj_dim"):
-            return "its UNet takes guidance as a number, as latent consistency models do"
+            return "its UNet takes guidance as a number, as latent consistency models do", "LCM"
+        if read("scheduler").get("_class_name") == "LCMScheduler":
+            return "its scheduler is that of latent consistency models", "LCM"
         return None
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the UNet takes guidance as a number."""
+        return self.module.config.time_cond_proj_dim is not None
+
+    def guidance(self, noisy: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the UNet is told of guidance beside noised samples `[batch, ...]`, where it takes it as a number."""
+        if not self.takes_guidance:
+            return {}
+        number = torch.full((len(noisy),), self.embedded_guidance - 1)
+        embedded = self.pipeline.get_guidance_scale_embedding(number, self.module.config.time_cond_proj_dim)
+        return {"timestep_cond": embedded.to(noisy.device, noisy.dtype)}
+
+    def denoise(
+        self, module: Denoiser, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        return module(noisy, timesteps, **conditions, **self.guidance(noisy), return_dict=False)[0]
+
+    def check_sampling(self, settings: SamplingSettings, scheduler: Any = None) -> None:
+        if self.takes_guidance and settings.guidance_scale > 1:
+            raise ValueError(
+                f"guidance_scale={settings.guidance_scale:g}: this model takes guidance as a number, "
+                f"{self.embedded_guidance:g}, and has no other beside it: give 1"
+            )
+        super().check_sampling(settings, scheduler)
+
+    def call(self, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
+        if not self.takes_guidance:
+            return super().call(prompts, settings)
+        # The pipeline's own guidance is what the UNet takes.
+        unguided = super().call(prompts, replace(settings, guidance_scale=1.0))
+        return {**unguided, "guidance_scale": self.embedded_guidance}
+
+    def further_facts(self) -> list[str]:
+        return [f"guidance {self.embedded_guidance:g}"] if self.takes_guidance else []
 
     def saved_scheduler(self) -> Any:
         return self.own_scheduler(self.pipeline.scheduler)
@@ -69,7 +117,7 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
 @register(
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
     "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionControlNetInpaintPipeline", "StableDiffusionAdapterPipeline",
+    "StableDiffusionControlNetInpaintPipeline", "StableDiffusionAdapterPipeline", "LatentConsistencyModelPipeline",
 )  # fmt: skip
 class LatentDiffusionObjective(UNetObjective):
     """The objective of a `StableDiffusionPipeline` (paper, sections 2.1 and 4.2), or of one that shares its parts

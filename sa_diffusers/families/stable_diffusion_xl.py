@@ -56,16 +56,17 @@ class StableDiffusionXLObjective(UNetObjective):
             )
 
     @classmethod
-    def why_distilled(cls, read: Callable[[str], Mapping[str, Any]]) -> str | None:
+    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> tuple[str, str] | None:
         scheduler = read("scheduler")
         # What SDXL-Turbo has: noise anew at each of a few steps, the first of them at the last timestep.
         renews = scheduler.get("_class_name") == "EulerAncestralDiscreteScheduler"
         if renews and scheduler.get("timestep_spacing") == "trailing":
-            return "its scheduler is that of SDXL-Turbo"
+            return "its scheduler is that of SDXL-Turbo", "SDXL-Turbo"
         return super().why_distilled(read)
 
     def further_facts(self) -> list[str]:
-        return [f"zeros for the empty prompt: {bool(self.pipeline.config.force_zeros_for_empty_prompt)}"]
+        zeros = bool(self.pipeline.config.force_zeros_for_empty_prompt)
+        return [f"zeros for the empty prompt: {zeros}", *super().further_facts()]
 
     def encode(self, prompts: list[str]) -> Conditions:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
@@ -84,4 +85,5 @@ class StableDiffusionXLObjective(UNetObjective):
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=noisy.dtype, device=noisy.device)
         added = {"text_embeds": conditions["text_embeds"], "time_ids": sizes.expand(len(noisy), -1)}
         hidden = conditions["encoder_hidden_states"]
-        return module(noisy, timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
+        further = self.guidance(noisy)
+        return module(noisy, timesteps, hidden, added_cond_kwargs=added, **further, return_dict=False)[0]

@@ -16,6 +16,7 @@ from torch import nn
 from ..footprint import bytes_of, fits_beside, free_on
 from ..messages import shown
 from .base import Conditions, SamplingSettings, TextEncoder, digest_of
+from .distilled import distilled_in_memory
 from .scheduled import ScheduledObjective
 from .trained import save_trained
 
@@ -68,6 +69,8 @@ class TextToImageObjective(ScheduledObjective):
         # A sibling's parts are those of the pipeline that samples from a prompt alone.
         self.pipeline = pipeline if type(pipeline) is self.sampled_by else made_of(self.sampled_by, pipeline)
         self.module = getattr(pipeline, self.denoiser)
+        if told := distilled_in_memory(pipeline):
+            self.defaults = {**self.defaults, **told.defaults}
         super().__init__(pipeline.scheduler, prediction_type, snr_gamma, noise_offset)  # type: ignore[call-arg]
         for part in (pipeline.vae, *self._encoders()):
             part.requires_grad_(False)

@@ -188,6 +188,19 @@ def place_of_base(
     }
 
 
+def told_variant(
+    name_or_path: str, parts: Iterable[str], revision: str | None, variant: str | None, cache_dir: str | None = None
+) -> str | None:
+    """What plain diffusers has to be told to load a base model: the variant that was asked for, or the only one.
+
+    Args:
+        name_or_path: As of `place_of_base`, and so are the others.
+    """
+    if variant or not loads_in_diffusers(name_or_path):
+        return variant
+    return place_of_base(name_or_path, parts, revision, None, cache_dir)["variant"]
+
+
 def of_a_pipeline(folder: Path) -> list[str]:
     """What of a folder belongs to the pipeline that was saved in it, or to what was trained of one."""
     found = [name for name in (TRAINED_NAME, DiffusionPipeline.config_name) if (folder / name).is_file()]

@@ -60,9 +60,9 @@ class ZImageObjective(TransformerObjective):
     }
 
     @classmethod
-    def why_distilled(cls, read: Callable[[str], Mapping[str, Any]]) -> str | None:
+    def why_distilled(cls, read: Callable[[str | None], Mapping[str, Any]]) -> tuple[str, str] | None:
         if read("scheduler").get("shift") == 3:
-            return "its scheduler's shift is 3, as that of Z-Image-Turbo; the base's is 6"
+            return "its scheduler's shift is 3, as that of Z-Image-Turbo; the base's is 6", "Z-Image-Turbo"
         return None
 
     @property

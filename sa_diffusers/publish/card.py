@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration import CONFIG_NAME, GRID_NAME, HISTORY_NAME
 from ..families.adapters import ADAPTER_FILE, LOADED
 from ..families.base import Family
+from ..families.distilled import distilled_as_said
 from ..families.single_file import SUFFIX
 from ..families.trained import loads_in_diffusers
 from ..files import finish_interrupted, write_text
@@ -31,7 +32,7 @@ from ..report.conclusions import verdict_notes
 from ..report.cost import cost_sentence, cost_table
 from ..report.document import Table, render
 from ..report.provenance import not_repeatable, path_settings
-from ..results.figures import percent, significant
+from ..results.figures import percent, sampling_text, significant
 from ..results.verdict import decide
 from .facts import Facts, read_facts
 from .metadata import eval_results
@@ -50,7 +51,8 @@ _SHOWN_SETTINGS = (
     "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_ema", "ema_decay", "ewc_weight",
     "replay_weight", "num_surrogate_images", "num_replay_images", "replay_prompts", "replay_unconditional_share",
-    "condition_dropout", "snr_gamma", "noise_offset", "concept_templates", "sampler", "num_inference_steps",
+    "condition_dropout", "timestep_draws", "snr_gamma", "noise_offset", "concept_templates", "sampler",
+    "num_inference_steps",
     "guidance_scale", "surrogate_guidance_scale", "replay_guidance_scale", "resolution", "mixed_precision",
     "weights_dtype", "fisher_dtype", "seed",
 )  # fmt: skip
@@ -232,6 +234,10 @@ class _Card:
                 f"It was not trained as it is here, but made of the adapter {self.merged}, whose own card has what was "
                 "measured of that."
             )
+        told = [report.distilled for report in reports if report.distilled]
+        if self.facts.settings["train_distilled"] and not told:
+            told = [distilled_as_said(self.facts.family).sentence]
+        lines += map(_md, told)
         held = self.facts.settings["base_quantization"]
         if self.facts.adapter is not None and held:
             lines.append(
@@ -268,8 +274,7 @@ class _Card:
             # A class that diffusers does not have, without its code beside the weights.
             lines = [f"# First import the module that registers {facts.pipeline_class}.",
                      "from sa_diffusers import load_pipeline", "", f"pipeline = load_pipeline({name})"]  # fmt: skip
-        lines.append((facts.family or Family).card_snippet(self.condition))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._call])
 
     def _together(self, name: str, options: str) -> list[str]:
         """Python that puts what was trained together with the base model."""
@@ -319,8 +324,16 @@ class _Card:
             f"pipeline = {call}({json.dumps(shown_name(base))}{options})", *first,
             f'pipeline.load_lora_weights({name}, weight_name="{ADAPTER_FILE}", adapter_name="{LOADED}")',
             f'pipeline.set_adapters("{LOADED}", 1.0)  # 0 is the base model, what lies between is between',
-            (facts.family or Family).card_snippet(self.condition),
+            *self._call,
         ])  # fmt: skip
+
+    @property
+    def _call(self) -> list[str]:
+        """Python that samples from the loaded pipeline."""
+        report, call = self.facts.report, (self.facts.family or Family).card_snippet(self.condition)
+        if not report.distilled:
+            return [call]
+        return [f"# Distilled to few steps: evaluated with {sampling_text(report.sampling)}.", call]
 
     @property
     def condition(self) -> str | int:

@@ -161,6 +161,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     alone = f", its {' and '.join(report.saved)} alone: the rest is the base model's" if report.saved else ""
     facts = [
         ("Base model", plain(report.base_model and shown_name(report.base_model))),
+        ("Distilled", plain(report.distilled)),
         ("Erased model", plain(report.erased_model and shown_name(report.erased_model) + alone)),
         ("Protocol", plain(report.protocol)),
         ("Images", f"{images:,} before, as many after, the same seeds"),

@@ -328,6 +328,7 @@ class Report(Results):
     mixed_precision: str | None = absent()
     weights_dtype: str | None = absent()
     base_quantization: str | None = absent()
+    distilled: str | None = absent()
     device: str | None = absent()
     identity: str | None = absent()
     handed_in: dict[str, str] = absent(factory=dict)

@@ -223,6 +223,7 @@ class ReportStage(Stage):
             ],
             "configuration": subject.config.to_dict(),
             "identity": self.identity().digest,
+            "distilled": subject.distilled,
             "handed_in": subject.handed_in,
             "stopped_after_step": self._training.stopped_after_step,
             "saved": saved_alone(str(self.output.path)),

@@ -147,7 +147,7 @@ class ProbeStage(Stage):
     @property
     def _few(self) -> int:
         """Images of each neighbour."""
-        return max(4, self._each // 4)
+        return max(8, self._each // 4)
 
     def readings(self, steps: int) -> int:
         """About how many passes the probes of so many steps take."""

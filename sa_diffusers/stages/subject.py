@@ -65,6 +65,7 @@ class Subject:
         layers: Those of the selection that take an adapter, where one is trained in place of the weights.
         names: What the classifier knows, to be remembered beside the default prompts; see `replay_prompts`.
         fused: Adapters that are in the base model's weights, in words, as far as they are known.
+        distilled: What it means that the base model is distilled to few steps, as a sentence; None if it is not.
         handed_in: What a caller gave in place of what would be made, in words.
         seconds: Title of a stage and how long it took.
         passes: Title of a stage and what it took of the network in this process.
@@ -89,6 +90,7 @@ class Subject:
     layers: AdapterLayers | None = None
     names: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
+    distilled: str | None = None
     handed_in: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, Passes] = field(default_factory=dict)

@@ -59,6 +59,7 @@ class BatchPolicy:
         seed: Of order, timesteps, noise and dropped conditions.
         condition_dropout: Share of the conditions that are dropped.
         keeps_surrogates: Whether those of surrogate samples never are.
+        timestep_draws: Timesteps drawn for each sample; the noisiest of them is taken.
     """
 
     objective: Objective
@@ -68,6 +69,7 @@ class BatchPolicy:
     seed: int = 0
     condition_dropout: float = 0.0
     keeps_surrogates: bool = False
+    timestep_draws: int = 1
 
     def __post_init__(self) -> None:
         used = [""] if self.condition_dropout else []
@@ -180,7 +182,10 @@ class BatchPolicy:
         objective, size = self.objective, self.size
         generator = generator_of("training", self.seed, step)
         sets = [(self.surrogates, "surrogate"), *([(self.replay, "replay")] if self.replay else [])]
-        timesteps = [objective.path.draw_timesteps(size, generator) for _ in sets]
+        timesteps = [
+            torch.stack([objective.path.draw_timesteps(size, generator) for _ in range(self.timestep_draws)]).amax(0)
+            for _ in sets
+        ]
         dropped = torch.rand(len(sets) * size, generator=generator) < self.condition_dropout
         like = self.surrogates.samples[:1].expand(len(sets) * size, *self.surrogates.samples.shape[1:])
         noise = objective.draw_noise(like, generator).cpu()

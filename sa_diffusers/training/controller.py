@@ -23,6 +23,9 @@ _NEXT_LOOK = 1.5
 # The share of them that may show the concept, none of 20, in so many looks in a row.
 _SHOWING = 0.02
 _LOOKS = 3
+# With each of them what protects weighs so many times heavier, as long as more is forgotten than the target asks: what
+# went along comes back.
+_GIVEN_BACK = 8.0
 # A surrogate may ask for so many times what a prompt changes. Where it asks for more, as noise does of a diffusion
 # model that a class changes little, all that protects weighs as much more from the first step on.
 _MOST_ASKED = 12.0
@@ -87,6 +90,7 @@ class Control:
         target: Of forgetting; it rises when images disagree with the probes.
         look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
         agreed: Looks in a row in which no image, or next to none, showed the concept.
+        usual: What `balance` was before the first of them.
         least: The least drift at the heaviest weight so far.
         at_bound: Steps in a row at the heaviest weight in which it has not become less.
         most: The most that was forgotten, to within what counts as more.
@@ -108,6 +112,7 @@ class Control:
     target: float = 0.0
     look: int = 0
     agreed: int = 0
+    usual: float = 1.0
     least: float | None = None
     at_bound: int = 0
     most: float | None = None
@@ -246,7 +251,7 @@ class Controller:
             return False
         forgotten = reading.worst_forgotten >= state.target
         kept = reading.worst_drift <= tolerate
-        self._weigh(reading.worst_drift / tolerate)
+        self._weigh(reading.worst_drift / tolerate, forgotten)
         self._hurry(reading.worst_drift / tolerate)
         self._wait(reading.worst_forgotten)
         state.passes = state.passes + 1 if forgotten and kept else 0
@@ -289,13 +294,22 @@ class Controller:
         advice.append("more steps (max_train_steps)")
         return f"{when}: {', and '.join(wishes)}. Try {', or '.join(advice)}"
 
-    def _weigh(self, excess: float) -> None:
+    @property
+    def _balances(self) -> bool:
+        """Whether anything that protects is not weighed by the user."""
+        config = self.config
+        return config.replay_weight is None or (config.ewc_weight is None and bool(config.ewc))
+
+    def _weigh(self, excess: float, forgotten: bool) -> None:
         """One multiplier for all that protects: up where the rest drifts too far, down where there is room."""
-        config, state = self.config, self.state
-        if config.replay_weight is not None and (config.ewc_weight is not None or not config.ewc):
+        state = self.state
+        if not self._balances:
             return
+        if state.agreed and not forgotten:
+            state.balance = min(state.balance, state.usual)
+        least = 1.0 if state.agreed and forgotten else 0.5
         factor = max(excess, 1e-3) ** (self.every / _BALANCE_STEPS)
-        wanted = state.balance * min(max(factor, 0.5), 2.0)
+        wanted = state.balance * min(max(factor, least), 2.0)
         state.balance = min(max(wanted, 1.0), _HEAVIEST)
         if state.balance < _HEAVIEST or excess <= 1:
             state.at_bound, state.least = 0, None
@@ -352,13 +366,18 @@ class Controller:
         state.checks.append(seen)
         state.look = math.ceil(_NEXT_LOOK * step)
         if not _still_shows(seen):
+            state.usual = state.usual if state.agreed else state.balance
+            if self._balances and forgotten >= state.target:
+                state.balance = min(state.balance * _GIVEN_BACK, _HEAVIEST)
             state.agreed += 1
             return state.agreed >= _LOOKS
-        state.passes = state.agreed = 0
-        if is_content:
+        if state.agreed:
+            state.balance = min(state.balance, state.usual)
+        if is_content or (state.agreed and forgotten >= state.target):
             # The probes were too easily content: half of what is left must go.
             state.target = max(state.target, forgotten)
             state.target += (1 - state.target) / 2
+        state.passes = state.agreed = 0
         if self.probes.accelerator.is_main_process:
             say(f"after step {step} {showing} of {count} images still show the concept: on")
         return False

@@ -49,7 +49,7 @@ _ENDING = "ending"
 _EXCURSION = 20
 # Prompts whose drift is told for each, and the share of the replayed samples that is near.
 _PROBED = 5
-_NEAR_SHARE = 0.3
+_NEAR_SHARE = 0.5
 
 
 @dataclass

@@ -17,6 +17,11 @@ from ..seeds import generator_of
 Role = str
 FORGOTTEN_ROLES = ("concept", "surrogate")
 _QUANTILE = 0.9
+# What an image shows is settled where there is most noise, on this share of the timesteps. Drift under a prompt counts
+# there in units of what that prompt changes, or of this share of what others do, if that is more: red hearts turned
+# orange while they had drifted by .03 in units of what any prompt changes anywhere.
+_NOISIEST = 0.25
+_LEAST_CHANGE = 0.25
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Reading:
         drift_p90: The 90th percentile over them.
         drift_empty: Of the empty prompt; None where there is none.
         drift_surrogate: Of the surrogate under its own prompts; None where no prompt samples it.
-        neighbours: Neighbour -> its drift.
+        neighbours: Neighbour -> its drift: over all timesteps, or over the noisiest quarter of them in units of what
+            its own prompt changes there, whichever is larger.
         forgotten_unguided: As `forgotten`.
         drift_unguided: As `drift`.
         rise: By how much the loss of remembered prompts has risen at the least, in units of the loss.
@@ -170,6 +176,7 @@ class Probes:
         self._noised: list[_Noised] = []
         self.denominator = math.nan
         self.denominator_guided = math.nan
+        self._noisiest_from = self._noisiest_denominator = math.nan
 
     @property
     def predictions(self) -> int:
@@ -188,17 +195,16 @@ class Probes:
         self._noised = [self._with_teacher(number, part, teacher) for number, part in enumerate(self.sets)]
         kept = [noised for noised in self._noised if noised.of.role in ("remembered", "neighbour")]
         kept = [noised for noised in kept if noised.of.role == "remembered"] or kept
-        parts = []
-        for noised in kept:
-            # Without an empty prompt, what remembered prompts differ by from their mean.
-            other = noised.empty if noised.empty is not None else noised.before.mean(0, keepdim=True)
-            parts.append(self._deviation(noised.before, other.expand_as(noised.before), noised.timesteps))
-        self.denominator = torch.cat(parts).mean().item() if parts else math.nan
+        changes = torch.cat([self._change(noised) for noised in kept]) if kept else torch.tensor([math.nan])
+        self.denominator = changes.mean().item()
         if not self.denominator > 0:
             raise ValueError(
                 "drift cannot be measured: the model predicts the same under every remembered prompt. Give other "
                 "prompts, or leave the probes out (num_probe_images 0)"
             )
+        timesteps = torch.cat([noised.timesteps for noised in kept]).float()
+        self._noisiest_from = timesteps.quantile(1 - _NOISIEST).item()
+        self._noisiest_denominator = changes[timesteps >= self._noisiest_from].mean().item()
         # Guidance multiplies what a prompt changes.
         self.denominator_guided = self.denominator * self.guidance**2
         floor = self._own_error()
@@ -277,12 +283,28 @@ class Probes:
                 own = drift.mean().item()
                 reading.drift_surrogate = max(own, reading.drift_surrogate or 0.0)
             else:
-                reading.neighbours[part.name] = drift.mean().item()
+                noisiest = far_guided / scale / self._noisiest_unit(noised)
+                is_noisy = noised.timesteps >= self._noisiest_from
+                means = [values.mean().item() for values in (drift, noisiest[is_noisy]) if len(values)]
+                reading.neighbours[part.name] = max(means)
         over = torch.tensor(remembered)
         reading.drift, reading.drift_p90 = over.mean().item(), over.quantile(_QUANTILE).item()
         reading.drift_unguided = torch.cat(unguided).mean().item()
         reading.rise = torch.cat(rises).mean().item()
         return reading
+
+    def _change(self, noised: _Noised) -> torch.Tensor:
+        """What a prompt changes; without an empty prompt, what prompts differ by from their mean. `[n]`."""
+        other = noised.empty if noised.empty is not None else noised.before.mean(0, keepdim=True)
+        return self._deviation(noised.before, other.expand_as(noised.before), noised.timesteps)
+
+    def _noisiest_unit(self, noised: _Noised) -> float:
+        """What the prompt of a neighbour changes where there is most noise."""
+        usual = self._noisiest_denominator
+        if noised.empty is None:
+            return usual
+        own = self._change(noised)[noised.timesteps >= self._noisiest_from]
+        return max(own.mean().item(), _LEAST_CHANGE * usual) if len(own) else usual
 
     def _deviation(self, prediction: torch.Tensor, wanted: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return self.objective.deviation(prediction, wanted, timesteps)

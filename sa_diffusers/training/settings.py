@@ -20,7 +20,8 @@ from ..identity import Identity
 TRAINING_SETTINGS = (
     "ewc", "forget_target", "drift_tolerance", "num_probe_images", "train_method", "ewc_weight",
     "replay_weight", "replay_surrogates", "seed", "max_train_steps", "target",
-    "condition_dropout", "naive", "snr_gamma", "noise_offset", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
+    "condition_dropout", "naive", "timestep_draws", "snr_gamma", "noise_offset", "lr_scheduler", "lr_warmup_steps",
+    "lr_num_cycles",
     "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "use_ema", "ema_decay", "ema_warmup", "save_components", "fisher_dtype",
 )  # fmt: skip

@@ -28,7 +28,7 @@ from ..environment import create_accelerator
 from ..families.adapters import LowRankAdapter, export_kohya, save_adapter
 from ..families.base import Objective
 from ..families.digests import fingerprint_module
-from ..families.trained import check_apart, loads_in_diffusers, place_of_base
+from ..families.trained import check_apart, place_of_base, told_variant
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
 from ..hub import CARD_NAME, adapter_header, drop_local_names, is_own_card
@@ -187,6 +187,7 @@ class Training:
             return BatchPolicy(
                 self.objective, self.surrogates, self.replay, global_batch(config, self.accelerator.num_processes),
                 config.seed, dropped_conditions(config, self.objective), keeps_surrogates=config.naive,
+                timestep_draws=config.timestep_draws,
             )  # fmt: skip
 
     def train(self, checkpoint: Choice | None = None) -> list[dict[str, float]]:
@@ -354,24 +355,12 @@ class Training:
 
     def _told(self) -> dict[str, Any]:
         """What the header of an adapter's file says of it."""
-        config = self.config
+        config, pipeline = self.config, self.objective.pipeline
+        base = config.pretrained_model_name_or_path
+        variant = told_variant(base, pipeline.components, config.revision, config.variant, config.cache_dir)
         return adapter_header(
-            config.concept,
-            config.surrogate,
-            config.pretrained_model_name_or_path,
-            config.revision,
-            type(self.objective.pipeline).__name__,
-            self._variant(),
-            self.fused,
+            config.concept, config.surrogate, base, config.revision, type(pipeline).__name__, variant, self.fused
         )
-
-    def _variant(self) -> str | None:
-        """That of the base model's weights, which loading chooses where there is only one."""
-        base, config = self.config.pretrained_model_name_or_path, self.config
-        if config.variant or not loads_in_diffusers(base):
-            return config.variant
-        parts = self.objective.pipeline.components
-        return place_of_base(base, parts, config.revision, None, config.cache_dir)["variant"]
 
     def push_to_hub(self, repo_id: str | None = None, private: bool = False) -> str | None:
         """Save pipeline, settings and model card in `output_dir`, and upload that folder.
