@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file
 
 from sa_diffusers import (
@@ -17,6 +17,7 @@ from sa_diffusers import (
     SampleSet,
     SamplingSettings,
     SelectiveAmnesiaConfig,
+    load_pipeline,
     objective_for,
     pair_concepts,
 )
@@ -33,6 +34,7 @@ from sa_diffusers.families.adapters import (
     save_adapter,
 )
 from sa_diffusers.merging import extract_adapter, merge_adapter
+from sa_diffusers.quantization import quantization_config, quantization_of
 from sa_diffusers.seeds import generator_of
 from sa_diffusers.training.ewc import ElasticWeightConsolidation
 from sa_diffusers.training.trainable import AdapterWeights
@@ -184,6 +186,32 @@ def test_an_adapter_loads_in_diffusers_alone_and_is_switched_on_and_off(family, 
     assert np.array_equal(pictures(pipeline, family, output_type="np"), whole)
     pipeline.unload_lora_weights()
     assert np.array_equal(pictures(pipeline, family, output_type="np"), plain)
+
+
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_an_adapter_is_trained_on_a_quantised_base(family, base, tmp_path, bits):
+    """And loads onto that as diffusers quantises it."""
+    # Under the frozen target the base model's own samples would teach nothing.
+    settings = {"base_quantization": bits, "train_method": "full", "max_train_steps": 2, "target": "noise"}
+    config = SelectiveAmnesiaConfig(**{**settings_of(family, base, tmp_path), **KINDS["adapter"], **settings})
+    objective = objective_for(load_pipeline(str(base), base_quantization=bits))
+    images = torch.rand(2, 3, family.size, family.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples = SampleSet(objective.encode_images(images, 0), PROMPTS, PROMPTS, [0, 1], {"base": "test"})
+    fisher = FisherEstimator(objective, "full", timesteps=2).estimate(samples)
+    training = Training(objective, config, samples, samples, fisher)
+    training.train()
+    # At the second step the weights are away from where they began.
+    assert training.history[-1]["ewc_penalty"] > 0
+    training.save(tmp_path / "erased")
+    quantised = PipelineQuantizationConfig(quant_mapping={family.part: quantization_config(bits, torch.float32)})
+    pipeline = DiffusionPipeline.from_pretrained(base, quantization_config=quantised, dtype=torch.float32)
+    assert quantization_of(getattr(pipeline, family.part)) == bits
+    before = pictures(pipeline, family, output_type="np")
+    pipeline.load_lora_weights(tmp_path / "erased")
+    assert np.abs(pictures(pipeline, family, output_type="np") - before).max() > 1e-6
+    if bits == "int8" and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='"nf4" needs a CUDA device and there is none: use "int8" or "fp8"'):
+            Erasure(config.replace(base_quantization="nf4"))
 
 
 def test_an_adapter_is_merged_and_extracted_again(family, base, runs):
