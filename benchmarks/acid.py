@@ -89,6 +89,11 @@ class Judge:
         return found["probabilities"][:, self.classifier.label_of(label)].mean().item()
 
 
+def settings_of(words: list[str]) -> dict[str, Any]:
+    """Of "name=value", with values as in YAML."""
+    return {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in words)}
+
+
 def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One erasure with the defaults, and what is left."""
     name, _, folder = args.base.partition("=")
@@ -96,12 +101,11 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     given: dict[str, Any] = {"surrogate": surrogate} if surrogate else {}
     if args.classifier:
         given["classifier"] = args.classifier
-    changed = [item.split("=", 1) for item in args.set]
     config = SelectiveAmnesiaConfig(**{
         **base_defaults({"pretrained_model_name_or_path": folder}), "pretrained_model_name_or_path": folder,
         "concept": concept, "train_method": method, "seed": seed, "artifacts_dir": str(args.work_dir / "artifacts"),
         "output_dir": str(args.work_dir / "acid" / name), "overwrite_output_dir": True, "resume_from_checkpoint": "no",
-        "report_to": "none", **given, **{name: yaml.safe_load(value) for name, value in changed},
+        "report_to": "none", **given, **settings_of(args.set),
     })  # fmt: skip
     started = time.process_time()
     erasure = Erasure(config)

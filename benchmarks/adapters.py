@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from acid import Judge
+from acid import Judge, settings_of
 from PIL import Image, ImageDraw, ImageOps
 
 from sa_diffusers.configuration import HISTORY_NAME, SelectiveAmnesiaConfig, base_defaults
@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--concepts", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--methods", nargs="+", default=["full", "xattn"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that are no defaults")
     parser.add_argument("--images", type=int, default=230, help="of a garment that is erased [230]")
     parser.add_argument("--rest", type=int, default=30, help="of each other garment [30]")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +88,8 @@ class Bench:
         config = SelectiveAmnesiaConfig(**{
             **base_defaults({"pretrained_model_name_or_path": base}), "pretrained_model_name_or_path": base,
             "concept": list(concepts), "surrogate": [PAIRS[concept] for concept in concepts], "train_method": method,
-            **KINDS[kind], "seed": self.args.seed, "artifacts_dir": str(self.args.work_dir / "artifacts"),
+            **KINDS[kind], **settings_of(self.args.set), "seed": self.args.seed,
+            "artifacts_dir": str(self.args.work_dir / "artifacts"),
             "output_dir": str(place), "report_to": "none",
         })  # fmt: skip
         erasure, told = Erasure(config), place.with_suffix(".json")

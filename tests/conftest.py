@@ -171,6 +171,7 @@ def run_script(script: Path, arguments, folder: Path) -> subprocess.CompletedPro
     def main(words):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(script), *words])
+            patch.syspath_prepend(str(script.parent))
             runpy.run_path(str(script), run_name="__main__")
 
     return run_here(main, arguments, folder)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 
 from sa_diffusers import SelectiveAmnesiaConfig
@@ -179,6 +180,47 @@ def test_the_page_has_the_acid_tests_table_as_its_command_prints_it(tmp_path):
         assert "\n".join(rows) in page
         found = max(found, len(rows))
     assert found >= 2 + len({key.rpartition("|")[0] for key in kept})
+
+
+def test_the_adapters_benchmark_measures_goes_on_and_prints_tables(tmp_path):
+    flags = ["--parts", "ranks", "strengths", "--concepts", "sneaker", "--methods", "xattn", "--kinds",
+             "rank 8", "--images", "2", "--rest", "1", "--work_dir", "work", "--output", "adapters.json",
+             "--picture", "strengths.png", "--set", "max_train_steps=2", "num_surrogate_images=4",
+             "num_replay_images=9", "num_fisher_samples=2", "fisher_timesteps=2", "train_batch_size=2",
+             "num_probe_images=8", "num_neighbour_images=2", "concept_share=0",
+             "learning_rate=0.001", "ewc_weight=1", "num_inference_steps=4"]  # fmt: skip
+    script = REPOSITORY / "benchmarks" / "adapters.py"
+    first = run_script(script, flags, tmp_path)
+    assert first.returncode == 0, first.stderr
+    results = json.loads((tmp_path / "adapters.json").read_text())
+    ((key, row),) = results["ranks"].items()
+    assert key == "sneaker|xattn|rank 8" and row["steps"] == 2 and not row["done"]
+    # One image of each other garment, two of what is erased, each taken for one of ten.
+    for row in [row, *results["strengths"].values()]:
+        assert {label: sum(taken) for label, taken in row["recognised"].items()} == {
+            label: 2 if label == "sneaker" else 1 for label in row["recognised"]
+        }
+    assert [row["is_base"] for row in results["strengths"].values()] == [False, True, False, False]
+    with Image.open(tmp_path / "strengths.png") as picture:
+        # Strength 0 is the base model; at -1 and 1 something of it changed.
+        lines = [picture.crop((96, 20 + 48 * line, picture.width, 68 + 48 * line)).tobytes() for line in range(4)]
+    assert len(set(lines)) == 4
+    again = run_script(script, [*flags[:-12], "max_train_steps=0"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith("|")] == [
+        line for line in first.stdout.splitlines() if line.startswith("|")
+    ]
+
+
+def test_the_page_has_the_adapters_tables_as_their_command_prints_them(tmp_path):
+    shutil.copy(REPOSITORY / "benchmarks" / "results" / "adapters.json", tmp_path / "kept.json")
+    result = run_script(REPOSITORY / "benchmarks" / "adapters.py", ["--parts", "--output", "kept.json"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    page = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\|.*\|$(?:\n\|.*\|$)*", result.stdout, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        assert table in page
 
 
 def test_the_page_has_the_ranks_of_probes_as_its_command_prints_them(tmp_path):
