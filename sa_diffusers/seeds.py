@@ -84,9 +84,11 @@ def _shift(seed: int) -> int:
 
 
 def _meets_evaluation(stream: str, shift: int) -> bool:
-    first = (STREAMS[stream].first + shift) % _SPACE
-    evaluation = STREAMS["evaluation"]
-    # Either range may run over the end of the space.
-    return (evaluation.first - first) % _SPACE < STREAMS[stream].length or (
-        first - evaluation.first
-    ) % _SPACE < evaluation.length
+    evaluation, length = STREAMS["evaluation"], STREAMS[stream].length
+    return meet(evaluation.first, evaluation.length, STREAMS[stream].first + shift, length)
+
+
+def meet(first: int, length: int, other: int, other_length: int) -> bool:
+    """Whether two ranges of seeds, by their first ones and lengths, share one; either may run over the end of the
+    space, or lie beyond it."""
+    return (other - first) % _SPACE < length or (first - other) % _SPACE < other_length

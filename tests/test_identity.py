@@ -168,6 +168,11 @@ def test_seed_0_is_what_it_was_and_other_seeds_sample_something_else():
     assert first_seed("evaluation", 7) == first_seed("evaluation", 0)
 
 
-def test_an_evaluation_on_the_noise_of_training_samples_is_refused(plain):
-    with pytest.raises(ValueError, match="eval_seed=3: the evaluation's .* would have the seeds of surrogate samples"):
-        Erasure(SelectiveAmnesiaConfig(**plain, eval_seed=3))
+@pytest.mark.parametrize(
+    ("seed", "stream"),
+    # The last two have the noise of small seeds: a generator takes the low 32 bits.
+    [(3, "surrogate"), (30_000_005, "probe"), (2**32 + 3, "surrogate"), (2**32 - 1, "surrogate")],
+)
+def test_an_evaluation_on_the_noise_of_training_samples_is_refused(plain, seed, stream):
+    with pytest.raises(ValueError, match=f"eval_seed={seed}: the evaluation's .* would have the seeds of {stream} samp"):
+        Erasure(SelectiveAmnesiaConfig(**plain, eval_seed=seed))

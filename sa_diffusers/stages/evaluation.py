@@ -19,7 +19,7 @@ from ..output_folder import OutputFolder
 from ..passes import Passes, together
 from ..processes import finishing, say
 from ..results.schema import DECODER, Report, Sampling
-from ..seeds import STREAMS, first_seed
+from ..seeds import STREAMS, first_seed, meet
 from .base import Stage
 from .samples import ReplayStage, SurrogateStage
 from .subject import SAMPLING, Subject
@@ -62,19 +62,19 @@ class EvaluationImages(Stage):
         """Refuse an evaluation that shares its initial noise with what is trained on."""
         config = self.subject.config
         count = sum(len(group.prompts) for group in self.groups)
-        evaluation = range(config.eval_seed, config.eval_seed + count)
         counts = {
             "surrogate": surrogates.count,
             "replay": len(replay.prompts) + config.num_neighbour_images,
             "concept": config.num_fisher_samples,
+            "probe": STREAMS["probe"].length if config.probes else 0,
         }
         for stream, samples in counts.items():
             first = first_seed(stream, config.seed)
             if samples > STREAMS[stream].length:
                 raise ValueError(f"{samples} {stream} samples: there are seeds for {STREAMS[stream].length}")
-            if first < evaluation.stop and evaluation.start < first + samples:
+            if meet(config.eval_seed, count, first, samples):
                 raise ValueError(
-                    f"eval_seed={config.eval_seed}: the evaluation's {len(evaluation)} images would have the seeds of "
+                    f"eval_seed={config.eval_seed}: the evaluation's {count} images would have the seeds of "
                     f"{stream} samples ({first} to {first + samples - 1}): leave it at {STREAMS['evaluation'].first}"
                 )
 
