@@ -227,6 +227,14 @@ class OutputFolder:
             ValueError: A file of the pipeline is missing or changed, or a run is using the folder.
         """
         self.lock.check()
+        self.check_digests()
+
+    def check_digests(self) -> None:
+        """As `check_whole`, of a folder that is only read: nothing is written into it, not even a lock.
+
+        Raises:
+            ValueError: A file of the pipeline is missing or changed.
+        """
         values = read_record(self._finished_file, FORMAT_VERSION)
         # Settings may say by hand where it goes.
         files = {name: digest for name, digest in values["files"].items() if name != CONFIG_NAME} if values else {}

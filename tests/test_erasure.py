@@ -16,6 +16,7 @@ from sa_diffusers.cache import entries
 from sa_diffusers.commands import main as commands
 from sa_diffusers.commands.erase import main
 from sa_diffusers.data.sensitive import blurred
+from sa_diffusers.evaluation.eval_unlearn import SelectiveAmnesiaTechnique
 from sa_diffusers.publish import push_pipeline
 from sa_diffusers.stages import training as training_stage
 
@@ -180,7 +181,7 @@ def test_images_of_the_erased_model_leave_the_cache_with_the_report(tiny_setting
         commands(["cache", "--artifacts_dir", str(cache), "--delete", "nothing"])
 
 
-def test_a_damaged_pipeline_is_not_published(tiny_folder, tmp_path):
+def test_a_damaged_pipeline_is_neither_published_nor_evaluated(tiny_folder, tmp_path):
     result = run_here(main, quick(tiny_folder, output_dir="out"), tmp_path)
     assert result.returncode == 0, result.stderr
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -189,6 +190,12 @@ def test_a_damaged_pipeline_is_not_published(tiny_folder, tmp_path):
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is not what the run wrote"):
         push_pipeline(tmp_path / "out", "tester/out")
+    flags = ["evaluate", "--base", tiny_folder, "--erased", "out", "--protocol", "concept", "--clip", "none"]
+    evaluated = run_here(commands, flags, tmp_path)
+    assert evaluated.returncode == 1
+    assert "diffusion_pytorch_model.safetensors is not what the run wrote" in evaluated.stderr
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is not what the run wrote"):
+        SelectiveAmnesiaTechnique(str(tmp_path / "out"))
 
 
 def test_a_cache_that_is_a_file_is_refused_before_the_model_is_loaded(tiny_folder, tmp_path, monkeypatch, capsys):

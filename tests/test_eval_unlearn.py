@@ -77,6 +77,9 @@ def test_settings_come_from_the_erasure(tiny_folder, tmp_path):
     objective = objective_for(load_pipeline(str(folder)))
     expected = objective.sample(["brad"], [3], SamplingSettings("dpmsolver++", 4, 2.0, 8, 16))
     assert picture.tobytes() == objective.decode(expected)[0].tobytes()
+    # Weights are those of the report, not what float32 makes of them.
+    (folder / "selective_amnesia.json").write_text(json.dumps({**erasure, "weights_dtype": "bfloat16"}))
+    assert SelectiveAmnesiaTechnique(str(folder)).objective.module.dtype == torch.bfloat16
     for precision, message in (("fp16", "needs a CUDA device"), ("int4", "is not one of no, fp16, bf16")):
         with pytest.raises(ValueError, match=message):
             SelectiveAmnesiaTechnique(str(folder), mixed_precision=precision)

@@ -23,6 +23,7 @@ from ..families.names import resolved_revision
 from ..files import finish_interrupted
 from ..hub import one_line
 from ..markup import visible
+from ..output_folder import OutputFolder
 from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
@@ -185,6 +186,9 @@ def run(args: EvaluationConfig) -> Report | None:
     load = loader(args, config)
     check_request(args, config, load)
     accelerator = launched(config.precision)
+    if accelerator.is_main_process:
+        # What a disk has changed since would pass for what the erasure did.
+        OutputFolder(args.erased).check_digests()
     request = Request(args, config, accelerator.device)
     protocol = PROTOCOLS[args.protocol](request)
     scorers = request.classifier(), request.networks(), request.measures()

@@ -11,6 +11,7 @@ from PIL import Image
 from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, SamplingSettings, load_pipeline, objective_for
 from ..families.adapters import find_adapter, with_adapter
+from ..output_folder import OutputFolder
 from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"
@@ -37,7 +38,8 @@ class SelectiveAmnesiaTechnique:
         **unused: Further settings of the benchmark.
 
     Raises:
-        ValueError: The pipeline cannot be loaded, or takes no prompts, or the precision needs another device.
+        ValueError: The pipeline cannot be loaded, is not as it was written, or takes no prompts, or the precision needs
+            another device.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class SelectiveAmnesiaTechnique:
         **unused: Any,
     ) -> None:
         erasure = erasure_settings(model_id, revision)
+        OutputFolder(model_id).check_digests()
+        dtype = {"weights_dtype": erasure.get("weights_dtype") or "float32"}
         given = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
                  "resolution": resolution}  # fmt: skip
         known = {name: erasure[name] if value is None else value for name, value in given.items()
@@ -66,9 +70,8 @@ class SelectiveAmnesiaTechnique:
         if adapter is not None:
             # It has no weights of its own but for a difference to the base model's.
             place = (erasure["pretrained_model_name_or_path"], erasure.get("revision"), erasure.get("variant"))
-        objective = objective_for(
-            load_pipeline(*place, kinds=SUPPORTED_PIPELINES), prediction_type or erasure.get("prediction_type")
-        )
+        pipeline = load_pipeline(*place, kinds=SUPPORTED_PIPELINES, **dtype)
+        objective = objective_for(pipeline, prediction_type or erasure.get("prediction_type"), **dtype)
         self.objective = (objective if adapter is None else with_adapter(objective, adapter)).to(launched().device)
         self.settings = SamplingSettings(**{**self.objective.defaults, **known}, batch_size=batch_size)
         if self.objective.labels is not None:
