@@ -235,9 +235,12 @@ class Erasure:
         return (f"cost      about {whole.forward:,} forward and {whole.backward:,} backward passes of the network, an "
                 f"image each (forward: {parts})")  # fmt: skip
 
-    def run(self) -> Comparison | None:
+    def run(self, parts: bool = False) -> Comparison | None:
         """Run every stage: samples, Fisher information, training, saving, evaluation. What an earlier call of the same
         settings finished is kept; only what is missing is made.
+
+        Args:
+            parts: Whether the processes let go of each other before the main one scores what all have sampled.
 
         Returns:
             The comparison with the base model, saved in the output folder; None in all processes but the main one.
@@ -253,6 +256,8 @@ class Erasure:
                 self.report_stage.keep_settings()
             report = self.report_stage.kept() if finished and self.is_main else None
             if self.subject.agreed(report is not None):
+                if parts:
+                    self._part()
                 return Comparison(report) if report is not None else None
             if not finished:
                 self.training_stage.start_trackers()
@@ -266,7 +271,7 @@ class Erasure:
             if not self.config.adapter:
                 self.subject.release()
                 gc.collect()
-            comparison = self.compared(before, surrogates)
+            comparison = self.compared(before, surrogates, parts)
             if self.config.adapter:
                 self.subject.release()
             return comparison
@@ -278,7 +283,7 @@ class Erasure:
         fisher = self.timed(self.fisher_stage, None, *([replay] if replay is not None else []))
         return replay, fisher, self.timed(self.probe_stage, None, surrogates) if self.config.probes else None
 
-    def compared(self, before: list, surrogates: SampleSet) -> Comparison | None:
+    def compared(self, before: list, surrogates: SampleSet, parts: bool = False) -> Comparison | None:
         """The comparison of the saved pipeline with what the base model has sampled."""
         erased = self.erased().place(self.accelerator.device)
         with digested_once():
@@ -287,8 +292,15 @@ class Erasure:
         # All have read the images before the main process deletes them.
         self.accelerator.wait_for_everyone()
         self.subject.add_up()
+        if parts:
+            self._part()
         # The main process scores what all have sampled, and no other waits for it.
         return self.report_stage.run(erased, *digests, before, after, surrogates) if self.is_main else None
+
+    def _part(self) -> None:
+        """Leave the other processes, all at once: with NCCL this is a collective, in which none is to wait for scores or
+        an upload."""
+        self.accelerator.state.destroy_process_group()
 
     def erased(self) -> Objective:
         """The model that was saved, as a user loads it; an adapter is loaded into the base model at hand."""

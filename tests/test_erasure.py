@@ -8,7 +8,9 @@ import weakref
 
 import numpy as np
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
+from torch.utils import tensorboard
 
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig
 from sa_diffusers import erasure as erasure_module
@@ -218,6 +220,22 @@ def test_a_tracker_that_cannot_be_reached_costs_no_samples(tiny_settings, monkey
     with pytest.raises(ValueError, match='report_to="tensorboard" could not be started .no route to host at all.'):
         erasure.run()
     assert not (erasure.config.resolved_artifacts_dir).exists()
+
+
+def test_a_tracker_that_is_lost_costs_no_training(tiny_folder, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise ConnectionError("the network\nis gone")
+
+    finish = TensorBoardTracker.finish
+    for name in ("add_scalar", "add_images"):
+        monkeypatch.setattr(tensorboard.SummaryWriter, name, lost)
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda tracker: lost(finish(tracker)))
+    flags = {"report_to": "tensorboard", "logging_steps": 1, "validation_prompts": "cat", "validation_steps": 2}
+    result = run_here(main, quick(tiny_folder, output_dir="out", **flags), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the tracker took no entry (the network is gone)") == 1
+    assert [row["step"] for row in json.loads((tmp_path / "out" / "training_history.json").read_text())] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "out" / "validation").iterdir())) == 2
 
 
 # Whose folder it is

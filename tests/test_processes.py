@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sa_diffusers.environment import create_accelerator
 from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
 
 from .conftest import REPOSITORY, as_flags
+from .hub_server import HubServer
 from .nursery import forked
 from .test_train_script import quick
 
@@ -23,7 +25,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPT = str(REPOSITORY / "examples" / "train_sa.py")
 # A global batch of 6, whatever the number of processes; two steps of Adam, whose first moves every weight by the rate.
 STEPS = {"max_train_steps": 3, "logging_steps": 1, "lr_scheduler": "cosine", "use_ema": True, "sample_batch_size": 2,
-         "num_replay_images": 12, "num_surrogate_images": 6, "num_fisher_samples": 4}  # fmt: skip
+         "checkpointing_steps": 1, "num_replay_images": 12, "num_surrogate_images": 6, "num_fisher_samples": 4}  # fmt: skip
 
 
 def environment(folder) -> dict[str, str]:
@@ -35,14 +37,14 @@ def torchrun(count: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
 
 
-def launch(count: int, arguments, folder, launcher=None) -> subprocess.CompletedProcess:
-    """The command in several processes, by a launcher if one is given."""
+def launch(count: int, arguments, folder, launcher=None, script=SCRIPT, **more) -> subprocess.CompletedProcess:
+    """The command in several processes, by a launcher if one is given, with further variables of the environment."""
     if launcher:
         command = [sys.executable, *launcher, SCRIPT, *arguments]
         return subprocess.run(
             command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
         )  # fmt: skip
-    return forked(SCRIPT, arguments, folder, environment(folder), count)
+    return forked(script, arguments, folder, environment(folder) | more, count)
 
 
 def update(folder, base) -> dict[str, torch.Tensor]:
@@ -121,6 +123,56 @@ def test_several_processes_agree_on_what_is_finished(runs, tiny_folder):
         assert result.stdout.count("prompted with") == 1
     assert (folder / "out" / WEIGHTS).stat().st_mtime_ns == weights
     assert "sampling" not in again.stderr
+
+
+WHEN_THEY_PART = """
+import torch
+from sa_diffusers.commands.erase import main
+from sa_diffusers.stages import PushStage, ReportStage
+
+def told(run):
+    def tell(stage, *inputs):
+        print(stage.title, "joined" if torch.distributed.is_initialized() else "alone", flush=True)
+        return run(stage, *inputs)
+    return tell
+
+for kind in (ReportStage, PushStage):
+    kind.run = told(kind.run)
+main()
+"""
+
+
+def test_one_process_scores_and_uploads_and_no_other_waits_for_it(runs, tiny_folder, tmp_path):
+    """To leave the group is a collective of NCCL's too, which holds whoever comes first."""
+    folder, _ = runs[2]
+    (tmp_path / "told.py").write_text(WHEN_THEY_PART)
+    flags = ["--num_eval_images", "4", "--push_to_hub", "--hub_model_id", "tester/two"]
+    arguments = [*quick(tiny_folder, **STEPS, train_batch_size=3, output_dir="out"), *flags]
+    with HubServer() as hub:
+        there = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        results = [launch(2, arguments, folder, script=tmp_path / "told.py", **there) for _ in range(2)]
+        pushed = hub.files["tester/two"]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("push alone") == 1
+        assert "joined" not in result.stdout
+        assert result.stdout.count(f"hub       {hub.address}/tester/two") == 1
+    # The second has nothing left to score.
+    assert [result.stdout.count("scoring alone") for result in results] == [1, 0]
+    for name in ("model_index.json", "before_after.png", WEIGHTS):
+        assert pushed[name] == (folder / "out" / name).read_bytes()
+    assert json.loads(pushed["report.json"])["rows"][0]["images"] == 4
+
+
+def test_three_processes_go_on_to_the_same_bits(runs, tiny_folder, tmp_path):
+    """Buckets that are rebuilt after the first step sum in another order, which two processes cannot tell."""
+    folder = shutil.copytree(runs[3][0], tmp_path / "copy")
+    shutil.rmtree(folder / "out" / "checkpoint-2")
+    (folder / "out" / ".selective_amnesia" / "finished.json").unlink()
+    result = launch(3, quick(tiny_folder, **STEPS, train_batch_size=2, output_dir="out"), folder)
+    assert result.returncode == 0, result.stderr
+    assert "goes on after step 1" in result.stdout
+    assert (folder / "out" / WEIGHTS).read_bytes() == (runs[3][0] / "out" / WEIGHTS).read_bytes()
 
 
 def stopped_after_a_checkpoint(command: list[str], folder) -> str:

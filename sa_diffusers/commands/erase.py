@@ -79,7 +79,7 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     say(f"\nPlan\n{erasure.plan()}\n")
-    comparison = erasure.run()
+    comparison = erasure.run(parts=True)
     own_card = erasure.accelerator.is_main_process and erasure.card_stage.run()
     if comparison is not None:
         folder = erasure.output_dir
@@ -93,7 +93,6 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
         if address:
             say(f"hub       {address}")
         say(next_commands(config, folder, erasure.labels is not None))
-    erasure.accelerator.end_training()
     verdict, ending = comparison and comparison.report.verdict, comparison and comparison.report.ending
     if ending:
         say(f"training  {ending.title}: {visible(ending.sentence)}")

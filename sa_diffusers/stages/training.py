@@ -18,6 +18,7 @@ from ..processes import finishing, say
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
 from ..training.memory import memory_plan
+from ..training.progress import tracker_errors
 from ..training.settings import (
     ADAPTER_SETTINGS,
     TRAINING_SETTINGS,
@@ -274,7 +275,8 @@ class TrainingStage(Stage):
         finally:
             # The processes still have the evaluation before them: `end_training` would part them.
             for tracker in accelerator.trackers:
-                tracker.finish()
+                with tracker_errors():
+                    tracker.finish()
         assert training.identity is not None
         self._identity = training.identity
         return training

@@ -1,7 +1,8 @@
 """What a training has logged, and the steps that it left out."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -86,10 +87,8 @@ class Progress:
             self.history[-1].update(values)
         else:
             self.history.append({"step": step, **values})
-        try:
+        with tracker_errors():
             self.accelerator.log(dict(values), step=step)
-        except Exception as error:  # a tracker's network errors are its own kinds
-            warn_once(f"the tracker took no entry ({one_line(error)}); the history in the output folder goes on")
 
     def went_on(self) -> None:
         """A step was taken."""
@@ -111,6 +110,15 @@ class Progress:
             )
         if self.accelerator.is_main_process:
             say(f"warning: the gradient is not finite at step {step}: the step is left out ({self.skipped} so far)")
+
+
+@contextlib.contextmanager
+def tracker_errors() -> Iterator[None]:
+    """A tracker that fails costs no training: it is told of in one line."""
+    try:
+        yield
+    except Exception as error:  # a tracker's network errors are its own kinds
+        warn_once(f"the tracker took no entry ({one_line(error)}); the history in the output folder goes on")
 
 
 def _finite(values: Mapping[str, float]) -> bool:

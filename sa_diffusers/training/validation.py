@@ -1,17 +1,21 @@
 """Images of the validation prompts, sampled while the training goes on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from diffusers.utils import make_image_grid
+from PIL import Image
 
 from ..configuration import SelectiveAmnesiaConfig
 from ..data.sensitive import blurred
 from ..families.base import Objective
 from ..processes import wait_until
 from ..seeds import first_seed
+from .progress import tracker_errors
 from .settings import sampling_settings
 
 
@@ -61,19 +65,22 @@ class Validation:
         if self.blur:
             pictures = [blurred(picture) for picture in pictures]
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                import numpy as np
-
-                tracker.writer.add_images("validation", np.stack([np.asarray(picture) for picture in pictures]), step,
-                                          dataformats="NHWC")  # fmt: skip
-            elif tracker.name == "wandb":
-                import wandb
-
-                images = [wandb.Image(picture, caption=prompt)
-                          for picture, prompt in zip(pictures, prompts, strict=True)]  # fmt: skip
-                tracker.log({"validation": images}, step=step)
+            with tracker_errors():
+                self._show(tracker, pictures, prompts, step)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp.png")
             make_image_grid(pictures, len(config.validation_prompts), config.num_validation_images).save(temporary)
             temporary.replace(path)
+
+    def _show(self, tracker: GeneralTracker, pictures: Sequence[Image.Image], prompts: Sequence[str], step: int) -> None:
+        if tracker.name == "tensorboard":
+            import numpy as np
+
+            images = np.stack([np.asarray(picture) for picture in pictures])
+            tracker.writer.add_images("validation", images, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            told = [wandb.Image(picture, caption=prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+            tracker.log({"validation": told}, step=step)
