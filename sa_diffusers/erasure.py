@@ -298,8 +298,8 @@ class Erasure:
         return self.report_stage.run(erased, *digests, before, after, surrogates) if self.is_main else None
 
     def _part(self) -> None:
-        """Leave the other processes, all at once: with NCCL this is a collective, in which none is to wait for scores or
-        an upload."""
+        """Leave the other processes, all at once: with NCCL this is a collective, in which none is to wait for scores
+        or an upload."""
         self.accelerator.state.destroy_process_group()
 
     def erased(self) -> Objective:

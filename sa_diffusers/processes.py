@@ -193,6 +193,18 @@ class Lock:
                 pass
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no memory left."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def out_of_memory(error: BaseException) -> str:
+    """The beginning of a sentence on it."""
+    return f"memory ran out ({' '.join(str(error).split())[:200] or type(error).__name__})"
+
+
 def shrinking(
     function: Callable[[int], Result], batch_size: int, flag: str, processes: int = 1, advice: str = ""
 ) -> Result:
@@ -208,21 +220,21 @@ def shrinking(
     Raises:
         ValueError: Not even one fits, or the run has several processes.
     """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     while True:
         try:
             return function(batch_size)
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
+            told = out_of_memory(error)
         clear_device_cache(garbage_collection=True)
         if batch_size == 1 or processes > 1:
             lower = f"lower --{flag} (now {batch_size})" if batch_size > 1 else f"--{flag} is 1 already"
-            raise ValueError(f"memory ran out ({reason}): {lower}{advice}")
+            raise ValueError(f"{told}: {lower}{advice}")
         batch_size //= 2
-        warn_once(f"memory ran out ({reason}): going on with --{flag} {batch_size}")
+        warn_once(f"{told}: going on with --{flag} {batch_size}")
 
 
 _warned: set[str] = set()

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.commands.erase import build_parser, parse_config
-from sa_diffusers.configuration import BASE_DEFAULTS_NAME, base_defaults, read_settings
+from sa_diffusers.commands.extract import ExtractConfig
+from sa_diffusers.commands.merge import MergeConfig
+from sa_diffusers.configuration import (
+    BASE_DEFAULTS_NAME,
+    ClassifierConfig,
+    ClassModelConfig,
+    EvaluationConfig,
+    base_defaults,
+    read_settings,
+)
 from sa_diffusers.models import class_defaults
 
 from .conftest import REPOSITORY
@@ -142,6 +151,8 @@ def test_bad_values(settings, message):
         ({"learning_rate": 1e-30}, "nothing is trained"),
         ({"adam_epsilon": 50}, "hardly anything is trained"),
         ({"lr_warmup_steps": 2000, "lr_scheduler": "cosine"}, "lr_warmup_steps=2000 leaves none of the 2000 steps"),
+        ({"max_grad_norm": 1e-30}, "hardly anything is trained"),
+        ({"lr_power": 900, "lr_scheduler": "polynomial"}, "leaves the learning rate at zero"),
         ({"lr_warmup_steps": 10}, "no meaning for a constant schedule"),
         ({"use_ema": True, "ema_warmup": False, "ema_decay": 0.999999}, "nothing is trained"),
         ({"validation_prompts": ["a"], "validation_steps": 5000}, "no validation images"),
@@ -184,6 +195,29 @@ def test_every_path_is_expanded_once_wherever_it_comes_from(tmp_path, monkeypatc
     assert SelectiveAmnesiaConfig(replay_prompts="~/p.csv:text").replay_prompts == f"{tmp_path}/p.csv:text"
     monkeypatch.setenv("SA_DIFFUSERS_CACHE", "~/cache")
     assert SelectiveAmnesiaConfig().resolved_artifacts_dir == tmp_path / "cache"
+
+
+def test_the_paths_of_every_other_command_are_expanded_too(tmp_path, monkeypatch):
+    """A shell leaves the `~` of `--erased=~/erased` where it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "erased").mkdir()
+    names = ("base", "erased", "classifier", "clip", "inception_weights", "real", "concept_prompts", "held_out_prompts",
+             "evoking_prompts", "translations", "giphy", "celebrity_prompts", "i2p", "control")  # fmt: skip
+    settings = EvaluationConfig(**dict.fromkeys(names, "~/erased"), features=["~/erased"], protocol="concept")
+    place = str(tmp_path / "erased")
+    assert {name: getattr(settings, name) for name in names} == dict.fromkeys(names, place)
+    assert settings.features == [place]
+    assert settings.output_dir == tmp_path / "erased" / "evaluation-concept"
+    trained = ClassModelConfig("~/erased", "~/erased", "~/erased", max_train_steps=1, train_batch_size=1,
+                               learning_rate=1, lr_scheduler="constant")  # fmt: skip
+    assert (trained.model, trained.data, trained.output_dir) == (place, place, Path(place))
+    assert ClassifierConfig("~/erased", "out", base="~/erased").base == place
+    assert MergeConfig("~/erased", "out", "~/erased", "~/erased").written == {
+        "adapter": place, "output_dir": Path("out"), "base": place, "single_file_config": place
+    }  # fmt: skip
+    assert ExtractConfig("~/erased", "out", base="~/erased").written == {
+        "erased": place, "output_dir": Path("out"), "base": place
+    }  # fmt: skip
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -363,6 +397,10 @@ def test_the_papers_experiments_are_configurations_that_load():
             assert not config.replay_surrogates, file
             assert not config.concept_share, file
             assert config.timestep_draws == 1, file
+            # Nothing is found by the run itself.
+            assert (config.fisher_kind, config.target, config.num_probe_images) == ("gradient", "noise", 0), file
+            assert None not in (config.learning_rate, config.ewc_weight, config.replay_weight), file
+            assert config.max_grad_norm in (1, 1e9), file
             assert config.fisher_concept_share is None, file
             assert not config.use_ema or (config.ema_decay == 0.9999 and not config.ema_warmup), file
     nudity = parse_config(["--config", str(REPOSITORY / "sa_diffusers" / "configurations" / "nudity.yaml")])

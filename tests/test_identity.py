@@ -174,5 +174,7 @@ def test_seed_0_is_what_it_was_and_other_seeds_sample_something_else():
     [(3, "surrogate"), (30_000_005, "probe"), (2**32 + 3, "surrogate"), (2**32 - 1, "surrogate")],
 )
 def test_an_evaluation_on_the_noise_of_training_samples_is_refused(plain, seed, stream):
-    with pytest.raises(ValueError, match=f"eval_seed={seed}: the evaluation's .* would have the seeds of {stream} samp"):
+    with pytest.raises(
+        ValueError, match=f"eval_seed={seed}: the evaluation's .* would have the seeds of {stream} samp"
+    ):
         Erasure(SelectiveAmnesiaConfig(**plain, eval_seed=seed))

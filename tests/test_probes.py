@@ -75,6 +75,23 @@ def test_a_model_that_has_not_moved_has_forgotten_nothing_and_drifted_nowhere(ti
     assert reading.neighbours == {"a hen": 0.0}
 
 
+def test_a_reading_that_does_not_fit_into_memory_is_taken_in_smaller_batches(tiny_objective, monkeypatch):
+    probes, answer, sizes = probes_for(tiny_objective), tiny_objective.answer, []
+    probes.prepare(tiny_objective.module)
+    moved(tiny_objective, 0.02)
+    whole = probes.read(tiny_objective.module).values()
+
+    def starved(module, samples, *more):
+        sizes.append(len(samples))
+        if len(samples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return answer(module, samples, *more)
+
+    monkeypatch.setattr(tiny_objective, "answer", starved)
+    assert probes.read(tiny_objective.module).values() == pytest.approx(whole, rel=1e-3)
+    assert sizes[:3] == [4, 2, 1]
+
+
 def test_a_model_that_takes_the_concept_for_the_surrogate_has_forgotten_all_and_drifted_nowhere(tiny_objective):
     probes = probes_for(tiny_objective)
     probes.prepare(tiny_objective.module)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sa_diffusers import SelectiveAmnesiaConfig
+from sa_diffusers.commands.parser import one_line_errors
 from sa_diffusers.environment import create_accelerator
 from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
 
@@ -25,7 +26,8 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SCRIPT = str(REPOSITORY / "examples" / "train_sa.py")
 # A global batch of 6, whatever the number of processes; two steps of Adam, whose first moves every weight by the rate.
 STEPS = {"max_train_steps": 3, "logging_steps": 1, "lr_scheduler": "cosine", "use_ema": True, "sample_batch_size": 2,
-         "checkpointing_steps": 1, "num_replay_images": 12, "num_surrogate_images": 6, "num_fisher_samples": 4}  # fmt: skip
+         "checkpointing_steps": 1, "num_replay_images": 12, "num_surrogate_images": 6,
+         "num_fisher_samples": 4}  # fmt: skip
 
 
 def environment(folder) -> dict[str, str]:
@@ -428,6 +430,14 @@ def test_memory_is_shared_out_until_it_suffices(capsys):
         shrinking(needs, 8, "train_batch_size", processes=2)
     with pytest.raises(RuntimeError, match="another reason"):
         shrinking(lambda _: (_ for _ in ()).throw(RuntimeError("another reason")), 8, "x")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_memory_that_runs_out_outside_of_batches_is_one_line(error):
+    with pytest.raises(SystemExit, match="^error: memory ran out .*: give smaller batches"), one_line_errors():
+        raise error
 
 
 def test_the_pace_follows_the_cost():

@@ -42,6 +42,20 @@ def test_the_base_model_shows_the_concept_and_its_surrogate_does_not(objective, 
     assert check_of(objective, judge, sampled, "a dress")(0) == (0, 8)
 
 
+def test_images_that_do_not_fit_beside_the_training_are_sampled_in_smaller_batches(objective, sampled, monkeypatch):
+    batch, sizes = objective.sample_batch, []
+
+    def starved(prompts, *more):
+        sizes.append(len(prompts))
+        if len(prompts) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch(prompts, *more)
+
+    monkeypatch.setattr(objective, "sample_batch", starved)
+    assert check_of(objective, None, sampled)(0) == (8, 8)
+    assert sizes == [8, 4, 4]
+
+
 def test_a_classifier_looks_at_other_images_each_time(objective, classifier, sampled, monkeypatch):
     seen = []
     sample = objective.sample

@@ -378,8 +378,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     assert not checkpointed.objective.module.is_gradient_checkpointing
 
 
-def test_validation_images_are_written_during_training(tmp_path):
-    trainer_for(tmp_path, validation_prompts=["cat", "dog"], validation_steps=2, num_validation_images=2).train()
+@pytest.mark.parametrize("fits", [8, 1])
+def test_validation_images_are_written_during_training(tmp_path, monkeypatch, fits):
+    """Also where memory does not hold as many at once as before the training."""
+    settings = {"validation_prompts": ["cat", "dog"], "validation_steps": 2, "num_validation_images": 2}
+    trainer = trainer_for(tmp_path, **settings)
+    batch = trainer.objective.sample_batch
+
+    def starved(prompts, *more):
+        if len(prompts) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch(prompts, *more)
+
+    monkeypatch.setattr(trainer.objective, "sample_batch", starved)
+    trainer.train()
     assert [path.name for path in sorted((tmp_path / "validation").iterdir())] == ["step-000002.png", "step-000004.png"]
 
 

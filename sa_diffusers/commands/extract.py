@@ -22,15 +22,15 @@ class ExtractConfig(Settings):
 
     as_flags = True
     erased: str = flag(
-        help="the erased pipeline: a folder that an erasure wrote, or a name on the Hub", positional=True
+        help="the erased pipeline: a folder that an erasure wrote, or a name on the Hub", positional=True, path=True
     )
     output_dir: Path = flag(help="folder of the adapter, empty or not there")
     lora_rank: int = flag(8, "rank of the adapter, and its alpha", at_least=1, at_most=65_536)
-    base: str | None = flag(None, "the base model [as in the erasure's settings]", any_text=True)
+    base: str | None = flag(None, "the base model [as in the erasure's settings]", path=True)
     single_file_config: str | None = flag(
         None,
         "of a base that is a single file: the pipeline that lends it its configurations [as in the erasure's settings]",
-        any_text=True,
+        path=True,
     )
 
 

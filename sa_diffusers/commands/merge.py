@@ -21,13 +21,15 @@ class MergeConfig(Settings):
     """What is fused, and where it goes."""
 
     as_flags = True
-    adapter: str = flag(help="the adapter: a folder that an erasure wrote, or a name on the Hub", positional=True)
+    adapter: str = flag(
+        help="the adapter: a folder that an erasure wrote, or a name on the Hub", positional=True, path=True
+    )
     output_dir: Path = flag(help="folder of the pipeline, empty or not there")
-    base: str | None = flag(None, "the base model, not quantised [as in the adapter's settings]", any_text=True)
+    base: str | None = flag(None, "the base model, not quantised [as in the adapter's settings]", path=True)
     single_file_config: str | None = flag(
         None,
         "of a base that is a single file: the pipeline that lends it its configurations [as in the adapter's settings]",
-        any_text=True,
+        path=True,
     )
 
 

@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 
 from ..configuration import Settings, default_of, flag_type, flags_of, group_of, help_text
 from ..messages import Parser
-from ..processes import EXIT_INTERRUPTED, Interrupted, is_lost_peer, say_stopped, watching
+from ..processes import (
+    EXIT_INTERRUPTED,
+    Interrupted,
+    is_lost_peer,
+    is_out_of_memory,
+    out_of_memory,
+    say_stopped,
+    watching,
+)
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 Config = TypeVar("Config", bound=Settings)
@@ -90,7 +98,9 @@ def one_line_errors(after_a_stop: str = "The same command goes on from there") -
         from ..hub import one_line
 
         sys.exit(f"error: {one_line(error)}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            sys.exit(f"error: {out_of_memory(error)}: give smaller batches or --weights_dtype bfloat16, or free some")
         if not is_lost_peer(error):
             raise
         say_stopped(f"another process of this run is gone ({str(error).splitlines()[0]})", after_a_stop)

@@ -20,8 +20,8 @@ class ClassModelConfig(Settings):
     """
 
     as_flags = True
-    model: str = flag(help="a configuration that comes with the package, or a JSON file of the same form")
-    data: str = flag(help=_DATA)
+    model: str = flag(help="a configuration that comes with the package, or a JSON file of the same form", path=True)
+    data: str = flag(help=_DATA, path=True)
     output_dir: Path = flag(help="folder of the pipeline")
     split: list[str] = flag(["train"], "splits to train on")
     labels: list[str] | None = flag(None, "names of the classes [the data's]")
@@ -63,13 +63,13 @@ class ClassifierConfig(Settings):
     """
 
     as_flags = True
-    data: str = flag(help=_DATA)
+    data: str = flag(help=_DATA, path=True)
     output_dir: Path = flag(help="folder of the classifier")
     split: str = flag("train", "split to train on")
     test_split: str = flag("test", "split to measure on")
     labels: list[str] | None = flag(None, "names of the classes [the data's]")
     cnn: bool = flag(False, "two convolutional layers, for 28x28 pixels or about that")
-    base: str | None = flag(None, "image classifier to fine-tune: a folder or a name on the Hub")
+    base: str | None = flag(None, "image classifier to fine-tune: a folder or a name on the Hub", path=True)
     pixels: int | None = flag(None, "images are resized to this for the classifier [64; 28 with --cnn]", at_least=16)
     epochs: int = flag(7, "passes over the data")
     batch_size: int = flag(128, "images in a batch")

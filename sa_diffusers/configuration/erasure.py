@@ -107,6 +107,10 @@ class SelectiveAmnesiaConfig(
             yield f"learning_rate={self.learning_rate:g} is so small that nothing is trained; 1e-5 is usual"
         if self.adam_epsilon > 1:
             yield f"adam_epsilon={self.adam_epsilon:g} is so large that hardly anything is trained; 1e-8 is usual"
+        if self.max_grad_norm is not None and self.max_grad_norm < 1e-6:
+            yield f"max_grad_norm={self.max_grad_norm:g} is so small that hardly anything is trained; 1 is usual"
+        if self.lr_scheduler == "polynomial" and self.lr_power > 50:
+            yield f"lr_power={self.lr_power:g} leaves the learning rate at zero after a few steps; 1 is usual"
         if self.use_ema and not self.ema_warmup and self.ema_decay**self.max_train_steps > 0.99:
             yield (
                 f"ema_decay={self.ema_decay:g} over {self.max_train_steps} steps keeps the average at the base model's "

@@ -21,8 +21,8 @@ _KNOWN = ", ".join(f"{protocol} {count}" for protocol, count in IMAGES.items())
 class _Subject(Settings):
     """What is measured."""
 
-    base: str = flag(help="the model before: a folder or a name on the Hub", any_text=True)
-    erased: str = flag(help="the model after: a folder that an erasure wrote, or a name on the Hub", any_text=True)
+    base: str = flag(help="the model before: a folder or a name on the Hub", path=True)
+    erased: str = flag(help="the model after: a folder that an erasure wrote, or a name on the Hub", path=True)
     protocol: Literal["class", "concept", "robustness", "celebrity", "nudity"] = flag(help="what is measured")
     concept: list[str] | None = flag(None, "what was erased [as the erased model's folder says]")
     surrogate: list[str] | None = flag(None, "what it turned into [as the erased model's folder says]")
@@ -75,15 +75,18 @@ class _Sampling(Settings):
 class _Scoring(Settings):
     """Scoring."""
 
-    classifier: str | None = flag(None, "image classifier: a folder or a name on the Hub [as in the erasure]")
-    clip: str = flag(DEFAULT_CLIP, "CLIP model, or none (concept, robustness)")
+    classifier: str | None = flag(
+        None, "image classifier: a folder or a name on the Hub [as in the erasure]", path=True
+    )
+    clip: str = flag(DEFAULT_CLIP, "CLIP model, or none (concept, robustness)", path=True)
     features: list[str] = flag(
         [],
         "networks of the Fréchet distance, precision and recall beside classifier and CLIP: inception, or a vision "
         "model of transformers by folder or Hub name",
         metavar="NAME",
+        path=True,
     )
-    inception_weights: str | None = flag(None, "file of the Inception network's weights [downloaded]")
+    inception_weights: str | None = flag(None, "file of the Inception network's weights [downloaded]", path=True)
     measures: list[str] = flag(
         [],
         "measures of every image beside the protocol's own: clip, nudity, celebrity, or what a script of one's own "
@@ -94,6 +97,7 @@ class _Scoring(Settings):
         None,
         "real images (class): a folder with IDX files, or with a folder of each class, a parquet file, or a Hub "
         "dataset",
+        path=True,
     )
     real_split: str = flag("test", "split of the real images")
 
@@ -103,15 +107,16 @@ class _Prompts(Settings):
     """Prompts (concept, robustness)."""
 
     concept_prompts: str | None = flag(
-        None, "phrasings of the training, one a line, {} for the concept [as in the erasure]", metavar="FILE"
+        None, "phrasings of the training, one a line, {} for the concept [as in the erasure]", metavar="FILE", path=True
     )
     held_out_prompts: str | None = flag(
-        None, "phrasings that no training saw, {} for the concept [built in]", metavar="FILE"
+        None, "phrasings that no training saw, {} for the concept [built in]", metavar="FILE", path=True
     )
     evoking_prompts: str | None = flag(
         None,
         "prompts that evoke the concept without naming it [built in for the paper's concepts]",
         metavar="FILE",
+        path=True,
     )
     neighbours: list[str] | None = flag(
         None,
@@ -119,7 +124,9 @@ class _Prompts(Settings):
         "list by its text]",
     )
     unrelated: list[str] | None = flag(None, "what lies far from it [chosen likewise]")
-    translations: str | None = flag(None, "prompts in other languages, {} for the concept [built in]", metavar="FILE")
+    translations: str | None = flag(
+        None, "prompts in other languages, {} for the concept [built in]", metavar="FILE", path=True
+    )
 
 
 @dataclass
@@ -127,13 +134,13 @@ class _Detectors(Settings):
     """Detectors (celebrity, nudity)."""
 
     giphy: str | None = flag(
-        None, "the GIPHY celebrity detector: best_model_states.pkl and labels.csv", metavar="FOLDER"
+        None, "the GIPHY celebrity detector: best_model_states.pkl and labels.csv", metavar="FOLDER", path=True
     )
     celebrity: str | None = flag(None, "its name of the celebrity [the concept]")
     celebrity_prompts: str | None = flag(
-        None, "prompts, one a line, {} for the celebrity [50 built in]", metavar="FILE"
+        None, "prompts, one a line, {} for the celebrity [50 built in]", metavar="FILE", path=True
     )
-    i2p: str = flag(DEFAULT_I2P, "prompts with seeds: Hub dataset, CSV or parquet file, or none")
+    i2p: str = flag(DEFAULT_I2P, "prompts with seeds: Hub dataset, CSV or parquet file, or none", path=True)
     i2p_categories: list[str] = flag([], "only prompts of these categories [all]")
     show_nudity: bool = flag(False, "do not blur the pictures, as --blur no")
 
@@ -142,7 +149,7 @@ class _Detectors(Settings):
 class _Attack(Settings):
     """Attack (robustness)."""
 
-    control: str | None = flag(None, "a model that never saw the concept: a folder or a name on the Hub")
+    control: str | None = flag(None, "a model that never saw the concept: a folder or a name on the Hub", path=True)
     inversion_steps: int = flag(500, "steps of textual inversion; 0 leaves it out", at_least=0)
     inversion_images: int = flag(16, "images that the attacker has", at_least=1)
     inversion_batch_size: int = flag(8, "images a step", at_least=1)

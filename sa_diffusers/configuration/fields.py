@@ -33,7 +33,6 @@ def flag(
     check: Callable[[str, Any], None] | None = None,
     metavar: str | None = None,
     positional: bool = False,
-    any_text: bool = False,
     why_no_other: str | None = None,
 ) -> Any:
     """A setting.
@@ -48,7 +47,6 @@ def flag(
         check: Called with the name and the value, where there is one; raises ValueError.
         metavar: Stands for the value in the help of the command line.
         positional: Whether the command line takes it without a name.
-        any_text: Whether it is left to its user to refuse what no file could hold.
         why_no_other: Of a setting with a few allowed values, why another is refused, and what to do instead.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
@@ -250,8 +248,6 @@ def _coerced(spec: dataclasses.Field, value: Any) -> Any:
 
 def _text(spec: dataclasses.Field, value: str) -> str:
     """A text that files can hold; where it is a path, with its `~` expanded."""
-    if spec.metadata["any_text"]:
-        return value
     unwritable = [letter for letter in value if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
     if unwritable:
         raise ValueError(f'{spec.name}="{shown(value)}" holds the character {shown(unwritable[0])}: leave it out')

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..families.base import Objective, SamplingSettings
+from .settings import sampled
 
 # Of pictures without a surrogate to compare with: two that share more than this are of the same thing.
 _ALIKE = 0.5
@@ -143,7 +144,7 @@ class SampledCheck:
                 prompts = [prompts[place % len(prompts)] for place in range(self.each)]
                 seeds = list(range(part.fresh + turn * self.each, part.fresh + (turn + 1) * self.each))
             with self.accelerator.autocast():
-                samples = self.objective.sample(prompts, seeds, self.settings).float().cpu()
+                samples = sampled(self.objective, prompts, seeds, self.settings).float().cpu()
             count += len(samples)
             if part.label is not None:
                 hits = _called(self.classifier, self.objective, samples, part.label)

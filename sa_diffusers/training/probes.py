@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from ..data.concepts import UNIFORM_NOISE
 from ..data.sample_set import is_prompt
 from ..families.base import Conditions, Denoiser, Objective, index_conditions
-from ..processes import say
+from ..processes import say, shrinking
 from ..seeds import generator_of
 
 Role = str
@@ -369,23 +369,35 @@ class Probes:
     @torch.no_grad()
     def _answers(self, module: Denoiser, noised: _Noised, rows: torch.Tensor) -> torch.Tensor:
         """Predictions `[n, ...]` under rows of the conditions, by all processes together."""
-        samples = noised.of.samples.to(rows.device)
-        result: torch.Tensor | None = None
-        for part in self._shares(len(samples)):
-            conditions: Conditions = index_conditions(self._conditions, rows[part])
-            with self.accelerator.autocast():
-                answer = self.objective.answer(
-                    module, samples[part], conditions, noised.timesteps[part], noised.noise[part]
-                ).float()
+        count, result = len(noised.of), None
+        for part in self._shares(count):
+            answer = self._answer(module, noised, rows, range(part.start, part.stop))
             if result is None:
-                result = torch.zeros((len(samples), *answer.shape[1:]), device=answer.device)
+                result = torch.zeros((count, *answer.shape[1:]), device=answer.device)
             result[part] = answer
         if self.accelerator.num_processes > 1:
             if result is None:
-                result = torch.zeros((len(samples), *self._shape(noised)), device=rows.device)
+                result = torch.zeros((count, *self._shape(noised)), device=rows.device)
             result = self.accelerator.reduce(result, reduction="sum")
         assert result is not None
         return result
+
+    def _answer(self, module: Denoiser, noised: _Noised, rows: torch.Tensor, places: range) -> torch.Tensor:
+        """Predictions at some places; where memory runs out, in smaller batches."""
+        samples = noised.of.samples.to(rows.device)
+
+        def answer(size: int) -> torch.Tensor:
+            answers = []
+            for first in places[::size]:
+                part = slice(first, min(first + size, places.stop))
+                conditions: Conditions = index_conditions(self._conditions, rows[part])
+                with self.accelerator.autocast():
+                    answers.append(self.objective.answer(
+                        module, samples[part], conditions, noised.timesteps[part], noised.noise[part]
+                    ).float())  # fmt: skip
+            return torch.cat(answers)
+
+        return shrinking(answer, len(places), "sample_batch_size")
 
     def _shape(self, noised: _Noised) -> torch.Size:
         # Predictions are as large as samples are, in every family so far.

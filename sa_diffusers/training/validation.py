@@ -16,7 +16,7 @@ from ..families.base import Objective
 from ..processes import wait_until
 from ..seeds import first_seed
 from .progress import tracker_errors
-from .settings import sampling_settings
+from .settings import sampled, sampling_settings
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Validation:
         first = first_seed("validation", config.seed)
         seeds = [first + number for _ in config.validation_prompts for number in range(config.num_validation_images)]
         with self.accelerator.autocast():
-            samples = self.objective.sample(prompts, seeds, sampling_settings(config))
+            samples = sampled(self.objective, prompts, seeds, sampling_settings(config))
             pictures = self.objective.decode(samples)
         if self.blur:
             pictures = [blurred(picture) for picture in pictures]
@@ -73,7 +73,9 @@ class Validation:
             make_image_grid(pictures, len(config.validation_prompts), config.num_validation_images).save(temporary)
             temporary.replace(path)
 
-    def _show(self, tracker: GeneralTracker, pictures: Sequence[Image.Image], prompts: Sequence[str], step: int) -> None:
+    def _show(
+        self, tracker: GeneralTracker, pictures: Sequence[Image.Image], prompts: Sequence[str], step: int
+    ) -> None:
         if tracker.name == "tensorboard":
             import numpy as np
 
