@@ -1,12 +1,16 @@
 """Every setting is part of what an artefact depends on, or of no consequence for it."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from sa_diffusers import SelectiveAmnesiaConfig
+from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline
 from sa_diffusers.erasure import DEPENDENCIES, IRRELEVANT, Erasure
+from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.identity import Identity
 from sa_diffusers.seeds import STREAMS, first_seed, generator_of
 
@@ -130,8 +134,38 @@ def test_a_given_fisher_information_and_edited_prompts_count(plain, before, tmp_
                                                                                  "training", "report"}  # fmt: skip
 
 
+def test_a_classifier_counts_by_its_weights(plain, tmp_path):
+    """One that was trained anew in its folder looks at images before a training stops, and scores them afterwards."""
+    own = embedded_pipeline().parent / "classifier"
+    shutil.copytree(own, tmp_path / "classifier")
+    first = digests({**plain, "classifier": str(tmp_path / "classifier")})
+    weights = load_file(own / "model.safetensors")
+    save_file({name: -value for name, value in weights.items()}, tmp_path / "classifier" / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    again = {**plain, "classifier": str(tmp_path / "classifier")}
+    assert changed(first, digests(again)) == {"training", "report"}
+    scored = {**again, "forget_target": None}
+    assert digests(scored)["training"] == digests({**scored, "classifier": str(own)})["training"]
+
+
+def test_a_clip_and_reference_features_count_by_their_content(plain, clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    first = digests({**plain, "clip": str(tmp_path / "clip")})
+    weights = load_file(clip_folder / "model.safetensors")
+    save_file({name: -value for name, value in weights.items()}, tmp_path / "clip" / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    assert changed(first, digests({**plain, "clip": str(tmp_path / "clip")})) == {"report"}
+    classifier = ImageClassifier(embedded_pipeline().parent / "classifier")
+    settings = {**plain, "classifier": classifier.name, "reference_features": str(tmp_path / "features")}
+    found = []
+    for grey in (50, 200):
+        pictures = [Image.new("RGB", (32, 32), (grey + number,) * 3) for number in range(3)]
+        classifier.save_reference_features([pictures] * len(classifier.labels), tmp_path / "features")
+        found.append(digests(settings))
+    assert changed(*found) == {"report"}
+
+
 def test_an_edited_surrogate_image_counts(plain, tmp_path):
-    from PIL import Image
 
     folder = tmp_path / "images"
     folder.mkdir()

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ..families.digests import fingerprint_module
 from ..hub import one_line
+from ..identity import fingerprint
 from ..models import digit_classifier  # noqa: F401  (it registers itself with transformers)
 from ..names import bare_name
 from ..results.statistics import moments
@@ -144,6 +146,10 @@ class ImageClassifier:
         self.reference = None
         if reference_features is not None:
             self.reference = _read_reference(Path(reference_features), (count, self._head.in_features), self.name)
+
+    def fingerprint(self) -> str:
+        """A digest of what its answers depend on."""
+        return fingerprint([fingerprint_module(self.model), self.labels])
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], batch_size: int = 100) -> Classification:

@@ -13,7 +13,7 @@ from ..evaluation.erased import recorded_ending, saved_alone
 from ..evaluation.groups import REMEMBERED_PROMPTS, PromptGroup
 from ..evaluation.scoring import parts_of
 from ..families import Objective
-from ..files import read_json
+from ..files import digest_of, read_json
 from ..identity import Identity, plain
 from ..output_folder import OutputFolder
 from ..passes import Passes, together
@@ -131,7 +131,8 @@ class ReportStage(Stage):
         self.output = output
         self._images = images
         self._training = training
-        self._scorer = subject.classifier and subject.classifier.name
+        named, reference = subject.classifier and subject.classifier.name, subject.config.reference_features
+        self._scorer = [named, subject.scorer, reference and digest_of(reference)]
 
     def identity(self) -> Identity:
         facts = {name: getattr(self.subject.config, name) for name in (*_REPORT, *SAMPLING)}

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,11 @@ class Subject:
         if self.layers is not None:
             return self.layers.numbers(self.config.lora_rank)
         return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @cached_property
+    def scorer(self) -> str | None:
+        """Digest of the classifier; None if nothing says what images show."""
+        return self.classifier and self.classifier.fingerprint()
 
     @property
     def settings(self) -> SamplingSettings:

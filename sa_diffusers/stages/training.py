@@ -92,6 +92,10 @@ class TrainingStage(Stage):
             "fisher": fisher.digest(),
             "probes": probes.identity().digest if probes.is_needed else None,
         }
+        if config.classifier and config.stops:
+            # It looks at images before the training stops. So does a CLIP that is at hand; but whoever scores finished
+            # weights with another later is not told that they are of another erasure.
+            digests["classifier"] = subject.scorer
         self._identity = self._planned = training_identity(config, subject.accelerator, digests)
 
     def identity(self) -> Identity:

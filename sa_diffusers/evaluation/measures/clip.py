@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, CLIPModel
 
 from ...configuration.evaluation import DEFAULT_CLIP
+from ...families.digests import fingerprint_module
+from ...identity import fingerprint
 from ...names import bare_name
 from ..classification import Classification, loaded, whole
 from ..memory import in_batches
@@ -159,6 +161,10 @@ class ZeroShotClassifier:
         self.neighbours = list(neighbours)
         self._embeds = clip.embed_texts([ZERO_SHOT_TEMPLATE.format(name) for name in self.labels])
         self._scale = clip.model.logit_scale.detach().float().exp().cpu()
+
+    def fingerprint(self) -> str:
+        """A digest of what its answers depend on."""
+        return fingerprint([fingerprint_module(self.clip.model), self.labels])
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Classification:
         seen = self.clip.embed_pictures(pictures)
