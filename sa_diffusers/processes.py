@@ -125,17 +125,24 @@ def _is_launcher(pid: int) -> bool:
     return any(name in command for name in _LAUNCHERS)
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
+def wait_until(ready: Callable[[], bool], patience: float = 0.0) -> None:
     """Wait for what another process does, outside of a collective: that would give up after some minutes.
 
     A launcher ends all processes when one has failed.
 
+    Args:
+        ready: Whether it is done.
+        patience: Seconds to go on waiting once this process is to stop, for what the other does before it stops too.
+
     Raises:
         Interrupted: The process is to stop.
     """
-    delay = _POLL_SECONDS
+    delay, waited = _POLL_SECONDS, None
     while not ready():
-        check_stop()
+        if stop_requested():
+            waited = waited or time.monotonic()
+            if time.monotonic() - waited >= patience:
+                check_stop()
         time.sleep(delay)
         delay = min(2 * delay, 1.0)
 

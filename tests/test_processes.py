@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 from sa_diffusers import SelectiveAmnesiaConfig
 from sa_diffusers.commands.parser import one_line_errors
 from sa_diffusers.environment import create_accelerator
-from sa_diffusers.processes import Lock, Pace, shrinking, wait_until
+from sa_diffusers.processes import Interrupted, Lock, Pace, finishing, shrinking, wait_until, watching
+from sa_diffusers.training.validation import Validation
 
 from .conftest import REPOSITORY, as_flags
 from .hub_server import HubServer
@@ -412,6 +415,30 @@ def test_waiting_for_another_process_is_no_collective():
     wait_until(lambda: next(answers))
     with pytest.raises(StopIteration):
         next(answers)
+
+
+def test_who_is_told_to_stop_waits_for_the_checkpoint_that_another_writes(tmp_path):
+    writing = threading.Timer(0.3, (tmp_path / "state.json").touch)
+    with pytest.raises(Interrupted, match="SIGTERM"), watching(), finishing():
+        os.kill(os.getpid(), signal.SIGTERM)
+        writing.start()
+        wait_until((tmp_path / "state.json").is_file, patience=60)
+        assert (tmp_path / "state.json").is_file()
+        with pytest.raises(Interrupted):
+            wait_until(lambda: False, patience=0.1)
+        (tmp_path / "reached").touch()
+    assert (tmp_path / "reached").is_file()
+
+
+def test_who_is_told_to_stop_does_not_wait_for_images(tmp_path):
+    """It meets the others in the next step, so that all write one checkpoint."""
+    config = SelectiveAmnesiaConfig(validation_prompts=["cat"])
+    validation = Validation(None, config, SimpleNamespace(is_main_process=False), tmp_path)
+    with pytest.raises(Interrupted, match="SIGTERM"), watching(), finishing():
+        os.kill(os.getpid(), signal.SIGTERM)
+        validation.run(100)
+        (tmp_path / "reached").touch()
+    assert (tmp_path / "reached").is_file()
 
 
 def test_memory_is_shared_out_until_it_suffices(capsys):

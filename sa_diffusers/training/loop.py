@@ -44,6 +44,8 @@ from .validation import Validation
 
 _BYTES_PER_SECOND = 300e6
 _MICRO_BATCHES = 4096
+# So long a checkpoint may take to be written.
+_WRITING_SECONDS = 600.0
 _ENDING = "ending"
 # Steps in which the learning rate and the EWC term's weight are found.
 _EXCURSION = 20
@@ -376,7 +378,8 @@ class Loop:
         passes = self.progress.all_passes()
         target = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         if not self.accelerator.is_main_process:
-            wait_until((target / STATE_NAME).is_file)
+            # A launcher that sees this process end would end the one that is writing.
+            wait_until((target / STATE_NAME).is_file, _WRITING_SECONDS)
             return target
         state = TrainingState.of(
             step, self.trainable.parameters, *self._kept(), history=self.progress.history,

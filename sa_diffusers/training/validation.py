@@ -13,7 +13,7 @@ from PIL import Image
 from ..configuration import SelectiveAmnesiaConfig
 from ..data.sensitive import blurred
 from ..families.base import Objective
-from ..processes import wait_until
+from ..processes import stop_requested, wait_until
 from ..seeds import first_seed
 from .progress import tracker_errors
 from .settings import sampled, sampling_settings
@@ -53,7 +53,8 @@ class Validation:
         config, path = self.config, self.file(step)
         if not self.accelerator.is_main_process:
             if path:
-                wait_until(path.is_file)
+                # Who is to stop goes on to the next step, where all agree on it.
+                wait_until(lambda: path.is_file() or stop_requested() is not None)
             return
         prompts = [prompt for prompt in config.validation_prompts for _ in range(config.num_validation_images)]
         # The same noise for each prompt, so that only the prompt differs.
