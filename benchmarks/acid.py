@@ -25,6 +25,7 @@ from sa_diffusers.data.phrasings import fill_template
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.files import read_json, write_json
 from sa_diffusers.results.statistics import frechet_distance, moments, wilson_interval
+from sa_diffusers.results.verdict import MOST_LEFT
 
 # A row of its own; other labels share theirs.
 NEIGHBOURS = 5
@@ -232,6 +233,21 @@ def means(base: str, method: str, pairs: int, results: list[dict[str, Any]]) -> 
     ]  # fmt: skip
 
 
+def verdicts(results: dict[str, Any]) -> str:
+    """Of the runs that stopped by themselves, how many a report with as many images would call forgotten."""
+    stopped: dict[str, list[bool]] = {}
+    for key, result in results.items():
+        if result["done"]:
+            left, count = result["concept"][1], next(iter(result["others"].values()))[2]
+            _, high = wilson_interval(round(left * count), count)
+            stopped.setdefault(key.partition("|")[0], []).append(high <= MOST_LEFT)
+    return "\n".join(
+        f"{base}: {sum(runs)} of {len(runs)} runs that stopped by themselves are “forgotten” (upper end of the "
+        f"interval at most {MOST_LEFT:.0%})"
+        for base, runs in stopped.items()
+    )
+
+
 def main() -> None:
     args = parse_args()
     results: dict[str, Any] = read_json(args.output) if args.output.is_file() else {}
@@ -244,7 +260,7 @@ def main() -> None:
                     results[key] = erased(pair, method, seed, args)
                     write_json(args.output, results)
                     print(table({key: results[key]}).splitlines()[-1], results[key]["stopped"], flush=True)
-    print(f"\n{table(results)}")
+    print(f"\n{table(results)}\n\n{verdicts(results)}")
 
 
 if __name__ == "__main__":

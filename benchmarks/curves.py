@@ -54,6 +54,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tuned by hand": {**BY_HAND, "checkpointing_steps": 40},
     "the original's": {**ORIGINAL, "checkpointing_steps": 200},
 }
+# The share of images that may show the concept.
+_LEFT = 0.02
 PREPARATION = ("surrogate samples", "replay samples", "fisher", "probe samples")
 
 
@@ -109,6 +111,10 @@ def curve(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
 
     objective = erasure.objective
     parameters = objective.select(config.train_method)
+    # The last weights are in no checkpoint.
+    last = {"step": steps, "forward": prepared.forward + training.progress.passes.forward,
+            "backward": prepared.backward + training.progress.passes.backward,
+            **measured(judge, concept, args.images)}  # fmt: skip
     points = [{"step": 0, "forward": prepared.forward, "backward": prepared.backward, **before}]
     for folder in checkpoints(config.output_dir):
         state = read_checkpoint(folder)
@@ -120,6 +126,7 @@ def curve(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
             "step": state.step, "forward": prepared.forward + state.passes.forward,
             "backward": prepared.backward + state.passes.backward, **measured(judge, concept, args.images),
         })  # fmt: skip
+    points.append(last)
     ending = training.ending.sentence if training.ending else f"after {steps} steps"
     return {"points": points, "steps": steps, "ending": ending, "computed": computed.to_dict(),
             "prepared_seconds": round(prepared_seconds, 1), "training_seconds": round(seconds, 1)}  # fmt: skip
@@ -139,6 +146,27 @@ def table(results: dict[str, Any]) -> str:
             cells = (recipe, f"{point['step']}", f"{evaluations(point) / 1000:,.0f}", f"{100 * point['concept']:.1f}",
                      f"{100 * point['others']:.1f}", f"{spent:.0f}")  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def needed(result: dict[str, Any]) -> tuple[float, float] | None:
+    """Evaluations and seconds of training until no more than a fiftieth is left for good; None if that is never."""
+    points = result["points"]
+    enough = 1 + max((place for place, point in enumerate(points) if point["concept"] > _LEFT), default=-1)
+    if enough == len(points):
+        return None
+    return evaluations(points[enough]), result["training_seconds"] * points[enough]["step"] / result["steps"]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What each recipe takes until the concept is gone, and how many times what a run takes by itself."""
+    found = {recipe: needed(result) for recipe, result in results.items()}
+    base = found.get(next(iter(RECIPES)))
+    lines = [f"Until at most {100 * _LEFT:g} % of the concept are left:"]
+    for recipe, spent in found.items():
+        told = "never" if spent is None else f"{spent[0]:,.0f} evaluations, {spent[1]:.0f} CPU s of training"
+        times = f" ({spent[0] / base[0]:,.1f} and {spent[1] / base[1]:,.1f} times)" if spent and base else ""
+        lines.append(f"- {recipe}: {told}{times}")
     return "\n".join(lines)
 
 
@@ -173,6 +201,7 @@ def main() -> None:
             print(recipe, results[recipe]["ending"], flush=True)
     draw(results, args.pair, args.output.with_suffix(".png"))
     print(f"\n{args.pair}, {args.images} images of each garment at each point\n\n{table(results)}")
+    print(f"\n{summary(results)}")
 
 
 if __name__ == "__main__":

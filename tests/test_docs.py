@@ -21,6 +21,7 @@ from sa_diffusers.commands import COMMANDS
 from sa_diffusers.commands.erase import parse_config
 from sa_diffusers.commands.evaluate import parse_args
 from sa_diffusers.configuration import flags_of
+from sa_diffusers.stages import DEPENDENCIES
 
 from .conftest import REPOSITORY, build_tiny_pipeline
 from .nursery import LIBRARIES, forked_code
@@ -270,6 +271,14 @@ def test_flags_named_in_a_sentence_exist(page):
         for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", code):
             # Of pip, and a placeholder.
             assert flag in {*known_flags(), "force-reinstall", "flag", "no-flag"}, f"{page.name}: --{flag}"
+
+
+def test_the_page_on_concepts_lists_every_setting_that_weights_depend_on():
+    page = (REPOSITORY / "docs" / "concepts.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("### What is left to set\n")
+    cells = re.findall(r"^\| (`--[^|]+) \|", rest.partition("\n## ")[0], flags=re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"`--(\w+)`", cell)]
+    assert sorted(named) == sorted(DEPENDENCIES["training"])
 
 
 # What is named

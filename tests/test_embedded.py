@@ -1,9 +1,11 @@
 """The pipeline and the classifier that the repository ships, and an erasure on them."""
 
+import importlib
 import json
 import re
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +159,73 @@ def test_the_acid_test_runs_goes_on_and_takes_other_settings(tmp_path):
     again = run_script(script, flags, tmp_path)
     assert again.returncode == 0, again.stderr
     assert row in again.stdout.splitlines()
+
+
+def benchmark(name: str):
+    """A script of the benchmarks, as a module."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(REPOSITORY / "benchmarks"))
+
+
+def test_the_curves_of_cost_are_measured_drawn_and_kept(tmp_path, monkeypatch, capsys):
+    """Each recipe in two steps."""
+    pytest.importorskip("matplotlib")
+    curves = benchmark("curves")
+    small = {"max_train_steps": 2, "num_surrogate_images": 4, "num_replay_images": 9, "num_fisher_samples": 2,
+             "fisher_timesteps": 2, "train_batch_size": 2, "num_inference_steps": 2, "checkpointing_steps": 1}  # fmt: skip
+    for recipe, settings in curves.RECIPES.items():
+        measures = {} if "num_probe_images" in settings else {"num_probe_images": 8, "num_neighbour_images": 2}
+        monkeypatch.setitem(curves.RECIPES, recipe, {**settings, **small, **measures})
+    output = tmp_path / "curves.json"
+    monkeypatch.setattr(sys, "argv", ["curves.py", "--images", "1", "--work_dir", str(tmp_path / "work"), "--output",
+                                      str(output)])  # fmt: skip
+    curves.main()
+    first, results = capsys.readouterr().out, json.loads(output.read_text())
+    assert list(results) == ["by itself", "tuned by hand", "the original's"]
+    for result in results.values():
+        # The last weights are measured too.
+        assert [point["step"] for point in result["points"]] == [0, 1, 2]
+        spent = [curves.evaluations(point) for point in result["points"]]
+        assert spent == sorted(set(spent))
+    assert results["the original's"]["points"][0]["backward"] == 5000 * 1000
+    assert results["by itself"]["points"][0]["backward"] == 2 * 2
+    assert len([line for line in first.splitlines() if line.startswith("| ")]) == 2 + 9
+    assert output.with_suffix(".png").stat().st_size > 1000
+    monkeypatch.setattr(curves, "curve", None)
+    curves.main()
+    assert capsys.readouterr().out in first
+
+
+def test_the_curves_say_what_it_takes_until_the_concept_is_gone():
+    def result(*left):
+        points = [{"step": step, "forward": 10 * (step + 1), "backward": 0, "concept": value}
+                  for step, value in enumerate(left)]  # fmt: skip
+        return {"points": points, "steps": len(left) - 1, "training_seconds": 4.0 * (len(left) - 1)}
+
+    curves = benchmark("curves")
+    # What comes back is not gone.
+    left = {"by itself": (1, 0.02), "tuned by hand": (1, 0, 0.03, 0.01), "the original's": (1, 0.5)}
+    results = {recipe: result(*values) for recipe, values in left.items()}
+    assert curves.summary(results).splitlines()[1:] == [
+        "- by itself: 20 evaluations, 4 CPU s of training (1.0 and 1.0 times)",
+        "- tuned by hand: 40 evaluations, 12 CPU s of training (2.0 and 3.0 times)",
+        "- the original's: never",
+    ]
+
+
+def test_the_acid_test_says_how_many_runs_that_stopped_are_forgotten():
+    def result(left, done=True):
+        return {"done": done, "concept": [1, left], "others": {"a dress": [1, 1, 200], "a bag": [1, 1, 20]}}
+
+    results = {f"garments|full|bag:coat|{seed}": result(left) for seed, left in enumerate((0, 0.055, 0.06))}
+    results |= {"garments|xattn|bag:coat|0": result(1, done=False), "icons|full|lion:dog|0": result(0)}
+    assert benchmark("acid").verdicts(results).splitlines() == [
+        "garments: 2 of 3 runs that stopped by themselves are “forgotten” (upper end of the interval at most 10%)",
+        "icons: 1 of 1 runs that stopped by themselves are “forgotten” (upper end of the interval at most 10%)",
+    ]
 
 
 def test_the_page_has_the_acid_tests_table_as_its_command_prints_it(tmp_path):

@@ -4,6 +4,7 @@ settings, and how they say that they ended."""
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline, objective_for
 from sa_diffusers.commands.erase import main as erase
 from sa_diffusers.commands.evaluate import main as evaluate
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.processes import Interrupted, watching
+from sa_diffusers.results.figures import significant
 
 from .conftest import as_flags, run_here
 from .test_class_models import tiny_diffusion
@@ -117,6 +120,37 @@ def probes_of(erasure: Erasure):
     return probes, check
 
 
+def test_training_probes_and_report_share_neither_prompts_nor_seeds(tiny_folder, tmp_path, monkeypatch):
+    erasure = Erasure(config_of(tiny_folder, tmp_path, num_replay_images=40, num_eval_images=4))
+    sample, asked = erasure.objective.sample, {"training": [], "probes": [], "report": []}
+
+    def told(prompts, seeds, settings):
+        asked[stage].extend(zip(prompts, seeds, strict=True))
+        return sample(prompts, seeds, settings)
+
+    monkeypatch.setattr(erasure.objective, "sample", told)
+    stage = "training"
+    surrogates = erasure.surrogates()
+    erasure.replay()
+    erasure.fisher_samples()
+    stage = "probes"
+    probes, check, near = erasure.probe_stage.run(surrogates)
+    neighbours = probes.remembered.prompts[:5]
+    near.probes(neighbours)
+    check(0)
+    stage = "training"
+    near.replay([prompt for prompt in erasure.replay_prompts if prompt][:5])
+    stage = "report"
+    erasure.image_stage.run(erasure.objective, erasure.base)
+    prompts, seeds = ({name: {row[place] for row in rows} for name, rows in asked.items()} for place in (0, 1))
+    assert min(map(len, seeds.values())) > 10
+    for first, second in (("training", "probes"), ("training", "report"), ("probes", "report")):
+        assert not seeds[first] & seeds[second], (first, second)
+    assert not prompts["probes"] & (prompts["training"] | prompts["report"])
+    held_out = {text for group in erasure.image_stage.groups if group.phrasing == "held-out" for text in group.prompts}
+    assert held_out and not held_out & (prompts["training"] | prompts["probes"])
+
+
 def test_noise_is_asked_for_on_the_concepts_own_samples_where_its_answer_is_known(tiny_folder, tmp_path, capsys):
     tiny_diffusion().save_pretrained(tmp_path / "pixels")
     pixels = config_of(tmp_path / "pixels", tmp_path, concept=["cat"], surrogate=["uniform_noise"])
@@ -150,7 +184,9 @@ def test_images_in_a_concepts_place_are_measured_by_what_the_model_errs_on_them(
 def limited(tiny_folder, tmp_path_factory):
     """The whole command, up to its limit of steps."""
     folder = tmp_path_factory.mktemp("limited")
-    arguments = as_flags({**PROBED, "pretrained_model_name_or_path": str(tiny_folder), "output_dir": "out"})
+    arguments = as_flags(
+        {**PROBED, "report_to": "tensorboard", "pretrained_model_name_or_path": str(tiny_folder), "output_dir": "out"}
+    )
     result = run_here(erase, arguments, folder)
     assert result.returncode == 0, result.stderr
     return folder, arguments, result
@@ -172,6 +208,24 @@ def test_a_run_that_reached_its_limit_says_so_in_report_and_card(limited):
     for text in (*told(folder / "out"), (folder / "out" / "README.md").read_text()):
         assert "TRAINING STOPPED AT ITS LIMIT:" in text
         assert "at the limit of 10 steps: forgotten is" in text
+
+
+def test_readings_are_in_progress_bar_tracker_history_and_report(limited):
+    folder, _, result = limited
+    assert re.search(r"forgotten=-?\d\.\d\d", result.stderr) and re.search(r"drift=\d\.\d{3}", result.stderr)
+    figures = json.loads((folder / "out" / "training_history.json").read_text())[-1]
+    names = {"forgotten", "forgotten_root", "forgotten_surrogate", "forgotten_unguided", "drift", "drift_p90",
+             "drift_unguided", "drift_empty", "drift_surrogate", "drift_neighbours"}  # fmt: skip
+    assert names <= set(figures)
+    page = told(folder / "out")[0]
+    for title, name in (("forgotten, of the concept's samples", "forgotten"),
+                        ("drift of remembered prompts, the 90th percentile", "drift_p90"),
+                        ("drift of the neighbour that drifted farthest", "drift_neighbours")):  # fmt: skip
+        assert f'aria-label="Curve. {title}: {significant(figures[name])} at step 10' in page, name
+    events = EventAccumulator(str(next((folder / "out" / "logs").rglob("events.*")).parent)).Reload()
+    for name in names:
+        (entry,) = events.Scalars(name)
+        assert (entry.step, entry.value) == (10, pytest.approx(figures[name], rel=1e-5)), name
 
 
 def test_what_a_finished_run_said_is_kept_for_later_evaluations(limited, clip_folder, tiny_folder):

@@ -11,7 +11,8 @@ from sa_diffusers import FisherEstimator, SampleSet, SelectiveAmnesiaConfig, obj
 from sa_diffusers.environment import create_accelerator
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.families.paths import DiscretePath
-from sa_diffusers.training.controller import Controller
+from sa_diffusers.passes import counted
+from sa_diffusers.training.controller import Controller, step_cost
 from sa_diffusers.training.probes import Probes, ProbeSet, Reading
 from sa_diffusers.training.training import Training
 
@@ -143,6 +144,23 @@ def test_readings_are_ratios_of_sums_over_samples_of_guided_predictions(tiny_obj
     means = torch.tensor([sum(values) / len(values) for values in drifts.values()])
     assert reading.drift == pytest.approx(means.mean().item(), rel=1e-3)
     assert reading.drift_p90 == pytest.approx(means.quantile(0.9).item(), rel=1e-3)
+
+    # Beside them what is not guided, the empty prompt, and the surrogate under its own prompts.
+    def plain(role):
+        of = frozen[role].of
+        errors = [answer(objective, frozen[role], row, of.prompts[row]) - answers[of.wanted[row]]
+                  for row, answers in enumerate(before[role])]  # fmt: skip
+        return sum(error.square().mean().item() for error in errors) / len(of)
+
+    whole = sum((answers["cat"] - answers["dog"]).square().mean().item() for answers in before["concept"]) / 6
+    assert reading.forgotten_unguided["cat"] == pytest.approx(1 - plain("concept") / whole, rel=1e-4, abs=1e-5)
+    assert reading.drift_unguided == pytest.approx(plain("remembered") / unit, rel=1e-3)
+    assert reading.drift_empty == pytest.approx(plain("empty") / unit, rel=1e-3)
+    own = 0.0
+    for row, answers in enumerate(before["own"]):
+        now = {text: answer(objective, frozen["own"], row, text) for text in ("dog", "")}
+        own += (guided(now, "dog") - guided(answers, "dog")).square().mean().item() / guidance**2 / 6
+    assert reading.drift_surrogate == pytest.approx(own / unit, rel=1e-3)
     # Of a neighbour all timesteps, or the noisiest quarter in units of what its own prompt changes there.
     near, far, own = frozen["neighbour"], [], []
     for row, answers in enumerate(before["neighbour"]):
@@ -241,6 +259,100 @@ def test_given_weights_are_not_moved():
     controller = training.controller
     assert (controller.ewc_weight, controller.replay_weight, controller.state.rate) == (7.0, 2.0, None)
     assert {entry["learning_rate"] for entry in training.history} == {1e-3}
+
+
+def test_readings_are_of_the_averaged_weights():
+    training = controlled(ema_decay=0.9, learning_rate=1e-3)
+    training.train()
+    (reading,) = training.controller.state.readings[1:]
+    # What is in the module now is what is saved.
+    saved = training.controller.probes.read(training.objective.module).values()
+    assert reading["step"] == 12 and reading["drift_p90"] > 0
+    assert {name: reading[name] for name in saved} == pytest.approx(saved, rel=1e-5)
+
+
+@pytest.mark.parametrize("target", ["frozen", "noise"])
+def test_readings_take_no_more_than_their_share(tiny_objective, target):
+    config = SelectiveAmnesiaConfig(report_to="none", target=target)
+    probes = Probes(tiny_objective, probe_sets(60), GUIDANCE, 0, create_accelerator(config))
+    probes.prepare(tiny_objective.module)
+    with counted(tiny_objective.module) as passes:
+        probes.read(tiny_objective.module)
+    # Of a step's 16 rows: forward, backward, which counts twice, and the teacher's.
+    step = 16 * (4 if target == "frozen" else 3)
+    every = Controller(probes, config, None, step_cost(config, 16)).every
+    assert passes.forward == probes.predictions == 660
+    assert 660 / (every * step) <= 0.15 < 660 / ((every - 1) * step)
+
+
+def test_a_unit_of_fisher_information_means_nothing():
+    runs = [controlled() for _ in range(2)]
+    before = weights(runs[0])
+    for value in runs[1].fisher.values.values():
+        value.mul_(1000)
+    for training in runs:
+        training.train()
+    first, second = (training.controller.state for training in runs)
+    assert second.calibrated == pytest.approx(first.calibrated / 1000, rel=1e-4)
+    assert second.ewc_scale == pytest.approx(first.ewc_scale / 1000, rel=1e-2)
+    update, other = (
+        torch.cat([(value - before[name]).flatten() for name, value in weights(training).items()]) for training in runs
+    )
+    assert (update - other).norm() < 0.02 * update.norm()
+
+
+def test_the_weight_of_consolidation_follows_what_its_penalty_stands_for_damped_and_clamped(tiny_objective):
+    controller = Controller(probes_for(tiny_objective), SelectiveAmnesiaConfig(), None, 100)
+
+    def weight(rise: float, penalty: float) -> float:
+        controller.probes.read = lambda module: Reading(rise=rise)
+        controller.after(1, tiny_objective.module, penalty, False)
+        return controller.state.ewc_scale
+
+    controller.probes.read = lambda module: Reading(rise=0.6)
+    controller.calibrate(tiny_objective.module, 0.2)
+    assert controller.state.ewc_scale == controller.state.calibrated == pytest.approx(3)
+    # Half of the way, in log.
+    assert weight(0.6, 0.05) == pytest.approx(6)
+    # As far as thirty times what was measured first.
+    assert weight(1e6, 1) == pytest.approx((6 * 90) ** 0.5)
+    assert weight(1e-6, 1) == pytest.approx(((6 * 90) ** 0.5 * 0.1) ** 0.5)
+    kept = controller.state.ewc_scale
+    assert weight(0, 1) == weight(1, 0) == weight(math.inf, 1) == kept
+
+
+def test_what_protects_is_weighed_by_how_many_times_too_far_the_rest_has_drifted(tiny_objective):
+    every = Controller(probes_for(tiny_objective), SelectiveAmnesiaConfig(), None, 100).every
+    once = balances(tiny_objective, [(0.1, 0.3)], [])
+    assert once == [pytest.approx(3 ** (every / 50))]
+    up_and_down = balances(tiny_objective, [(0.1, 0.3), (0.1, 0.3), (0.1, 0.1 / 3), (0.1, 1e-9)], [])
+    assert up_and_down[2] == pytest.approx(once[0])
+    assert up_and_down[3] == 1
+    assert max(balances(tiny_objective, [(0.1, 9.0)] * 9, [])) == 32
+
+
+def test_a_run_is_the_same_whatever_the_limit_of_its_steps():
+    """No schedule depends on it: it is not known to be reached."""
+    found = []
+    for limit in (31, 4000):
+        training = controlled(drift_tolerance=900, max_train_steps=limit)
+        training.callbacks = [lambda state: setattr(state, "stop", state.step == 30)]
+        found.append((training.train(), weights(training), training.controller.state.pace))
+    (first, before, pace), (second, after, _) = found
+    # The learning rate has been moved.
+    assert pace > 0.5 and first[-1]["step"] == 30
+    assert first == second
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_naive_objective_is_read_and_neither_refused_nor_stopped():
+    """Eq. 3 has no surrogate whose predictions could be reached."""
+    training = controlled(naive=True, forget_target=0.01, drift_tolerance=900, max_train_steps=20, learning_rate=1e-5)
+    part = training.controller.probes
+    part.sets[:2] = [ProbeSet(of.name, of.role, of.samples, of.prompts, list(of.prompts)) for of in part.sets[:2]]
+    history = training.train()
+    assert history[-1]["step"] == 20 and training.controller.verdict is None and training.ending is None
+    assert training.controller.state.readings[-1]["drift"] > 0
 
 
 def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
@@ -484,6 +596,9 @@ def test_readings_tell_the_worst():
     # Each neighbour counts, as nine in ten of the rest do.
     assert reading.worst_drift == 0.3
     assert reading.values()["drift_neighbours"] == 0.3
+    assert reading.values()["forgotten_root"] == pytest.approx(1 - 0.6**0.5)
+    # Farther from the surrogate than it was.
+    assert Reading(forgotten={"a": -0.21}).values()["forgotten_root"] == pytest.approx(-0.1)
     assert not any(math.isnan(value) for value in reading.values().values())
 
 

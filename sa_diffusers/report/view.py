@@ -60,6 +60,7 @@ _TITLES = {
     "replay_loss": "replay loss",
     "ewc_penalty": "EWC penalty",
     "forgotten": "forgotten, of the concept's samples",
+    "forgotten_root": "forgotten, of the concept's samples, as one minus the root",
     "forgotten_surrogate": "forgotten, of the surrogate's samples",
     "drift": "drift of remembered prompts, the mean",
     "drift_p90": "drift of remembered prompts, the 90th percentile",

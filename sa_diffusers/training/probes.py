@@ -100,6 +100,8 @@ class Reading:
         """Figures by name, for history and trackers."""
         figures = {
             "forgotten": self.worst_forgotten,
+            # Of distances in place of their squares.
+            "forgotten_root": 1 - max(1 - self.worst_forgotten, 0.0) ** 0.5,
             "forgotten_surrogate": _least(self.forgotten_surrogate),
             "forgotten_unguided": _least(self.forgotten_unguided),
             "drift": self.drift,
