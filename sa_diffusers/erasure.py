@@ -231,9 +231,12 @@ class Erasure:
         whole = together(costs.values()) or Passes()
         if not whole.forward:
             return "cost      no pass through the network: all is there"
-        parts = ", ".join(f"{name} {passes.forward:,}" for name, passes in costs.items())
+        parts = ", ".join(
+            f"{name} {passes.forward:,}" + (f" and {passes.backward:,}" if passes.backward else "")
+            for name, passes in costs.items()
+        )
         return (f"cost      about {whole.forward:,} forward and {whole.backward:,} backward passes of the network, an "
-                f"image each (forward: {parts})")  # fmt: skip
+                f"image each ({parts})")  # fmt: skip
 
     def run(self, parts: bool = False) -> Comparison | None:
         """Run every stage: samples, Fisher information, training, saving, evaluation. What an earlier call of the same

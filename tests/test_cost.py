@@ -89,8 +89,8 @@ def test_a_plan_says_what_the_run_then_counts(tiny_settings):
     assert plan == {name: summed(found, titles) for name, titles in STAGES.items()}
     forward, backward = summed(found, found)
     assert whole.startswith(f"cost      about {forward:,} forward and {backward:,} backward passes of the network")
-    for name, (rows, _) in plan.items():
-        assert f"{name} {rows:,}" in whole
+    for name, (rows, returned) in plan.items():
+        assert f"{name} {rows:,}" + (f" and {returned:,}" if returned else "") in whole
     assert made(comparison.report.cost) == {"saving": (0, 0), "scoring": (0, 0), **found}
 
 

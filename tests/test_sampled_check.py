@@ -76,6 +76,17 @@ def test_as_many_as_the_classifier_takes_the_surrogate_for_the_concept_are_not_c
     assert check(0) == (8, 8)
 
 
+def test_what_the_base_model_does_not_seem_to_know_is_said_beforehand(objective, classifier, sampled, capsys):
+    check_of(objective, classifier, {"sneaker": torch.cat([sampled["sneaker"][:4], sampled["dress"][:4]]),
+                                     "dress": sampled["dress"]})  # fmt: skip
+    check_of(objective, None, {**sampled, "sneaker": sampled["dress"]})
+    assert "does not seem to know" not in capsys.readouterr().err
+    check_of(objective, classifier, {"sneaker": torch.cat([sampled["sneaker"][:3], sampled["dress"][:5]]),
+                                     "dress": sampled["dress"]})  # fmt: skip
+    said = 'the base model does not seem to know "sneaker": the classifier recognises it in 3 of 8 of its images'
+    assert said in capsys.readouterr().err
+
+
 class Confused:
     """A classifier that has one name for sneakers and dresses; its features are as they are."""
 

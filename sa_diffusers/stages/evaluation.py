@@ -84,7 +84,12 @@ class EvaluationImages(Stage):
     def plan(self) -> list[str]:
         scorer = self.subject.classifier
         scored = f"scored by {scorer.name}" if scorer else "nothing knows the concept: pixel change"
-        return [f"evaluate  {self.subject.config.num_eval_images} images a row, before and after, {scored}"]
+        lines = [f"evaluate  {self.subject.config.num_eval_images} images a row, before and after, {scored}"]
+        unknown = [pair.concept for pair in self.subject.pairs if scorer and scorer.label_of(pair.concept) is None]
+        if unknown:
+            names = ", ".join(f'"{name}"' for name in unknown)
+            lines.append(f"          which has no label for {names}, and cannot say whether that is forgotten")
+        return lines
 
     def cost(self) -> Passes:
         """Of the images before, as far as they are not kept, and of those after."""

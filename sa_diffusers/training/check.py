@@ -10,6 +10,8 @@ from PIL import Image
 
 from ..families.base import Objective, SamplingSettings
 from .settings import sampled
+from ..processes import say
+from ..results.verdict import LEAST_KNOWN
 
 # Of pictures without a surrogate to compare with: two that share more than this are of the same thing.
 _ALIKE = 0.5
@@ -129,6 +131,21 @@ class SampledCheck:
         self.accelerator = accelerator
         self.each = max(4, count // len(concepts))
         self.parts = [concept.first(self.each).labelled(classifier, objective) for concept in concepts]
+        for part in self.parts:
+            self._say_if_unknown(part)
+
+    def _say_if_unknown(self, part: CheckedConcept) -> None:
+        """Say so before the training where its verdict can only be that nothing is measurable."""
+        label = None if self.classifier is None else self.classifier.label_of(part.concept)
+        if label is None:
+            return
+        known, count = _called(self.classifier, self.objective, part.samples, label), len(part.samples)
+        if known < LEAST_KNOWN * count and self.accelerator.is_main_process:
+            say(
+                f'warning: the base model does not seem to know "{part.concept}": the classifier recognises it in '
+                f"{known} of {count} of its images. Whether it is forgotten will not be measurable; give another name "
+                "for it, or another classifier"
+            )
 
     @torch.no_grad()
     def __call__(self, turn: int) -> tuple[int, int]:
