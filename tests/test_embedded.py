@@ -277,9 +277,9 @@ def test_the_adapters_benchmark_measures_goes_on_and_prints_tables(tmp_path):
     ((key, row),) = results["ranks"].items()
     assert key == "sneaker|xattn|rank 8" and row["steps"] == 2 and not row["done"]
     # One image of each other garment, two of what is erased, each taken for one of ten.
-    for row in [row, *results["strengths"].values()]:
-        assert {label: sum(taken) for label, taken in row["recognised"].items()} == {
-            label: 2 if label == "sneaker" else 1 for label in row["recognised"]
+    for measured in [row, *results["strengths"].values()]:
+        assert {label: sum(taken) for label, taken in measured["recognised"].items()} == {
+            label: 2 if label == "sneaker" else 1 for label in measured["recognised"]
         }
     assert [row["is_base"] for row in results["strengths"].values()] == [False, True, False, False]
     with Image.open(tmp_path / "strengths.png") as picture:
