@@ -9,15 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa_diffusers import SelectiveAmnesiaConfig
+from sa_diffusers.commands.cache import CacheConfig
 from sa_diffusers.commands.erase import build_parser, parse_config
 from sa_diffusers.commands.extract import ExtractConfig
 from sa_diffusers.commands.merge import MergeConfig
+from sa_diffusers.commands.push import PushConfig
 from sa_diffusers.configuration import (
     BASE_DEFAULTS_NAME,
     ClassifierConfig,
     ClassModelConfig,
     EvaluationConfig,
     base_defaults,
+    flags_of,
     read_settings,
 )
 from sa_diffusers.models import class_defaults
@@ -225,6 +228,11 @@ def test_a_file_is_no_folder(tmp_path):
     for name in ("output_dir", "artifacts_dir", "cache_dir"):
         with pytest.raises(ValueError, match=f"{name}=.*file is a file: choose a folder"):
             SelectiveAmnesiaConfig(**{name: str(tmp_path / "file")})
+    for name in ("output_dir", "artifacts_dir"):
+        with pytest.raises(ValueError, match=f"--{name} .*file is a file: choose a folder"):
+            EvaluationConfig("a", "b", "concept", **{name: tmp_path / "file"})
+    with pytest.raises(ValueError, match="--output_dir .*file is a file: choose a folder"):
+        ClassifierConfig("a", tmp_path / "file")
 
 
 def test_a_folder_named_after_the_concept_stays_in_place():
@@ -353,6 +361,32 @@ def test_any_value_is_a_configuration_or_one_sentence(values):
         assert one_line(error)
     else:
         assert SelectiveAmnesiaConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+# What each of the other commands must be given.
+NEEDED = {
+    EvaluationConfig: {"base": "a", "erased": "b", "protocol": "concept"},
+    MergeConfig: {"adapter": "a", "output_dir": "b"},
+    ExtractConfig: {"erased": "a", "output_dir": "b"},
+    PushConfig: {"folder": "a"},
+    CacheConfig: {},
+    ClassModelConfig: {"model": "mnist_vae", "data": "a", "output_dir": "b", "max_train_steps": 1,
+                       "train_batch_size": 1, "learning_rate": 0.1, "lr_scheduler": "constant"},
+    ClassifierConfig: {"data": "a", "output_dir": "b"},
+}  # fmt: skip
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any_value_is_a_setting_of_every_other_command_or_one_sentence(data):
+    kind = data.draw(st.sampled_from(list(NEEDED)))
+    names = st.sampled_from([spec.name for spec in flags_of(kind)])
+    try:
+        made = kind(**{**NEEDED[kind], **data.draw(st.dictionaries(names, ANYTHING, min_size=1, max_size=3))})
+    except ValueError as error:
+        assert one_line(error)
+    else:
+        assert kind(**{spec.name: getattr(made, spec.name) for spec in flags_of(kind)}) == made
 
 
 @settings(

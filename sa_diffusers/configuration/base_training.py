@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from .fields import Settings, documented, flag
-from .groups import Precision, Sampler, Schedule, Tracker
+from .groups import Precision, Sampler, Schedule, Tracker, no_file
 
 _DATA = "folder with IDX files or with a folder a class, parquet file, or Hub dataset"
 
@@ -22,7 +22,7 @@ class ClassModelConfig(Settings):
     as_flags = True
     model: str = flag(help="a configuration that comes with the package, or a JSON file of the same form", path=True)
     data: str = flag(help=_DATA, path=True)
-    output_dir: Path = flag(help="folder of the pipeline")
+    output_dir: Path = flag(help="folder of the pipeline", check=no_file)
     split: list[str] = flag(["train"], "splits to train on")
     labels: list[str] | None = flag(None, "names of the classes [the data's]")
     without: list[str] = flag([], "classes left out of the data", metavar="CLASS")
@@ -64,7 +64,7 @@ class ClassifierConfig(Settings):
 
     as_flags = True
     data: str = flag(help=_DATA, path=True)
-    output_dir: Path = flag(help="folder of the classifier")
+    output_dir: Path = flag(help="folder of the classifier", check=no_file)
     split: str = flag("train", "split to train on")
     test_split: str = flag("test", "split to measure on")
     labels: list[str] | None = flag(None, "names of the classes [the data's]")

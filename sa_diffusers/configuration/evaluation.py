@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..messages import shown
 from .fields import Settings, documented, flag
-from .groups import Blur, Precision, Prediction, Sampler, Weights
+from .groups import Blur, Precision, Prediction, Sampler, Weights, no_file
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DEFAULT_I2P = "AIML-TUDA/i2p"
@@ -26,7 +26,7 @@ class _Subject(Settings):
     protocol: Literal["class", "concept", "robustness", "celebrity", "nudity"] = flag(help="what is measured")
     concept: list[str] | None = flag(None, "what was erased [as the erased model's folder says]")
     surrogate: list[str] | None = flag(None, "what it turned into [as the erased model's folder says]")
-    output_dir: Path | None = flag(None, "folder of the report [ERASED/evaluation-PROTOCOL]")
+    output_dir: Path | None = flag(None, "folder of the report [ERASED/evaluation-PROTOCOL]", check=no_file)
     blur: Blur | None = flag(
         None,
         "blur every picture that is written: auto does where what was erased is nudity or of its kind, and in the "
@@ -67,7 +67,7 @@ class _Sampling(Settings):
     resolution: int | None = flag(None, "height and width of images in pixels [as in the erasure]")
     batch_size: int | None = flag(None, "images sampled at once [as many as fit into free memory]", at_least=1)
     artifacts_dir: Path | None = flag(
-        None, "where sampled images are kept [$SA_DIFFUSERS_CACHE or ~/.cache/sa_diffusers]"
+        None, "where sampled images are kept [$SA_DIFFUSERS_CACHE or ~/.cache/sa_diffusers]", check=no_file
     )
 
 

@@ -57,9 +57,14 @@ def _variant(name: str, value: str) -> None:
     _revision(name, value, "|/", "fp16")
 
 
-def _no_file(name: str, value: str) -> None:
+def no_file(name: str, value: str | os.PathLike) -> None:
+    """Refuse a file where a folder is to be, before hours have gone into what it should hold.
+
+    Raises:
+        ValueError: It is one.
+    """
     if os.path.isfile(value):
-        raise ValueError(f"{name}={shown(value, 200)} is a file: choose a folder")
+        raise ValueError(f"{name}={shown(str(value), 200)} is a file: choose a folder")
 
 
 @dataclass
@@ -95,12 +100,12 @@ class ModelSettings(Settings):
         "and further parts it takes (default: the one that diffusers tells by its tensors)",
         path=True,
         own=True,
-        check=_no_file,
+        check=no_file,
     )
     revision: str | None = flag(None, "branch, tag or commit of the base model on the Hub", own=True, check=_revision)
     variant: str | None = flag(None, "variant of the weight files, such as fp16", check=_variant)
     cache_dir: str | None = flag(
-        None, "where models from the Hub are kept (default: the Hub's own cache)", path=True, own=True, check=_no_file
+        None, "where models from the Hub are kept (default: the Hub's own cache)", path=True, own=True, check=no_file
     )
     prediction_type: Prediction | None = flag(
         None, "what the denoiser predicts (default: as the base model's scheduler says)"
@@ -219,7 +224,7 @@ class SampleSettings(Settings):
         "~/.cache/sa_diffusers)",
         path=True,
         own=True,
-        check=_no_file,
+        check=no_file,
     )
 
 
@@ -278,7 +283,7 @@ class TrainingSettings(Settings):
     """Training."""
 
     output_dir: str | None = flag(
-        None, "output folder (default: named after the concept)", path=True, own=True, check=_no_file
+        None, "output folder (default: named after the concept)", path=True, own=True, check=no_file
     )
     save_components: Components = flag(
         "all",
