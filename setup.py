@@ -19,7 +19,7 @@ celebrity = [
 quantization = ["torchao>=0.18"]
 eval_unlearn = ["eval-unlearn>=1.1.2"]
 tests = [
-    "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "scikit-image>=0.24",
+    "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.8", "scikit-image>=0.24",
     *evaluation, *tracking, *nudity, *celebrity,
 ]  # fmt: skip
 
@@ -63,7 +63,7 @@ setup(
         "datasets>=4.0",
         "diffusers>=0.40",
         "filelock>=3.13",
-        "huggingface_hub>=1.23",
+        "huggingface_hub>=1.32",
         "jinja2>=3.1.3",
         "numpy>=2.0",
         "peft>=0.18",

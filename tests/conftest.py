@@ -179,7 +179,9 @@ def run_script(script: Path, arguments, folder: Path) -> subprocess.CompletedPro
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps one state for a process; a test may ask for another precision than the one before."""
+    """Accelerate keeps one state for a process; a test may ask for another precision than the one before, or than its
+    own fixtures of a wider scope."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

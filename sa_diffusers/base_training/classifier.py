@@ -6,13 +6,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..configuration import ClassifierConfig
 from ..data.image_datasets import LabelledImages, augment, load_labelled_images

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..hub import one_line
 from .classification import loaded, whole
