@@ -44,6 +44,7 @@ from sa_diffusers.models.class_conditional_pipeline import ClassConditionalPipel
 from sa_diffusers.models.conditional_vae import ConditionalVAE
 from sa_diffusers.models.conditional_vae_pipeline import ConditionalVAEPipeline
 from sa_diffusers.models.digit_classifier import DigitClassifier, DigitClassifierConfig
+from sa_diffusers.output_folder import OutputFolder
 from sa_diffusers.training.training import Training
 
 from .conftest import BY_HAND, REPOSITORY, run_here, run_script
@@ -709,6 +710,9 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
         (["--model", "small"], 'model="small" is neither one of cifar10, mnist_vae, small_32'),
         (["--data", "nowhere.parquet"], "the parquet file nowhere.parquet does not exist"),
         (["--max_train_steps", "0"], "--max_train_steps 0 must be at least 1"),
+        (["--condition_dropout", "1.5"], "--condition_dropout 1.5 must be at least 0 and less than 1"),
+        (["--labels", "a", "a"], '--labels names "a" twice: give each class a name of its own'),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a CUDA device and there is none"),
         (["--sampler", "none"], "--sampler: invalid choice"),
     ],
 )
@@ -722,6 +726,62 @@ def test_mistakes_in_base_training_are_one_line_and_write_nothing(tmp_path, flag
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "base").exists()
+
+
+TRAININGS = {"train_class_model.py": ["--model", "mnist_vae", "--max_train_steps", "4", "--report_to", "none",
+                                      "--lr_warmup_steps", "0"],
+             "train_classifier.py": ["--cnn", "--epochs", "4"]}  # fmt: skip
+
+
+def base_training(script, folder, *flags):
+    """A training's script and flags, and two classes of images in the folder that it runs in."""
+    for name in ("train", "t10k"):
+        write_idx(folder / f"{name}-images-idx3-ubyte", np.arange(20 * 28 * 28).reshape(20, 28, 28) % 256)
+        write_idx(folder / f"{name}-labels-idx1-ubyte", np.arange(20) % 2)
+    return REPOSITORY / "examples" / script, ["--data", ".", "--output_dir", "base", *TRAININGS[script], *flags]
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_base_training_takes_no_folder_of_something_else_and_none_in_use(tmp_path, script):
+    command = base_training(script, tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    refused = run_script(*command, tmp_path)
+    assert "--output_dir base already holds something else" in refused.stderr
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["model_index.json"]
+    (tmp_path / "base" / "model_index.json").unlink()
+    with OutputFolder(tmp_path / "base").lock:
+        refused = run_script(*command, tmp_path)
+    assert (refused.returncode, "output_dir=base is in use by another run" in refused.stderr) == (1, True)
+    # What the same training left is replaced.
+    for _ in range(2):
+        assert run_script(*command, tmp_path).returncode == 0
+
+
+def test_a_base_training_that_diverges_writes_no_model(tmp_path):
+    command = base_training("train_class_model.py", tmp_path, "--learning_rate", "1000")
+    result = run_script(*command, tmp_path)
+    assert (result.returncode, "error: the gradient is not finite at step" in result.stderr) == (1, True), result.stderr
+    assert not [path for path in (tmp_path / "base").rglob("*") if path.suffix == ".safetensors"]
+
+
+def test_processes_of_a_base_training_are_one_run_and_stop_together(tmp_path):
+    script, flags = base_training("train_class_model.py", tmp_path)
+    whole = forked(script, flags, tmp_path, os.environ, processes=2)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("images of 2 classes") == 1
+    code = (
+        "import os\n"
+        "from sa_diffusers.base_training import class_model\n"
+        "from sa_diffusers.commands.train_class_model import main\n"
+        "answers = iter([None, 'SIGTERM'] if os.environ['RANK'] == '1' else [None] * 4)\n"
+        "class_model.stop_requested = lambda: next(answers)\n"
+        "main()\n"
+    )
+    stopped = forked_code(code, tmp_path, os.environ, *flags, "--output_dir", "stopped", processes=2)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "stopped: another process was asked to stop after step 2" in stopped.stderr
+    assert (tmp_path / "stopped" / "checkpoint-2").is_dir()
 
 
 def test_a_classifier_is_trained_and_measured(tmp_path):

@@ -1,5 +1,6 @@
 """Training the base model of a class experiment: a conditional VAE or a class-conditional diffusion model."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -13,26 +14,35 @@ from tqdm import tqdm
 
 from ..configuration import BASE_DEFAULTS_NAME, ClassModelConfig
 from ..data.image_datasets import LabelledImages, augment, load_labelled_images
-from ..environment import chosen_tracker, tracked
+from ..environment import chosen_tracker, launched, tracked
 from ..families import Objective, SamplingSettings, objective_for
 from ..files import replacing_folder, write_json
 from ..identity import Identity, fingerprint
 from ..models import build_class_pipeline, class_defaults
+from ..output_folder import OutputFolder
 from ..processes import Interrupted, say, stop_requested
 from ..seeds import seed_of
 from ..training.checkpoints import TrainingState, checkpoints, choose_checkpoint, read_checkpoint, write_checkpoint
+from .folder import check_is_own
+
+_FINISHED_NAME = "training.json"
 
 
 def train_class_model(args: ClassModelConfig) -> None:
     """Train, and write the pipeline with the settings that suit its erasure.
 
     Raises:
-        ValueError: The data, or an earlier training in the folder, does not fit the settings.
+        ValueError: The data, or an earlier training in the folder, does not fit the settings, or the folder holds
+            something else, or is in use.
+        FloatingPointError: The training has diverged. The last checkpoint is from before.
         Interrupted: The process is to stop; a checkpoint of the step it is at is written.
     """
     set_seed(args.seed)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+    check_is_own(args.output_dir, _FINISHED_NAME, ("logs", "samples"))
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed_precision fp16 needs a CUDA device and there is none: give bf16 or no")
+    accelerator = launched(
+        args.mixed_precision,
         log_with=chosen_tracker(args.report_to),
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
     )
@@ -50,6 +60,11 @@ def train_class_model(args: ClassModelConfig) -> None:
         data.names = args.labels
     if args.without:
         data = data.without(args.without)
+    with OutputFolder(args.output_dir).lock if accelerator.is_main_process else contextlib.nullcontext():
+        _train(args, accelerator, data)
+
+
+def _train(args: ClassModelConfig, accelerator: Accelerator, data: LabelledImages) -> None:
     pipeline = build_class_pipeline(args.model, data.names)
     objective = objective_for(pipeline)
     data = data.fitted(objective.resolution, objective.channels)
@@ -91,6 +106,11 @@ def train_class_model(args: ClassModelConfig) -> None:
     accelerator.print(
         f"{len(data)} images of {len(data.names)} classes, {sum(p.numel() for p in parameters):,} parameters"
     )
+    if args.lr_warmup_steps >= args.max_train_steps:
+        accelerator.print(
+            f"warning: --lr_warmup_steps {args.lr_warmup_steps} is all of the training: the learning rate never comes "
+            "to its height"
+        )
     null = len(data.names)
     drop = args.condition_dropout if objective.num_train_timesteps > 1 else 0.0
     bar = tqdm(range(first, args.max_train_steps), initial=first, total=args.max_train_steps, unit="step",
@@ -110,7 +130,10 @@ def train_class_model(args: ClassModelConfig) -> None:
         with accelerator.autocast():
             loss = objective.negative_elbo(wrapped, samples, conditions, timesteps, noise).mean()
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        # A gradient scaler leaves such a step out, and finds another scale.
+        if accelerator.scaler is None and not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite at step {step + 1}: lower --learning_rate")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -120,7 +143,7 @@ def train_class_model(args: ClassModelConfig) -> None:
             bar.set_postfix(loss=f"{loss.item():.4g}")
             accelerator.log({"loss": loss.item(), "learning_rate": schedule.get_last_lr()[0]}, step=step)
         last = step + 1 == args.max_train_steps
-        stopping = stop_requested()
+        stopping = _any_stops(accelerator)
         if (step + 1) % args.checkpointing_steps == 0 and not last or stopping:
             if accelerator.is_main_process:
                 state = TrainingState.of(step + 1, named, optimizer, schedule, ema, accelerator.scaler)
@@ -140,13 +163,23 @@ def train_class_model(args: ClassModelConfig) -> None:
                         # What an erasure takes up by itself.
                         write_json(staging / BASE_DEFAULTS_NAME, class_defaults(args.model))
                         write_json(
-                            staging / "training.json", {**dataclasses.asdict(args), "output_dir": str(args.output_dir)}
+                            staging / _FINISHED_NAME, {**dataclasses.asdict(args), "output_dir": str(args.output_dir)}
                         )
                 save_grid(objective, data.names, args, step + 1)
             if ema and not last:
                 ema.restore(parameters)
     accelerator.end_training()
     accelerator.print(f"pipeline  {args.output_dir}")
+
+
+def _any_stops(accelerator: Accelerator) -> str | None:
+    """Why all processes are to stop after this step: a signal may reach one alone."""
+    reason = stop_requested()
+    if accelerator.num_processes > 1:
+        asked = torch.tensor(float(reason is not None), device=accelerator.device)
+        if accelerator.reduce(asked) > 0:
+            return reason or "another process was asked to stop"
+    return reason
 
 
 def plain_settings(args: ClassModelConfig) -> dict:

@@ -14,8 +14,11 @@ from ..data.image_datasets import LabelledImages, augment, load_labelled_images
 from ..evaluation.classification import ImageClassifier
 from ..files import replacing_folder, write_json
 from ..models.digit_classifier import DigitClassifier, DigitClassifierConfig
+from ..output_folder import OutputFolder
+from .folder import check_is_own
 
 HELD_OUT = 10
+_FINISHED_NAME = "accuracy.json"
 
 
 def build(args: ClassifierConfig, names: list[str]) -> tuple[torch.nn.Module, Any]:
@@ -67,8 +70,9 @@ def train_classifier(args: ClassifierConfig) -> None:
     """Train, measure on held-out images, and write an ordinary transformers folder and `accuracy.json`.
 
     Raises:
-        ValueError: The data does not fit the settings, or holds too few images.
+        ValueError: The data does not fit the settings, or holds too few images, or the folder holds something else.
     """
+    check_is_own(args.output_dir, _FINISHED_NAME)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, test = load_labelled_images(args.data, args.split), load_labelled_images(args.data, args.test_split)
@@ -87,17 +91,18 @@ def train_classifier(args: ClassifierConfig) -> None:
         raise ValueError(f"--labels names {len(names)} classes, the data has {len(data.names)}")
     model, processor = build(args, names)
     train(model.to(device), processor, data, args, device)
-    with replacing_folder(args.output_dir) as staging:
+    with OutputFolder(args.output_dir).lock, replacing_folder(args.output_dir) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
+        told = _measured(ImageClassifier(staging, device), test, names)
+        write_json(staging / _FINISHED_NAME, {"images": len(test), "measured_on": measured_on, **told})
+    print(f"{told['accuracy']:.2%} of {len(test)} images of {measured_on} recognised")
+
+
+def _measured(classifier: ImageClassifier, test: LabelledImages, names: list[str]) -> dict[str, Any]:
     pictures = [Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).numpy()) for image in test.pixels]
-    right = ImageClassifier(args.output_dir, device)(pictures).probabilities.argmax(-1) == test.labels
+    right = classifier(pictures).probabilities.argmax(-1) == test.labels
     # A class that the test lacks has no accuracy.
     by_class = {name: float(right[test.labels == index].float().mean()) if index in test.labels else None
                 for index, name in enumerate(names)}  # fmt: skip
-    accuracy = float(right.float().mean())
-    write_json(
-        args.output_dir / "accuracy.json",
-        {"images": len(test), "measured_on": measured_on, "accuracy": accuracy, "by_class": by_class},
-    )
-    print(f"{accuracy:.2%} of {len(test)} images of {measured_on} recognised")
+    return {"accuracy": float(right.float().mean()), "by_class": by_class}
