@@ -32,9 +32,9 @@ from .families.adapters import (
 )
 from .families.digests import fingerprint_module
 from .families.trained import told_variant
-from .files import finish_interrupted, new_folder, write_json
+from .files import new_folder, write_json
 from .hub import adapter_header, drop_local_names
-from .output_folder import OutputFolder
+from .output_folder import check_written
 from .publish import write_model_card
 from .version import __version__
 
@@ -81,7 +81,7 @@ def merge_adapter(
     """
     name, output_dir = str(adapter), Path(output_dir)
     _check_empty(output_dir)
-    _check_written(name)
+    check_written(name)
     file = find_adapter(name)
     if file is None:
         raise ValueError(f"{name} holds no adapter (no pytorch_lora_weights.safetensors, or a whole pipeline)")
@@ -137,7 +137,7 @@ def extract_adapter(
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1")
     _check_empty(output_dir)
-    _check_written(name)
+    check_written(name)
     if find_adapter(name) is not None:
         raise ValueError(f"{name} holds an adapter already: give an erased pipeline")
     settings = _settings_of(name, base, single_file_config)
@@ -227,13 +227,6 @@ def _objective(place: str, settings: dict[str, Any], **options: Any) -> Objectiv
     dtype = {"weights_dtype": settings.get("weights_dtype") or "float32"}
     pipeline = load_pipeline(place, kinds=SUPPORTED_PIPELINES, **options, **dtype)
     return objective_for(pipeline, settings.get("prediction_type"), **dtype)
-
-
-def _check_written(name: str) -> None:
-    """Finish what a run that died was putting in place; refuse what is not as a run wrote it."""
-    if Path(name).is_dir():
-        finish_interrupted(name)
-        OutputFolder(name).check_whole()
 
 
 def _warn_of_other_weights(base: Objective, name: str, so: str) -> None:

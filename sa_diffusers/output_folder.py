@@ -285,6 +285,20 @@ class OutputFolder:
         return (self.state if apart else self.path) / VALIDATION_NAME
 
 
+def check_written(name: str | Path) -> None:
+    """Finish what a run that died was putting in place; refuse what is not as a run wrote it, or is being written.
+
+    Args:
+        name: An erased model's folder; what is none is left alone.
+    """
+    if Path(name).is_dir():
+        folder = OutputFolder(name)
+        # What a run that lives is putting in place is its own to finish.
+        folder.lock.check()
+        finish_interrupted(name)
+        folder.check_whole()
+
+
 def model_files(folder: Path) -> list[str]:
     """Entries of a folder that an erased model in it consists of: parts of a pipeline, or an adapter."""
     return [*(name for name in (ADAPTER_FILE, KOHYA_FILE) if (folder / name).is_file()), *of_a_pipeline(folder)]

@@ -195,9 +195,11 @@ class Lock:
         Raises:
             ValueError: It does.
         """
-        if self.path.is_file():
-            with self:
-                pass
+        # Who may not write there cannot tell.
+        with contextlib.suppress(PermissionError):
+            if self.path.is_file():
+                with self:
+                    pass
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -628,13 +628,20 @@ def test_the_card_says_that_it_was_merged_or_extracted(erased, tiny_folder, tmp_
     assert "fused" not in build_model_card(erased).content
 
 
-def test_merging_and_extracting_take_nothing_damaged(erased, tmp_path):
+def test_merging_extracting_and_evaluating_take_nothing_damaged(erased, tmp_path):
     folder, output = Path(erased), tmp_path / "merged"
     whole = (folder / ADAPTER_FILE).read_bytes()
     (folder / ADAPTER_FILE).write_bytes(whole[:-8] + b"\x00\x00\x80\x3f" * 2)
-    for command in ("merge", "extract"):
-        result = run_here(main, [command, erased, "--output_dir", output], tmp_path)
-        assert "is not what the run wrote" in result.stderr
+    commands = [["merge", erased, "--output_dir", output], ["extract", erased, "--output_dir", output],
+                ["evaluate", "--base", "base", "--erased", erased, "--protocol", "concept"]]  # fmt: skip
+    for command in commands:
+        assert "is not what the run wrote" in run_here(main, command, tmp_path).stderr
+    # What a run is putting in place is its own to finish.
+    (folder / ".saved").mkdir()
+    with OutputFolder(folder).lock:
+        for command in commands:
+            assert "is in use by another run" in run_here(main, command, tmp_path).stderr
+    (folder / ".saved").rmdir()
     shutil.rmtree(folder / ".selective_amnesia")
     header = header_of(folder / ADAPTER_FILE)
     tensors = load_file(folder / ADAPTER_FILE)

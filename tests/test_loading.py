@@ -425,6 +425,40 @@ def test_zero_terminal_snr_trains_to_finite_losses():
     assert drawn.isfinite().all()
 
 
+def test_sizes_of_no_picture_and_scales_of_no_number_are_refused_before_weights(folder):
+    without_weights(folder)
+    for part, name, values in (("unet", "sample_size", [None, 0, [2, 8]]), ("vae", "scaling_factor", [None, 0, "x"])):
+        file = folder / part / "config.json"
+        whole = json.loads(file.read_text())[name]
+        for value in values:
+            edit(file, **{name: value})
+            with pytest.raises(ValueError, match=re.escape(f"{name}={value}, which is no")):
+                load_pipeline(str(folder))
+        edit(file, **{name: whole})
+
+
+def test_a_scale_may_be_a_whole_number(folder):
+    digests = []
+    for scale in (1, 1.0):
+        edit(folder / "vae" / "config.json", scaling_factor=scale)
+        digests.append(objective_for(load_pipeline(str(folder))).fingerprint())
+    assert digests[0] == digests[1]
+
+
+def test_a_tokenizer_that_sets_no_limit_is_refused(folder):
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        ValueError, match="tokenizer sets no limit: set model_max_length to 32 in tokenizer/tokenizer_c"
+    ):
+        objective_for(load_pipeline(str(folder)))
+
+
+def test_pictures_that_are_not_finite_are_not_taken_for_black_ones(tiny_objective):
+    tiny_objective.pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="autoencoder gives pictures that are not finite"):
+        tiny_objective.decode(torch.zeros(1, 4, 4, 4))
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"beta_start": 2.0, "beta_end": 3.0}, {"beta_schedule": "none of them"}, {"prediction_type": "sample"}],

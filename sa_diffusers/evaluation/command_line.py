@@ -20,10 +20,9 @@ from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, kind_in, load_pipeline, objective_for
 from ..families.adapters import find_adapter, with_adapter
 from ..families.names import resolved_revision
-from ..files import finish_interrupted
 from ..hub import one_line
 from ..markup import visible
-from ..output_folder import OutputFolder
+from ..output_folder import check_written
 from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
@@ -180,15 +179,13 @@ def run(args: EvaluationConfig) -> Report | None:
         ValueError: A model, or what scores it, is not as it should be.
     """
     started = time.perf_counter()
-    # A run that died while it put new weights in place left an erased model of two halves.
-    finish_interrupted(args.erased)
+    # A run that died while it put new weights in place left an erased model of two halves, and what a disk has changed
+    # since would pass for what the erasure did.
+    check_written(args.erased)
     config = erasure_of(args)
     load = loader(args, config)
     check_request(args, config, load)
     accelerator = launched(config.precision)
-    if accelerator.is_main_process:
-        # What a disk has changed since would pass for what the erasure did.
-        OutputFolder(args.erased).check_digests()
     request = Request(args, config, accelerator.device)
     protocol = PROTOCOLS[args.protocol](request)
     scorers = request.classifier(), request.networks(), request.measures()

@@ -1,12 +1,14 @@
 """Stable Diffusion 1 and 2: a text-conditioned UNet on the latents of an autoencoder."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..messages import shown
 from ..parameter_selection import UNET_SELECTIONS
@@ -29,6 +31,17 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
     selections = UNET_SELECTIONS
     embedded_guidance = 8.0
 
+    def __init__(self, pipeline: DiffusionPipeline, *settings: Any, **named: Any) -> None:
+        super().__init__(pipeline, *settings, **named)
+        for name, tokenizer, encoder in self._texts():
+            read, limit = encoder.config.max_position_embeddings, tokenizer.model_max_length
+            if not isinstance(limit, int) or limit > read:
+                raise ValueError(
+                    f"the text encoder reads {read} tokens, its {name} sets "
+                    f"{'no limit' if limit == VERY_LARGE_INTEGER else f'model_max_length={shown(limit)}'}: set "
+                    f"model_max_length to {read} in {name}/tokenizer_config.json, or download or save it again"
+                )
+
     @classmethod
     def check_parts(cls, place: str, parts: Mapping[str, list], read: Callable[[str], Mapping[str, Any]]) -> None:
         super().check_parts(place, parts, read)
@@ -50,6 +63,17 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
             raise ValueError(
                 f"{place}: its UNet gives {shown(unet.get('out_channels'))} channels, its autoencoder takes "
                 f"{shown(channels)}: models that predict a variance too are not supported"
+            )
+        size, factor = unet.get("sample_size"), vae.get("scaling_factor", 1)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{place}: its UNet says sample_size={shown(size)}, which is no height and width of square pictures: "
+                "correct unet/config.json (64 for 512 pixels)"
+            )
+        if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ValueError(
+                f"{place}: its autoencoder says scaling_factor={shown(factor)}, which is no number above 0: correct "
+                "vae/config.json"
             )
         width, sizes = (
             unet.get("cross_attention_dim", 1280),

@@ -173,7 +173,7 @@ class TextToImageObjective(ScheduledObjective):
     def latent_facts(self) -> list[str]:
         """What the digest holds of how samples and the autoencoder's latents differ, beside its weights."""
         vae = self.pipeline.vae.config
-        return [vae.scaling_factor.hex(), *([vae.shift_factor.hex()] if vae.get("shift_factor") else [])]
+        return [float(vae.scaling_factor).hex(), *([float(vae.shift_factor).hex()] if vae.get("shift_factor") else [])]
 
     def further_facts(self) -> list[str]:
         """What else samples depend on, for the digest of the model."""
@@ -316,8 +316,14 @@ class TextToImageObjective(ScheduledObjective):
         pictures: list[Image.Image] = []
         with self.autoencoder() as vae:
             for part in samples.split(batch_size):
-                images = self.to_images(part.to(vae.device, vae.dtype))
-                pictures += self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
+                images = self.to_images(part.to(vae.device, vae.dtype)).float()
+                # They would become black pictures, on which no classifier sees a concept.
+                if not torch.isfinite(images).all():
+                    raise FloatingPointError(
+                        "the model's autoencoder gives pictures that are not finite: its weights are damaged, download "
+                        "or save the model again"
+                    )
+                pictures += self.pipeline.image_processor.postprocess(images, output_type="pil")
         return pictures
 
     def save(self, folder: Path) -> None:

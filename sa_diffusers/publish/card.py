@@ -14,7 +14,7 @@ from ..families.base import Family
 from ..families.distilled import distilled_as_said
 from ..families.single_file import SUFFIX
 from ..families.trained import loads_in_diffusers
-from ..files import finish_interrupted, write_text
+from ..files import write_text
 from ..hub import (
     CARD_MARKER,
     CARD_NAME,
@@ -27,7 +27,7 @@ from ..hub import (
     without_local_paths,
 )
 from ..markup import command_words, markdown_code, markdown_text, requoted
-from ..output_folder import OutputFolder
+from ..output_folder import check_written
 from ..report.conclusions import verdict_notes
 from ..report.cost import cost_sentence, cost_table
 from ..report.document import Table, render
@@ -130,9 +130,8 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
     The card that goes up knows the name on the Hub; the folder's own is not touched.
     """
     folder = Path(folder)
-    finish_interrupted(folder)
+    check_written(folder)
     read_facts(folder)
-    OutputFolder(folder).check_whole()
     for path in evaluation_reports(folder, stale=True):
         warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
     return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)))
