@@ -19,6 +19,7 @@ EXIT_INTERRUPTED = 75
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 _LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "torch/distributed", "deepspeed")
 _POLL_SECONDS = 0.05
+_LOOK_SECONDS = 2
 Result = TypeVar("Result")
 
 
@@ -176,9 +177,12 @@ class Lock:
         self._lock = filelock.FileLock(self.path)
 
     def __enter__(self) -> None:
+        self._acquire()
+
+    def _acquire(self, seconds: float = 0) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=seconds)
         except filelock.Timeout:
             raise ValueError(self.message) from None
         except (NotImplementedError, OSError) as error:
@@ -198,8 +202,9 @@ class Lock:
         # Who may not write there cannot tell.
         with contextlib.suppress(PermissionError):
             if self.path.is_file():
-                with self:
-                    pass
+                # Others may be looking at the same moment.
+                self._acquire(_LOOK_SECONDS)
+                self._lock.release()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
