@@ -239,7 +239,7 @@ def test_without_a_classifier_a_clip_judges_and_the_exit_code_says_so(tmp_path, 
 
 
 def test_without_any_evaluator_the_likeness_of_the_images_is_told(tmp_path, tiny_folder):
-    result = run_here(main, quick(tiny_folder, output_dir="out", clip="none"), tmp_path)
+    result = run_here(main, quick(tiny_folder, output_dir="out", clip="none", learning_rate=1e-6), tmp_path)
     assert result.returncode == 0, result.stderr
     report = Report.load(tmp_path / "out" / "report.json")
     row = report.rows[0]
