@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -675,18 +676,29 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
         script = REPOSITORY / "examples" / "train_class_model.py"
         return run_script(script, [*settings, "--output_dir", output, *flags], tmp_path)
 
-    def train(output, *flags):
+    def train(output, *flags, first=0):
         result = command(output, *flags)
         assert result.returncode == 0, result.stderr
+        assert f"| {first}/4 " in result.stderr and f"| {first - 1}/4 " not in result.stderr
         assert "15 images of 4 classes" in result.stdout
         return objective_for(load_pipeline(str(tmp_path / output))).module.state_dict()
 
     whole = train("base")
-    resumed = train("base", "--resume_from_checkpoint", "latest")
+    finished = command("base")
+    assert finished.returncode == 0 and "base holds this very training: nothing is trained" in finished.stdout
+    refused = command("base", "--learning_rate", "0.5")
+    assert refused.returncode == 1 and "base holds a model of other settings or images" in refused.stderr
+    anew = train("base", "--resume_from_checkpoint", "no", "--learning_rate", "0.0005")
+    assert not all(torch.equal(whole[name], anew[name]) for name in whole)
+    again = train("base", "--resume_from_checkpoint", "no")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    # As a run that died after its checkpoint left it.
+    for path in (tmp_path / "base").iterdir():
+        if path.name != "checkpoint-2":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for flags, message in (
-        ([], "checkpoint-2 is from an earlier training"),
-        (["--resume_from_checkpoint", "latest", "--max_train_steps", "2"], "has 2 steps behind it"),
-        (["--resume_from_checkpoint", "latest", "--labels", *"abcde", "--data", "more"], "belongs to another model"),
+        (["--max_train_steps", "2"], "has 2 steps behind it"),
+        (["--labels", *"abcde", "--data", "more"], "belongs to another model"),
     ):
         if "more" in flags:
             (tmp_path / "more").mkdir()
@@ -696,6 +708,7 @@ def test_base_training_resumes_and_saves_a_pipeline(tmp_path, model):
         assert refused.returncode == 1
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
+    resumed = train("base", first=2)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (tmp_path / "base" / "samples" / "step-000004.png").is_file()
     # What suits the model travels with it, as settings of its erasure.

@@ -16,7 +16,7 @@ from ..configuration import BASE_DEFAULTS_NAME, ClassModelConfig
 from ..data.image_datasets import LabelledImages, augment, load_labelled_images
 from ..environment import chosen_tracker, launched, tracked
 from ..families import Objective, SamplingSettings, objective_for
-from ..files import replacing_folder, write_json
+from ..files import read_json, replacing_folder, write_json
 from ..identity import Identity, fingerprint
 from ..models import build_class_pipeline, class_defaults
 from ..output_folder import OutputFolder
@@ -46,11 +46,6 @@ def train_class_model(args: ClassModelConfig) -> None:
         log_with=chosen_tracker(args.report_to),
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
     )
-    if checkpoints(args.output_dir) and not args.resume_from_checkpoint:
-        raise ValueError(
-            f"{checkpoints(args.output_dir)[-1]} is from an earlier training: go on there with "
-            "--resume_from_checkpoint latest, or choose another --output_dir"
-        )
     data = load_labelled_images(args.data, args.split[0])
     for split in args.split[1:]:
         data = data.joined(load_labelled_images(args.data, split))
@@ -81,11 +76,16 @@ def _train(args: ClassModelConfig, accelerator: Accelerator, data: LabelledImage
     ema = EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     named = dict(module.named_parameters())
-    identity = training_identity(args, data, accelerator)
+    identity, goes_on = training_identity(args, data, accelerator), args.resume_from_checkpoint == "latest"
+    if goes_on and _is_finished(args.output_dir, identity):
+        accelerator.print(
+            f"{args.output_dir} holds this very training: nothing is trained (--resume_from_checkpoint no would)"
+        )
+        return
     if accelerator.log_with:
         accelerator.init_trackers("class-model", tracked(plain_settings(args)))
     first = 0
-    if checkpoints(args.output_dir):
+    if goes_on and checkpoints(args.output_dir):
         newest = checkpoints(args.output_dir)[-1]
         if int(newest.name.rpartition("-")[2]) >= args.max_train_steps:
             raise ValueError(
@@ -95,8 +95,8 @@ def _train(args: ClassModelConfig, accelerator: Accelerator, data: LabelledImage
         choice = choose_checkpoint(args.output_dir, "latest", identity, dataclasses.asdict(args))
         if choice.folder is None:
             raise ValueError(
-                f"{newest} belongs to another model, or to other settings than these, or is not whole: leave "
-                f"--resume_from_checkpoint out, or choose another --output_dir ({'; '.join(choice.notes)})"
+                f"{newest} belongs to another model, or to other settings than these, or is not whole: start "
+                f"over with --resume_from_checkpoint no, or choose another --output_dir ({'; '.join(choice.notes)})"
             )
         if accelerator.is_main_process:
             for note in choice.notes:
@@ -162,14 +162,29 @@ def _train(args: ClassModelConfig, accelerator: Accelerator, data: LabelledImage
                         objective.save(staging)
                         # What an erasure takes up by itself.
                         write_json(staging / BASE_DEFAULTS_NAME, class_defaults(args.model))
-                        write_json(
-                            staging / _FINISHED_NAME, {**dataclasses.asdict(args), "output_dir": str(args.output_dir)}
-                        )
+                        write_json(staging / _FINISHED_NAME, {**plain_settings(args), "identity": identity.digest})
                 save_grid(objective, data.names, args, step + 1)
             if ema and not last:
                 ema.restore(parameters)
     accelerator.end_training()
     accelerator.print(f"pipeline  {args.output_dir}")
+
+
+def _is_finished(folder: Path, identity: Identity) -> bool:
+    """Whether the folder holds the pipeline of this very training.
+
+    Raises:
+        ValueError: It holds that of another.
+    """
+    file = folder / _FINISHED_NAME
+    if not file.is_file():
+        return False
+    if read_json(file).get("identity") != identity.digest:
+        raise ValueError(
+            f"{folder} holds a model of other settings or images ({_FINISHED_NAME} has them): choose another "
+            "--output_dir, or train it anew with --resume_from_checkpoint no"
+        )
+    return True
 
 
 def _any_stops(accelerator: Accelerator) -> str | None:

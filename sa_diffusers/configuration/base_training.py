@@ -42,7 +42,9 @@ class ClassModelConfig(Settings):
     ema_decay: float = flag(0.9999, "decay of the average, unless the model has another", at_least=0, below=1)
     mixed_precision: Precision | None = flag(None, "precision [as `accelerate config` says]")
     checkpointing_steps: int = flag(2000, "steps between checkpoints", at_least=1)
-    resume_from_checkpoint: Literal["latest"] | None = flag(None, "go on at the newest checkpoint")
+    resume_from_checkpoint: Literal["latest", "no"] = flag(
+        "latest", "latest goes on where this very training stopped, no starts over"
+    )
     sample_steps: int = flag(2000, "steps between sample grids", at_least=1)
     sampler: Sampler = flag("ddim", "sampler of the sample grids")
     num_inference_steps: int = flag(50, "steps of the sampler", at_least=1, at_most=10_000)
