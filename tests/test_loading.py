@@ -427,7 +427,12 @@ def test_zero_terminal_snr_trains_to_finite_losses():
 
 def test_sizes_of_no_picture_and_scales_of_no_number_are_refused_before_weights(folder):
     without_weights(folder)
-    for part, name, values in (("unet", "sample_size", [None, 0, [2, 8]]), ("vae", "scaling_factor", [None, 0, "x"])):
+    for part, name, values in (
+        ("unet", "sample_size", [None, 0, [2, 8]]),
+        ("unet", "in_channels", [None, "x"]),
+        ("vae", "scaling_factor", [None, 0, "x"]),
+        ("vae", "latent_channels", [None, "x"]),
+    ):
         file = folder / part / "config.json"
         whole = json.loads(file.read_text())[name]
         for value in values:

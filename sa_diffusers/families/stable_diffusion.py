@@ -48,6 +48,12 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
         unet, vae = read("unet"), read("vae")
         channels = vae.get("latent_channels", 4)
         taken = unet.get("in_channels", 4)
+        for part, name, value in (("vae", "latent_channels", channels), ("unet", "in_channels", taken)):
+            if not isinstance(value, int):
+                raise ValueError(
+                    f"{place}: {part}/config.json says {name}={shown(value)}, which is no number of channels: correct "
+                    "it, or download or save the pipeline again"
+                )
         if taken != channels:
             further = (
                 "as for inpainting, where a mask and the masked picture stand beside the latents"
