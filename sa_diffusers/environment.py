@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from .configuration import SelectiveAmnesiaConfig
-from .messages import shown_error
+from .messages import shown, shown_error
 from .processes import say
 from .quantization import check_quantization
 
@@ -142,6 +143,12 @@ def _check_launcher() -> None:
             raise ValueError(
                 f"{name} is asked for ({variable}), and sharded parameters are not supported: launch without it, as "
                 "with `accelerate launch --multi_gpu`, or unset the variable"
+            )
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if (value := os.environ.get(name)) and not re.fullmatch(r"-?\d+", value):
+            raise ValueError(
+                f"{name}={shown(value)} is in the environment, which is no whole number: launch with torchrun or "
+                f"`accelerate launch`, or unset {name}"
             )
     ranks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
     if os.environ.get("MASTER_ADDR") and not any(os.environ.get(name) for name in ranks):

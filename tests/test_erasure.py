@@ -21,6 +21,7 @@ from sa_diffusers.data.sensitive import blurred
 from sa_diffusers.evaluation.eval_unlearn import SelectiveAmnesiaTechnique
 from sa_diffusers.publish import push_pipeline
 from sa_diffusers.stages import training as training_stage
+from sa_diffusers.stages.subject import check_artifacts_dir
 
 from .conftest import run_here
 from .test_train_script import quick
@@ -208,6 +209,11 @@ def test_a_cache_that_is_a_file_is_refused_before_the_model_is_loaded(tiny_folde
     assert "Loading" not in result.stderr
     with pytest.raises(SystemExit, match="is a file: choose a folder"):
         commands(["cache", "--artifacts_dir", str(tmp_path / "cache")])
+    # Where nobody named a folder, none is blamed.
+    monkeypatch.delenv("SA_DIFFUSERS_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="^the default .*cache/.cache/sa_diffusers: .*cache is a file"):
+        check_artifacts_dir(SelectiveAmnesiaConfig(concept="x", surrogate="y", report_to="none"))
 
 
 def test_a_tracker_that_cannot_be_reached_costs_no_samples(tiny_settings, monkeypatch):

@@ -335,6 +335,8 @@ def test_a_configuration_of_gpus_joins_the_processes_of_a_machine_without(tiny_f
     ("variables", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is in the environment, but no RANK"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x is in the environment, which is no whole number"),
+        ({"MASTER_PORT": "1e4"}, "MASTER_PORT=1e4 is in the environment, which is no whole number"),
         ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_ADDR is in the environment.*no RANK"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is asked for .*not supported"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is asked for .*not supported"),

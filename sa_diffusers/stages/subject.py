@@ -1,6 +1,7 @@
 """What is to be forgotten, by which model: the parts that the stages of an erasure share."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -273,8 +274,9 @@ def check_artifacts_dir(config: SelectiveAmnesiaConfig) -> None:
     place = config.resolved_artifacts_dir
     for path in (place, *place.absolute().parents):
         if path.exists() and not path.is_dir():
-            named = "artifacts_dir" if config.artifacts_dir else "the environment's SA_DIFFUSERS_CACHE"
-            raise ValueError(f"{named}={place}: {path} is a file, where samples were to be kept: choose a folder")
+            given = "the environment's SA_DIFFUSERS_CACHE=" if os.environ.get("SA_DIFFUSERS_CACHE") else "the default "
+            named = "artifacts_dir=" if config.artifacts_dir else given
+            raise ValueError(f"{named}{place}: {path} is a file, where samples were to be kept: choose a folder")
 
 
 def _pairs(config: SelectiveAmnesiaConfig, objective: Objective) -> list[ErasurePair]:
