@@ -198,7 +198,7 @@ def stopped_after_a_checkpoint(command: list[str], folder) -> str:
 def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
     """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
     settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
-    further = quick(tiny_folder, **settings, train_batch_size=3, checkpointing_steps=3)
+    further = quick(tiny_folder, **settings, train_batch_size=3)
     command = [sys.executable, *torchrun(2), SCRIPT, *further]
     output = stopped_after_a_checkpoint(command, tmp_path)
     assert "The same command goes on from there" in output
