@@ -342,7 +342,7 @@ def test_what_is_blurred_is_as_in_the_erasure_unless_told(tmp_path, concept, blu
         (["--seed", "-1"], "--seed -1 must be"),
         (["--erased", "no/where"], "give the path of a local folder with --erased"),
         (["--erased", "no/where"], 'the model "no/where" is not in the local cache'),
-        (["--erased", "no\nwhere\x1b[2J"], 'the model "no\\nwhere\\x1b[2J" is not in the local cache'),
+        (["--erased", "no\nwhere\x1b[2J"], '--erased "no\\nwhere\\x1b[2J" holds the character \\x1b: leave it out'),
         (["--base", "no/where"], "or give the path of a local folder with --base"),
     ],
 )
