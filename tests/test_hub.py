@@ -191,7 +191,7 @@ def test_a_card_with_every_field_full(tmp_path, monkeypatch):
     assert found["training/remembered", "frechet_distance"] == 5.0
     assert found["robustness/inception-v3-compat against real images", "recall"] == 0.5
     assert found["robustness/attack textual inversion", "recognised"] == 0.75
-    for heading in ("What was erased", "Before and after", "Evaluation", "Limits", "Intended use and misuse",
+    for heading in ("What was to be erased", "Before and after", "Evaluation", "Limits", "Intended use and misuse",
                     "How to load it", "Hyper-parameters", "Fisher information", "How to reproduce it",
                     "How to cite"):  # fmt: skip
         assert f"\n## {heading}\n" in text
@@ -214,6 +214,20 @@ def test_a_card_with_every_field_full(tmp_path, monkeypatch):
     assert "python examples/evaluate_sa.py --base base --erased no-brad" in text
     assert "alice" not in text
     assert "None" not in text.replace("None:", "")
+
+
+@pytest.mark.parametrize(("left", "later"), [(0.0, None), (0.0, 0.5), (0.5, None), (None, None)])
+def test_a_title_says_without_only_where_all_that_was_measured_says_forgotten(tmp_path, left, later):
+    folder = full_folder(tmp_path / "no-brad")
+    for place, share_left in ((folder, left), (folder / "evaluation-concept", later)):
+        if share_left is None:
+            (place / REPORT_NAME).unlink(missing_ok=True)
+            continue
+        rows = [row("brad pitt", "concept", 1.0, share_left)]
+        write_json(place / REPORT_NAME, {**FULL_REPORT, "rows": rows})
+    ending = ' without "brad pitt"' if (left, later) == (0.0, None) else ', trained to forget "brad pitt"'
+    text = str(build_model_card(folder))
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [f"# {BASE_NAME.split('/')[1]}{ending}"]
 
 
 def test_a_card_with_every_field_empty(tmp_path):
@@ -265,7 +279,7 @@ def test_any_file_may_be_missing(tmp_path, missing):
     shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
     text = str(build_model_card(folder))
     assert card_errors(text) == []
-    assert 'without "brad pitt"' in text
+    assert 'trained to forget "brad pitt"' in text
 
 
 @pytest.mark.parametrize(("registered", "own"), [(True, "train_own.py"), (True, None), (False, "train_own.py")])
@@ -580,6 +594,8 @@ def test_what_is_pushed_is_what_loads_by_name(erased, tmp_path):
         assert str(tmp_path.parent).encode() not in content, name
     assert TOKEN not in first.stdout + first.stderr
     assert f"Bearer {TOKEN}" in hub.tokens
+    # Whoever publishes it is told what was found.
+    assert f"verdict   {read_json(erased / REPORT_NAME)['verdict']['line']}" in first.stdout
 
 
 def test_a_model_of_classes_brings_its_code(tmp_path):

@@ -253,7 +253,7 @@ def test_push_to_hub(tiny_folder, tmp_path):
         json.loads(pushed["report.json"])["rows"] == json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
     )
     assert json.loads(pushed["selective_amnesia.json"])["concept"] == ["brad pitt"]
-    assert b'without "brad pitt"' in pushed["README.md"]
+    assert b'trained to forget "brad pitt"' in pushed["README.md"]
     assert not any(str(tmp_path.parent).encode() in content for content in pushed.values())
     assert not any(name.startswith(("logs/", "checkpoint", ".")) for name in pushed)
     assert not any(b"hf_secret" in content for content in pushed.values())
@@ -268,7 +268,7 @@ def test_a_failed_push_loses_nothing(tiny_folder, tmp_path):
     assert result.returncode != 0
     assert 'the upload to "out" failed' in result.stderr
     assert "python examples/push_to_hub.py out --hub_model_id out`" in result.stderr
-    assert 'without "brad pitt"' in (tmp_path / "out" / "README.md").read_text()
+    assert 'trained to forget "brad pitt"' in (tmp_path / "out" / "README.md").read_text()
     assert load_without_the_package(tmp_path / "out", "cat") == "(16, 16)"
 
 

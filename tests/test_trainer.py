@@ -14,7 +14,9 @@ from sa_diffusers import (
     select_parameters,
 )
 from sa_diffusers.environment import create_accelerator
+from sa_diffusers.files import write_json
 from sa_diffusers.output_folder import OutputFolder
+from sa_diffusers.publish import build_model_card
 from sa_diffusers.training.batches import BatchPolicy
 from sa_diffusers.training.loop import Loop
 from sa_diffusers.training.trainable import FullWeights
@@ -398,6 +400,23 @@ def test_validation_images_are_written_during_training(tmp_path, monkeypatch, fi
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="not finite at step"):
         trainer_for(learning_rate=1e30, max_train_steps=20).train()
+
+
+def test_evaluations_of_earlier_weights_leave_with_them(tmp_path):
+    """Until the new ones are evaluated, nothing is left that a card could take for a finding about them."""
+    trainer = trainer_for(max_train_steps=1)
+    trainer.train()
+    trainer.save(tmp_path)
+    found = {"rows": [{"name": "cat", "role": "concept", "images": 100, "recognised": {
+        time: {"share": share, "interval": [share, share]} for time, share in (("before", 1.0), ("after", 0.0))}}],
+        "erased_module": "that of earlier weights"}  # fmt: skip
+    for name in ("evaluation-concept", "evaluation/celebrity"):
+        write_json(tmp_path / name / "report.json", found)
+    write_json(tmp_path / "evaluation-notes" / "mine.json", {})
+    assert "FORGOTTEN" in str(build_model_card(tmp_path))
+    trainer.save(tmp_path)
+    assert "FORGOTTEN" not in str(build_model_card(tmp_path))
+    assert [path.name for path in tmp_path.glob("evaluation*")] == ["evaluation-notes"]
 
 
 def test_the_saved_pipeline_holds_the_trained_weights(tmp_path):

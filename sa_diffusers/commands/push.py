@@ -40,13 +40,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def push(config: PushConfig) -> str:
-    """Upload the folder; returns its address on the Hub."""
+    """Upload the folder, and tell what its reports say; returns its address on the Hub."""
     # Imported late: these take seconds, and a mistake on the command line should not.
     from ..families.adapters import ADAPTER_FILE
     from ..families.names import TRAINED_NAME
     from ..fisher import FisherInformation
     from ..hub import push_folder
+    from ..markup import visible
     from ..publish import push_pipeline
+    from ..publish.facts import read_facts
 
     folder = config.folder
     settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
@@ -58,4 +60,10 @@ def push(config: PushConfig) -> str:
     if (folder / FISHER_CONFIG_NAME).is_file() and not is_pipeline:
         card = FisherInformation.from_pretrained(folder).model_card
         return push_folder(folder, name, private, card, commit_message="Upload Fisher information")
-    return push_pipeline(folder, name, private)
+    address = push_pipeline(folder, name, private)
+    facts = read_facts(folder)
+    if facts.ending:
+        print(f"training  {facts.ending.title}: {visible(facts.ending.sentence)}")
+    for verdict in facts.verdicts:
+        print(f"verdict   {visible(verdict.line)}")
+    return address

@@ -33,7 +33,7 @@ from ..report.cost import cost_sentence, cost_table
 from ..report.document import Table, render
 from ..report.provenance import not_repeatable, path_settings
 from ..results.figures import percent, sampling_text, significant
-from ..results.verdict import decide
+from ..results.verdict import FORGOTTEN
 from .facts import Facts, read_facts
 from .metadata import eval_results
 from .sentences import conditions, damage, leaks, quoted, remembered, setting_text, surrogate_name, tables
@@ -167,15 +167,16 @@ class _Card:
     @property
     def title(self) -> str:
         base = Path(self.facts.base).name if self.facts.base else self.facts.name
-        forgotten = " and ".join(self.concepts)
-        return f"{_md(base)} without {forgotten}" if forgotten else _md(self.facts.name)
+        names = " and ".join(self.concepts)
+        if not names:
+            return _md(self.facts.name)
+        is_gone = self.facts.verdicts and all(verdict.outcome == FORGOTTEN for verdict in self.facts.verdicts)
+        return f"{_md(base)} without {names}" if is_gone else f"{_md(base)}, trained to forget {names}"
 
     @property
     def verdicts(self) -> list[dict[str, Any]]:
-        """Of each report that has rows of a concept the line, and what it means or has no room for."""
-        found = [report.verdict or decide(report) for report in self.facts.reports.values()
-                 if report.of_role("concept")]  # fmt: skip
-        return [{"line": verdict.line, "notes": verdict_notes(verdict)} for verdict in found]
+        """Of each verdict the line, and what it means or has no room for."""
+        return [{"line": verdict.line, "notes": verdict_notes(verdict)} for verdict in self.facts.verdicts]
 
     @property
     def base(self) -> str:
@@ -199,7 +200,9 @@ class _Card:
         given = self.facts.report.handed_in.get("surrogates")
         lines = [[pair.concept, surrogate_name(pair), f"handed in: {given}" if given else
                   _SURROGATE_KINDS.get(pair.kind, "not recorded")] for pair in pairs]  # fmt: skip
-        return Table("", ["asked for", "drawn in its place", "where that comes from"], lines, frozenset({0, 1, 2}))
+        return Table(
+            "", ["asked for", "to be drawn in its place", "where that comes from"], lines, frozenset({0, 1, 2})
+        )
 
     @property
     def shows_pictures(self) -> bool:

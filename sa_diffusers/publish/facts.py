@@ -20,7 +20,8 @@ from ..families.registry import family_of
 from ..families.trained import read_trained
 from ..files import Recorded, read_json
 from ..hub import evaluation_reports, shown_name
-from ..results.schema import FUSED, Ending, ErasedPair, Report, Row
+from ..results.schema import FUSED, Ending, ErasedPair, Report, Row, Verdict
+from ..results.verdict import decide
 
 INDEX_NAME = "model_index.json"
 
@@ -117,6 +118,11 @@ class Facts:
     @property
     def concepts(self) -> list[str]:
         return [pair.concept for pair in self.pairs]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Of each report that has rows of a concept."""
+        return [report.verdict or decide(report) for report in self.reports.values() if report.of_role("concept")]
 
     @property
     def rows(self) -> list[Row]:

@@ -297,8 +297,8 @@ class Training:
         """Write the erased pipeline, or the adapter alone, its settings, the training history, how the training ended,
         and what the Fisher information came from.
 
-        What belongs to earlier weights in the folder (report, pictures, card) goes in the same step. Files of the
-        user's own stay.
+        What belongs to earlier weights in the folder (report, pictures, card, evaluations) goes in the same step. Files
+        of the user's own stay.
 
         Raises:
             ValueError: There is no adapter yet.
@@ -314,6 +314,8 @@ class Training:
                    FISHER_CONFIG_NAME, MERGED_NAME, REPORTED, *model_files(folder)]  # fmt: skip
         if is_own_card(folder):
             leaving.append(CARD_NAME)
+        evaluations = folder.glob(f"evaluation*/**/{REPORT_NAME}")
+        leaving += sorted({path.relative_to(folder).parts[0] for path in evaluations})
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
         if apart:
             leaving.append(VALIDATION_NAME)
