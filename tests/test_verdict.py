@@ -123,6 +123,21 @@ def test_what_so_few_images_cannot_show_is_not_called_kept(images, told):
     assert {row.outcome for row in found.kept} == {"damaged" if images > 7 else "not measurable"}
 
 
+@pytest.mark.parametrize(("unknown", "told"), [
+    (9, "whether others are damaged cannot be told: they were hardly recognised before"),
+    (2, "none of 7 others is damaged; 2 more were hardly recognised before"),
+    (0, "none of 9 others is damaged"),
+])  # fmt: skip
+def test_what_was_not_recognised_before_is_not_called_kept(unknown, told):
+    """There is nothing that it could lose."""
+    rows = [kept(f"thing {number}", 0, 0) for number in range(9)]
+    seen = Times(Share.of(7, 60), Share.of(7, 60))
+    rows[:unknown] = [replace(row, recognised=seen) for row in rows[:unknown]]
+    found = verdict(concept(60, 0, 60), *rows)
+    assert found.line.endswith(f"; {told}.")
+    assert [row.outcome for row in found.kept] == ["not measurable"] * unknown + ["kept"] * (9 - unknown)
+
+
 def test_statistics_agree_with_other_formulas():
     # One-sided binomial tail, from its definition.
     assert sign_test(7, 2) == pytest.approx(sum(math.comb(9, k) for k in (7, 8, 9)) / 512)

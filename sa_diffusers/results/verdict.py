@@ -42,7 +42,8 @@ def decide(report: Report) -> Verdict:
     surrogate's own samples for the concept. The worst row counts.
 
     What should have stayed is *damaged* where fewer of its images are recognised, by a one-sided sign test over pairs
-    of equal seeds at 5 %, corrected for the number of rows (Holm); else *kept*.
+    of equal seeds at 5 %, corrected for the number of rows (Holm); *not measurable* where so few were recognised before
+    that the loss of all would be no damage; else *kept*.
     """
     rows = [row for row in report.of_role("concept") if row.phrasing in COUNTED]
     names = list(dict.fromkeys(pair.concept for pair in report.pairs))
@@ -121,11 +122,16 @@ def _likeness(row: Row) -> str:
 
 def _kept(rows: Sequence[Row]) -> list[KeptVerdict]:
     raw = [sign_test(row.paired.lost, row.paired.gained) for row in rows if row.paired]
-    too_few = [row.images < images_to_test(len(rows)) for row in rows]
+    too_few = [_to_lose(row) < images_to_test(len(rows)) for row in rows]
     return [
         KeptVerdict(row.name, DAMAGED if p <= SIGNIFICANCE else NOT_MEASURABLE if few else KEPT, p)
         for row, p, few in zip(rows, holm(raw), too_few, strict=True)
     ]
+
+
+def _to_lose(row: Row) -> int:
+    """Images that were recognised before."""
+    return row.images if row.recognised is None else round(row.recognised.before.share * row.images)
 
 
 def images_to_test(rows: int) -> int:
@@ -152,8 +158,12 @@ def _line(outcome: str, concepts: list[ConceptVerdict], kept: list[KeptVerdict],
         more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
         rest = f"damaged: {', '.join(f'“{name}”' for name in damaged[:_NAMED])}{more}, of {len(kept)} others"
     elif untested:
-        needed = images_to_test(len(kept))
+        needed, tested = images_to_test(len(kept)), len(kept) - len(untested)
         rest = f"whether others are damaged cannot be told from so few images: {needed} a row are needed"
+        if all(row.images >= needed for row in report.rows if row.role != "concept" and row.paired is not None):
+            rest = "whether others are damaged cannot be told: they were hardly recognised before"
+            if tested:
+                rest = f"none of {tested} others is damaged; {len(untested)} more were hardly recognised before"
     elif kept:
         rest = f"none of {len(kept)} others is damaged"
     return f"{outcome.upper()}: {because}; {rest}."
