@@ -1,5 +1,6 @@
 """From an adapter to a whole pipeline, and from the weights of an erased pipeline to an adapter."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from .families.adapters import (
 )
 from .families.digests import fingerprint_module
 from .families.trained import told_variant
-from .files import new_folder, write_json
+from .files import check_writable, new_folder, write_json
 from .hub import adapter_header, drop_local_names
 from .output_folder import check_written
 from .publish import write_model_card
@@ -97,7 +98,7 @@ def merge_adapter(
         _warn_of_other_weights(objective, name, so)
     load_adapter(objective, file)
     fuse_adapter(objective)
-    with new_folder(output_dir) as staging:
+    with new_folder(output_dir, shared=False) as staging:
         objective.save(staging)
         drop_local_names(staging)
         _tell(staging, settings, output_dir)
@@ -157,7 +158,7 @@ def extract_adapter(
         settings.get("concept", []), settings.get("surrogate", []), place, revision, type(pipeline).__name__,
         told_variant(place, pipeline.components, revision, settings.get("variant")),
     )  # fmt: skip
-    with new_folder(output_dir) as staging:
+    with new_folder(output_dir, shared=False) as staging:
         save_adapter(before, state, rank, staging, {**header, "share_of_update": f"{extracted.kept:.4f}"})
         # The erasure was one of weights, and is repeated so.
         _tell(staging, {**settings, "lora_rank": rank}, output_dir)
@@ -239,6 +240,10 @@ def _warn_of_other_weights(base: Objective, name: str, so: str) -> None:
 def _check_empty(folder: Path) -> None:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"output_dir={folder} holds something already: choose an empty folder")
+    if folder.is_mount():
+        raise ValueError(f"output_dir={folder} is where a disk is mounted: choose a folder in it")
+    # It is made beside, and renamed.
+    check_writable(Path(os.path.realpath(folder)).parent, "output_dir")
 
 
 def _tell(staging: Path, settings: dict[str, Any], folder: Path) -> None:

@@ -1,13 +1,17 @@
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sa_diffusers.files import new_folder, read_json, replacing_folder, write_json
+from sa_diffusers.files import check_writable, finish_interrupted, new_folder, read_json, replacing_folder, write_json
+from sa_diffusers.processes import Lock
 
 from .conftest import REPOSITORY
 
@@ -95,3 +99,83 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(ValueError, match="a.json is not valid JSON"):
         read_json(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_leads_to_where_a_folder_is_made(tmp_path, is_there):
+    place, link = tmp_path / "other disk" / "out", tmp_path / "link"
+    if is_there:
+        place.mkdir(parents=True)
+    link.symlink_to(place)
+    with new_folder(link) as staging:
+        (staging / "weights").write_text("new")
+    assert (place / "weights").read_text() == "new"
+    assert link.is_symlink()
+    assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_another_run_has_made_meanwhile_passes_for_ones_own_only_where_it_is_the_same(tmp_path, shared):
+    folder = tmp_path / "out"
+
+    def make():
+        with new_folder(folder, shared) as staging:
+            (staging / "weights").write_text("mine")
+            folder.mkdir()
+            (folder / "weights").write_text("another's")
+
+    if shared:
+        make()
+    else:
+        with pytest.raises(OSError, match="could not write .*out"):
+            make()
+    assert (folder / "weights").read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def as_nobody(function):
+    """What a function raises for a user whom permissions bind."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            function()
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as told:
+        return told.read()
+
+
+def test_a_folder_that_one_may_only_read(tmp_path):
+    """Whether a run is using it cannot be told, which does not hinder reading; that it cannot be written is told."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"output_dir=.*: nothing can be written into {tmp_path}/file: choose another"):
+        check_writable(tmp_path / "file" / "a" / "b", "output_dir")
+    check_writable(tmp_path / "a" / "b", "output_dir")
+    # Others may not even look into the folders of a test.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        folder.mkdir()
+
+        def lock():
+            return Lock(folder / "lock", "it is in use")
+
+        with lock():
+            pass
+        # Of a process that is no more.
+        left = folder / f".report.json-writing-{socket.gethostname().replace('-', '_')}-4194305-abc"
+        left.touch()
+        for place, mode in ((folder / "lock", 0o444), (folder, 0o555), (folder.parent, 0o755)):
+            place.chmod(mode)
+        assert "Permission" in as_nobody(lambda: lock().__enter__())
+        assert as_nobody(lambda: lock().check()) == ""
+        assert as_nobody(lambda: finish_interrupted(folder)) == ""
+        wanted = f"ValueError: output_dir={folder}/a/b: nothing can be written into {folder}: choose another folder"
+        assert as_nobody(lambda: check_writable(folder / "a" / "b", "output_dir")) == wanted
+        folder.chmod(0o755)
+        finish_interrupted(folder)
+        assert not left.exists()

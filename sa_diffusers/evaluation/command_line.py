@@ -20,6 +20,7 @@ from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, kind_in, load_pipeline, objective_for
 from ..families.adapters import find_adapter, with_adapter
 from ..families.names import resolved_revision
+from ..files import check_writable
 from ..hub import one_line
 from ..markup import visible
 from ..output_folder import check_written
@@ -185,6 +186,7 @@ def run(args: EvaluationConfig) -> Report | None:
     config = erasure_of(args)
     load = loader(args, config)
     check_request(args, config, load)
+    check_writable(args.output_dir, "output_dir")
     accelerator = launched(config.precision)
     request = Request(args, config, accelerator.device)
     protocol = PROTOCOLS[args.protocol](request)

@@ -2,11 +2,12 @@
 
 from .folders import finish_interrupted, load_kept, new_folder, replacing_folder, set_aside, sweep
 from .sealed import digest_of, digests_of, read_record, read_sealed, resealed, write_record, write_sealed
-from .single import DamagedArtefact, Recorded, read_json, write_bytes, write_json, write_text
+from .single import DamagedArtefact, Recorded, check_writable, read_json, write_bytes, write_json, write_text
 
 __all__ = [
     "DamagedArtefact",
     "Recorded",
+    "check_writable",
     "digest_of",
     "digests_of",
     "finish_interrupted",

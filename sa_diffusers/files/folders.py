@@ -1,6 +1,7 @@
 """Whole folders: made beside and renamed into place, replaced entry by entry, set aside."""
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -15,14 +16,19 @@ Kept = TypeVar("Kept")
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder; on success it becomes `folder` in one step, if there is none by then.
+def new_folder(folder: str | Path, shared: bool = True) -> Iterator[Path]:
+    """Yield an empty folder; on success it becomes `folder` in one step, if there is none by then, or an empty one.
+
+    Args:
+        folder: A link leads to where it is made.
+        shared: Whether a run that was faster has made the same, and what it made stays.
 
     Raises:
         OSError: As raised while writing, with the place and what to do added to its message.
     """
-    folder = Path(folder)
-    with disk_errors(folder):
+    with disk_errors(Path(folder)):
+        # Over a link no folder can be renamed.
+        folder = Path(os.path.realpath(folder))
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent, f".{folder.name}{WRITING}")
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}{WRITING}{owner()}-", dir=folder.parent))
@@ -33,8 +39,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             try:
                 staging.rename(folder)
             except OSError:
-                # Another run was faster: what it made is the same.
-                if not folder.is_dir():
+                if not (shared and folder.is_dir() and any(folder.iterdir())):
                     raise
             flush_to_disk(folder.parent)
         finally:
@@ -169,4 +174,6 @@ def sweep(parent: str | Path, prefix: str) -> None:
 def _sweep_files(folder: Path) -> None:
     for path in folder.glob(f".*{WRITING}*"):
         if path.is_file() and not is_alive(path, ""):
-            path.unlink(missing_ok=True)
+            # In a folder that one may only read it stays.
+            with contextlib.suppress(OSError):
+                path.unlink()

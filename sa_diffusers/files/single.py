@@ -98,6 +98,23 @@ def is_alive(path: Path, prefix: str) -> bool:
     return time.time() - written < _FOREIGN_SECONDS
 
 
+def check_writable(folder: str | Path, name: str) -> None:
+    """Refuse a folder that cannot be written, or made, before the work for it is done.
+
+    Args:
+        folder: It need not be there.
+        name: What the user calls it.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    place = Path(os.path.realpath(folder))
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={folder}: nothing can be written into {place}: choose another folder")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, beside `path` first and then renamed over it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
