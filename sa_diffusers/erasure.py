@@ -103,6 +103,9 @@ class Erasure:
             raise ValueError("surrogates are handed in: say in the setting surrogate what they are, for the report")
         remembered = _remembered(config, replay)
         self.output_dir = config.resolved_output_dir
+        base = Path(config.pretrained_model_name_or_path)
+        if base.is_dir() and self.output_dir.is_dir() and base.samefile(self.output_dir):
+            raise ValueError(f"output_dir={self.output_dir} is the base model's own folder: choose another")
         if config.push_to_hub:
             # A name that the Hub refuses should not come to light after hours.
             repository_name(self.output_dir, config.hub_model_id)

@@ -216,6 +216,19 @@ def test_a_cache_that_is_a_file_is_refused_before_the_model_is_loaded(tiny_folde
         check_artifacts_dir(SelectiveAmnesiaConfig(concept="x", surrogate="y", report_to="none"))
 
 
+def test_the_base_models_own_folder_is_never_written_into(tiny_folder, tiny_settings, tmp_path):
+    """Replaced by what was made of it, the base model would be gone, and no command could be given again."""
+    base, link = tmp_path / "base", tmp_path / "link"
+    shutil.copytree(tiny_folder, base)
+    # An earlier erasure may be a base.
+    (base / "selective_amnesia.json").write_text("{}")
+    link.symlink_to(base)
+    for place in (base, link):
+        changes = {"pretrained_model_name_or_path": str(base), "output_dir": str(place), "overwrite_output_dir": True}
+        with pytest.raises(ValueError, match="is the base model's own folder: choose another"):
+            Erasure(SelectiveAmnesiaConfig(**{**tiny_settings, **changes}))
+
+
 def test_a_tracker_that_cannot_be_reached_costs_no_samples(tiny_settings, monkeypatch):
     erasure = Erasure(SelectiveAmnesiaConfig(**{**tiny_settings, "report_to": "tensorboard"}))
 
