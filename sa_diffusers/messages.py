@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import itertools
+import os
 import reprlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -79,11 +80,11 @@ def near_paths(path: str | Path) -> str:
     """As `did_you_mean`, of files and folders beside a path that does not exist."""
     path = Path(path)
     try:
-        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        names = [name for name in os.listdir(path.parent) if not name.startswith(".") and name != path.name]
     except (OSError, ValueError):
         # Its folder may be the misspelt part.
         parent = path.parent
-        if parent == parent.parent or parent.exists():
+        if parent == parent.parent or os.path.exists(parent):
             return ""
         return near_paths(parent)
     near = did_you_mean(path.name, names)

@@ -1,6 +1,7 @@
 """Whatever holds prompts is read the same way, or refused in a sentence."""
 
 import json
+import os
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -50,6 +51,19 @@ def test_columns_are_named_behind_a_colon(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": "a dog", "prompt": "a cow"}\n')
     with pytest.raises(ValueError, match="more than one column may hold the prompts; it has text, prompt"):
         read_texts(tmp_path / "p.jsonl", "x")
+
+
+def test_what_is_no_file_and_what_is_half_a_character_is_told(tmp_path):
+    """Half a character could be sampled with, and then not be written."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name in (f"{tmp_path}/pipe.txt", "/dev/zero"):
+        with pytest.raises(ValueError, match="it is a device or a pipe: give a text file"):
+            read_prompts(name)
+    (tmp_path / "p.json").write_text('["a dog", "a \\ud83d dog"]')
+    with pytest.raises(ValueError, match=r"a \\ud83d dog holds half of a character"):
+        read_prompts(str(tmp_path / "p.json"))
+    (tmp_path / "p.json").write_text('["a \\ud83d\\ude00 dog"]')
+    assert read_prompts(str(tmp_path / "p.json")) == ["a \U0001f600 dog"]
 
 
 def test_parquet_files_and_datasets(tmp_path):

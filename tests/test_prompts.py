@@ -1,3 +1,6 @@
+import re
+import warnings
+
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -67,6 +70,24 @@ def test_prompt_with_a_slash_is_a_prompt():
 def test_bad_pairs(concepts, surrogates, message):
     with pytest.raises(ValueError, match=message):
         pair_concepts(concepts, surrogates)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "surrogates", "named"),
+    [
+        (["cat"], ["a photo of a CAT"], ["cat"]),
+        (["cat"], ["cats"], ["cat"]),
+        (["cat", "dog"], ["a dog on a mat", "a cow"], ["dog"]),
+        (["angry cat"], ["cat"], []),
+        (["cat"], ["a dog"], []),
+    ],
+)
+def test_a_surrogate_that_names_the_concept_is_warned_of(concepts, surrogates, named):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pair_concepts(concepts, surrogates)
+    found = [re.search('names "(.*)", which is to be forgotten', str(warning.message)) for warning in caught]
+    assert [match[1] for match in found] == named
 
 
 def test_surrogate_folder_without_images(tmp_path):

@@ -59,7 +59,20 @@ def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str], must_exist
             parsed[place] = Surrogate("images", surrogate.value)
     pairs = pair_up(concepts, parsed, name_key)
     _check_near_names(pairs)
+    if must_exist:
+        _warn_of_named_concepts(pairs)
     return pairs
+
+
+def _warn_of_named_concepts(pairs: Sequence[ErasurePair]) -> None:
+    """Warn of surrogates that name what is to be forgotten ("a photo of a cat" for "cat")."""
+    for surrogate in dict.fromkeys(pair.surrogate.value for pair in pairs if pair.surrogate.kind == "prompt"):
+        for named in (pair.concept for pair in pairs if names_concept(surrogate, pair.concept)):
+            warnings.warn(
+                f'the surrogate "{shown(surrogate)}" names "{shown(named)}", which is to be forgotten: choose another, '
+                "unless it means another thing",
+                stacklevel=3,
+            )
 
 
 def check_pairs(concepts: Sequence[str], surrogates: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def read_texts(source: str | Path, place: str) -> list[str]:
     name, column, split = split_source(str(source))
     try:
         path = Path(name).expanduser()
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_file, is_folder, is_else = path.is_file(), path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError):
         raise ValueError(f"{place}: there is no such file: give {FORMS}") from None
     if is_file:
@@ -67,9 +67,14 @@ def read_texts(source: str | Path, place: str) -> list[str]:
     elif is_folder or (column and not _is_path(name)):
         rows = _dataset_column(name if not is_folder else str(path), column, split, place)
     else:
-        raise ValueError(f"{place}: there is no such file{near_paths(path)}: give {FORMS}")
+        what = "it is a device or a pipe" if is_else else f"there is no such file{near_paths(path)}"
+        raise ValueError(f"{place}: {what}: give {FORMS}")
     texts = (" ".join(text.replace("\ufeff", "").split()) for text in rows)
-    return [text for text in texts if text]
+    found = [text for text in texts if text]
+    for text in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{place}: {shown(text)} holds half of a character, as of an emoji cut in two: remove it")
+    return found
 
 
 def _is_path(name: str) -> bool:
