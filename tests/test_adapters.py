@@ -636,6 +636,10 @@ def test_merging_extracting_and_evaluating_take_nothing_damaged(erased, tmp_path
                 ["evaluate", "--base", "base", "--erased", erased, "--protocol", "concept"]]  # fmt: skip
     for command in commands:
         assert "is not what the run wrote" in run_here(main, command, tmp_path).stderr
+    (tmp_path / "file").touch()
+    for command in commands[:2]:
+        result = run_here(main, [*command[:-1], tmp_path / "file" / "deep" / "merged"], tmp_path)
+        assert f"nothing can be written into {tmp_path}/file: choose another folder" in result.stderr
     # What a run is putting in place is its own to finish.
     (folder / ".saved").mkdir()
     with OutputFolder(folder).lock:
