@@ -739,6 +739,19 @@ def test_the_cards_command_takes_the_published_settings_and_pushes_nothing(erase
 # From Python
 
 
+def test_what_is_not_forgotten_is_not_pushed_where_it_has_to_be(tiny_folder, tmp_path):
+    with HubServer() as hub:
+        flags = quick(tiny_folder, output_dir="out", clip="none", push_to_hub=True, require_forgotten=True)
+        result = run(flags, tmp_path, online(hub, tmp_path / "cache"))
+        assert result.returncode == 3, result.stderr
+        assert "hub       not pushed, as the verdict is another than forgotten" in result.stdout
+        assert hub.files == {}
+        # Asked for without that condition, it goes up as it is.
+        result = run(flags[:-1], tmp_path, online(hub, tmp_path / "cache"))
+        assert result.returncode == 0, result.stderr
+        assert "tester/out" in hub.files
+
+
 def test_trainer_and_fisher_information_are_pushed_and_found_again(tiny_folder, tmp_path):
     settings = quick(tiny_folder, output_dir="fresh")
     script = textwrap.dedent(

@@ -81,6 +81,8 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
     say(f"\nPlan\n{erasure.plan()}\n")
     comparison = erasure.run(parts=True)
     own_card = erasure.accelerator.is_main_process and erasure.card_stage.run()
+    verdict, ending = comparison and comparison.report.verdict, comparison and comparison.report.ending
+    failed = config.require_forgotten and verdict and verdict.outcome != FORGOTTEN
     if comparison is not None:
         folder = erasure.output_dir
         say(f"\n{comparison.table()}\n")
@@ -89,17 +91,17 @@ def _erase(config: SelectiveAmnesiaConfig, build_objective: Callable | None) -> 
         say(f"pictures  {folder / GRID_NAME}")
         kept = "" if own_card else " (your own; not written)"
         say(f"card      {folder / CARD_NAME}{kept}")
-        address = erasure.push_stage.run()
-        if address:
+        if failed and config.push_to_hub:
+            say("hub       not pushed, as the verdict is another than forgotten (--require_forgotten)")
+        elif address := erasure.push_stage.run():
             say(f"hub       {address}")
         say(next_commands(config, folder, erasure.labels is not None))
-    verdict, ending = comparison and comparison.report.verdict, comparison and comparison.report.ending
     if ending:
         say(f"training  {ending.title}: {visible(ending.sentence)}")
     if verdict:
         say(f"verdict   {visible(verdict.line)}")
-        if config.require_forgotten and verdict.outcome != FORGOTTEN:
-            sys.exit(EXIT_NOT_FORGOTTEN)
+    if failed:
+        sys.exit(EXIT_NOT_FORGOTTEN)
 
 
 def next_commands(config: SelectiveAmnesiaConfig, folder: Path, has_classes: bool) -> str:

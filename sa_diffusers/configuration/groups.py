@@ -430,7 +430,7 @@ class ReportSettings(Settings):
         "auto", "blur every picture that is written: auto does where what is erased is nudity or of its kind", own=True
     )
     require_forgotten: bool = flag(
-        False, "end with exit code 3 unless the verdict is that every concept is forgotten", own=True
+        False, "end with exit code 3, and push nothing, unless the verdict is that every concept is forgotten", own=True
     )
     report_to: Tracker | None = flag(
         None, "tracker of the losses (default: tensorboard if it is installed, else none)", own=True
