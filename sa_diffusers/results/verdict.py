@@ -148,7 +148,7 @@ def _line(outcome: str, concepts: list[ConceptVerdict], kept: list[KeptVerdict],
     worst = [each for each in concepts if each.outcome == outcome]
     because = worst[0].because if worst else "no concept's images were evaluated"
     if len(worst) > 1:
-        because += f"; and so are {len(worst) - 1} more of {len(concepts)} concepts"
+        because += f"; {len(worst) - 1} more of {len(concepts)} concepts likewise"
     damaged = [row.name for row in kept if row.outcome == DAMAGED]
     rest = "nothing else was tested"
     untested = [row for row in kept if row.outcome == NOT_MEASURABLE]
