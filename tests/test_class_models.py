@@ -766,6 +766,8 @@ def test_base_training_takes_no_folder_of_something_else_and_none_in_use(tmp_pat
     with OutputFolder(tmp_path / "base").lock:
         refused = run_script(*command, tmp_path)
     assert (refused.returncode, "output_dir=base is in use by another run" in refused.stderr) == (1, True)
+    # Before the training, not after it.
+    assert "100%" not in refused.stderr
     # What the same training left is replaced.
     for _ in range(2):
         assert run_script(*command, tmp_path).returncode == 0

@@ -81,6 +81,7 @@ def _train(args: ClassModelConfig, accelerator: Accelerator, data: LabelledImage
         accelerator.print(
             f"{args.output_dir} holds this very training: nothing is trained (--resume_from_checkpoint no would)"
         )
+        accelerator.end_training()
         return
     if accelerator.log_with:
         accelerator.init_trackers("class-model", tracked(plain_settings(args)))

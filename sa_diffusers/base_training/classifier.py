@@ -90,12 +90,13 @@ def train_classifier(args: ClassifierConfig) -> None:
     if len(names) != len(data.names):
         raise ValueError(f"--labels names {len(names)} classes, the data has {len(data.names)}")
     model, processor = build(args, names)
-    train(model.to(device), processor, data, args, device)
-    with OutputFolder(args.output_dir).lock, replacing_folder(args.output_dir) as staging:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        told = _measured(ImageClassifier(staging, device), test, names)
-        write_json(staging / _FINISHED_NAME, {"images": len(test), "measured_on": measured_on, **told})
+    with OutputFolder(args.output_dir).lock:
+        train(model.to(device), processor, data, args, device)
+        with replacing_folder(args.output_dir) as staging:
+            model.save_pretrained(staging)
+            processor.save_pretrained(staging)
+            told = _measured(ImageClassifier(staging, device), test, names)
+            write_json(staging / _FINISHED_NAME, {"images": len(test), "measured_on": measured_on, **told})
     print(f"{told['accuracy']:.2%} of {len(test)} images of {measured_on} recognised")
 
 
