@@ -447,7 +447,7 @@ def test_the_learning_rate_falls_where_drift_goes_on_and_not_where_it_comes_back
 
 def test_consolidation_eases_while_nothing_drifts_and_the_concept_is_still_there():
     """Where EWC holds the concept too, no learning rate moves it (a digit of a VAE: 1,200 steps in place of 400)."""
-    loose, tight, given = (controlled(forget_target=1.0, max_train_steps=60, **settings) for settings in (
+    loose, tight, given = (controlled(forget_target=1.0, max_train_steps=30, **settings) for settings in (
         {"drift_tolerance": 900}, {"drift_tolerance": 1e-9}, {"drift_tolerance": 900, "ewc_weight": 7.0}))  # fmt: skip
     for training in (loose, tight, given):
         training.train()
@@ -469,7 +469,8 @@ def test_what_is_left_to_forget_is_all_that_is_not_forgotten_while_images_show_i
 
 
 @pytest.mark.parametrize("target", ["frozen", "noise"])
-def test_a_training_stops_when_both_wishes_hold_and_images_agree(target):
+def test_a_training_stops_when_both_wishes_hold_and_images_agree(target, monkeypatch):
+    monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 30)
     calls = []
 
     def check(turn):
@@ -531,7 +532,8 @@ def test_no_image_is_looked_at_while_the_rest_has_drifted_too_far(monkeypatch):
 
 
 def test_wishes_that_cannot_both_be_had_end_in_a_sentence_before_the_limit(monkeypatch):
-    monkeypatch.setattr(sa_diffusers.training.controller, "_PATIENCE", 60)
+    monkeypatch.setattr(sa_diffusers.training.controller, "_PATIENCE", 30)
+    monkeypatch.setattr(sa_diffusers.training.controller, "_HEAVIEST", 4.0)
     training = controlled(forget_target=1.0, drift_tolerance=1e-9, max_train_steps=1000)
     history = training.train()
     assert history[-1]["step"] < 500
@@ -563,9 +565,9 @@ def test_the_step_limit_says_what_was_open():
     "settings", [{}, {"target": "noise", "use_ema": False}, {"mixed_precision": "bf16", "ewc_weight": 1e-3}]
 )
 def test_a_resumed_run_decides_as_an_unbroken_one_does(tmp_path, settings):
-    whole = controlled(tmp_path / "whole", max_train_steps=30, **settings)
+    whole = controlled(tmp_path / "whole", max_train_steps=20, **settings)
     whole.train()
-    stopping = controlled(tmp_path / "broken", max_train_steps=30, checkpointing_steps=13, **settings)
+    stopping = controlled(tmp_path / "broken", max_train_steps=20, checkpointing_steps=13, **settings)
 
     def interrupt(state):
         if state.step == 14:
@@ -574,7 +576,7 @@ def test_a_resumed_run_decides_as_an_unbroken_one_does(tmp_path, settings):
     stopping.callbacks = [interrupt]
     with pytest.raises(KeyboardInterrupt):
         stopping.train()
-    again = controlled(tmp_path / "broken", max_train_steps=30, checkpointing_steps=13, **settings)
+    again = controlled(tmp_path / "broken", max_train_steps=20, checkpointing_steps=13, **settings)
     again.train()
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
     assert again.controller.state == whole.controller.state
