@@ -33,6 +33,7 @@ PAIRS = {"sneaker": "dress", "coat": "pullover", "bag": "sandal"}
 KINDS: dict[str, dict[str, Any]] = {"weights": {}} | {
     f"rank {rank}": {"adapter": "lora", "lora_rank": rank} for rank in (4, 8, 16)
 }
+KINDS["rank 8, rows by columns"] = {**KINDS["rank 8"], "fisher_form": "rows_by_columns"}
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0)
 # The picture's: what is erased, a near and a far neighbour.
 SHOWN = ("sneaker", "ankle boot", "trouser")
@@ -83,7 +84,7 @@ class Bench:
 
     def erasure(self, concepts: Sequence[str], method: str, kind: str) -> tuple[Erasure, dict[str, Any]]:
         """An erasure whose base model is as it was, and what its training took; trained if it is not."""
-        base, name = str(embedded_pipeline()), f"{'-'.join(concepts)}-{method}-{kind}".replace(" ", "-")
+        base, name = str(embedded_pipeline()), "-".join((*concepts, method, *kind.replace(",", "").split()))
         place = self.args.work_dir / "adapters" / name
         config = SelectiveAmnesiaConfig(**{
             **base_defaults({"pretrained_model_name_or_path": base}), "pretrained_model_name_or_path": base,
