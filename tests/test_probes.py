@@ -175,6 +175,28 @@ def test_readings_are_ratios_of_sums_over_samples_of_guided_predictions(tiny_obj
     assert reading.neighbours["a hen"] == pytest.approx(max(there, sum(far) / len(far) / unit), rel=1e-3)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_neighbour_s_drift_counts_at_any_timestep(tiny_objective, noisy):
+    """Over all of them, where it errs at the less noisy ones alone; else in the noisiest quarter."""
+    probes = probes_for(tiny_objective)
+    probes.prepare(tiny_objective.module)
+    near = next(noised for noised in probes._noised if noised.of.role == "neighbour")
+    edge = probes._noisiest_from
+    errs = (near.timesteps >= edge) == noisy
+    assert errs.any() and not errs.all()
+
+    def off(sample, timesteps, **more):
+        found = tiny_objective.module(sample, timesteps, **more)[0]
+        return (found + 0.1 * ((timesteps >= edge) == noisy).float().reshape(-1, 1, 1, 1),)
+
+    # Of both the guided and the unguided answer: guidance changes nothing of it.
+    far = 0.1**2 / GUIDANCE**2
+    overall = far * errs.float().mean().item() / probes.denominator
+    found = probes.read(off).neighbours["a hen"]
+    assert found == pytest.approx(far / probes._noisiest_unit(near) if noisy else overall, rel=1e-3)
+    assert found > overall or not noisy
+
+
 @torch.no_grad()
 def answer(objective, noised, row, text):
     part = slice(row, row + 1)
