@@ -82,7 +82,7 @@ WITH_FEWER_STEPS = """
 import inspect, runpy, sys
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
 
-fewer = {"max_train_steps": 200, "num_inference_steps": 5}
+fewer = {"max_train_steps": 60, "num_inference_steps": 5}
 init, fields = SelectiveAmnesiaConfig.__init__, SelectiveAmnesiaConfig.__dataclass_fields__
 names = list(inspect.signature(init).parameters)[1:]
 init.__defaults__ = tuple(fewer.get(name, value) for name, value in zip(names, init.__defaults__))
@@ -101,7 +101,7 @@ def test_the_bare_command(tmp_path):
     (tmp_path / "fewer_steps.py").write_text(WITH_FEWER_STEPS)
     result = run([SCRIPT, *arguments], tmp_path, environment, launch=True, script=tmp_path / "fewer_steps.py")
     assert result.returncode == 0, result.stderr
-    assert "train     at most 200 steps" in result.stdout
+    assert "train     at most 60 steps" in result.stdout
     output = tmp_path / "brad-pitt"
     assert load_without_the_package(output, "Brad Pitt") == "(16, 16)"
     assert (output / "before_after.png").is_file()
