@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration import BASE_DEFAULTS_NAME, CONFIG_NAME, REPORT_NAME
+from .configuration import BASE_DEFAULTS_NAME, CONFIG_NAME, REPORT_FILES, REPORT_NAME
 from .files import read_json, resealed, write_json
 from .markup import single_line, visible
 
@@ -210,6 +210,29 @@ def evaluation_reports(folder: str | Path, stale: bool = False) -> list[Path]:
         return len(modules) > 1
 
     return [path for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")) if is_stale(path) == stale]
+
+
+def evaluation_files(folder: Path) -> list[str]:
+    """What evaluations have written into folders inside of an erased pipeline's, whichever pipeline they are of.
+
+    A link to a folder with a report stands for that report. Files that somebody else has put beside one are left out.
+    """
+    found = []
+    for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")):
+        top = folder / path.relative_to(folder).parts[0]
+        if _is_of_an_evaluation(path):
+            written = [top] if top.is_symlink() else [path.with_name(name) for name in REPORT_FILES]
+            found += [file.relative_to(folder).as_posix() for file in written if file.exists()]
+    return list(dict.fromkeys(found))
+
+
+def _is_of_an_evaluation(path: Path) -> bool:
+    """Whether a `report.json` is one of this package's, of any version."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and not {"rows", "schema_version"}.isdisjoint(values)
 
 
 def _named_values(path: Path) -> dict[str, Any]:

@@ -410,13 +410,23 @@ def test_evaluations_of_earlier_weights_leave_with_them(tmp_path):
     found = {"rows": [{"name": "cat", "role": "concept", "images": 100, "recognised": {
         time: {"share": share, "interval": [share, share]} for time, share in (("before", 1.0), ("after", 0.0))}}],
         "erased_module": "that of earlier weights"}  # fmt: skip
-    for name in ("evaluation-concept", "evaluation/celebrity"):
+    for name in ("evaluation-concept", "evaluation/celebrity", "evaluation-data/deep/down", "evaluation-seen"):
         write_json(tmp_path / name / "report.json", found)
-    write_json(tmp_path / "evaluation-notes" / "mine.json", {})
+        (tmp_path / name / "report.html").touch()
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "evaluation-seen").rename(elsewhere)
+    (tmp_path / "evaluation-seen").symlink_to(elsewhere)
     assert "FORGOTTEN" in str(build_model_card(tmp_path))
+    kept = ["evaluation-data/deep/down/notes.txt", "evaluation-data/photo.png", "evaluation-mine/report.html",
+            "evaluation-mine/report.json", "evaluation-notes/mine.json"]  # fmt: skip
+    for name in kept:
+        write_json(tmp_path / name, {"mine": 1})
     trainer.save(tmp_path)
     assert "FORGOTTEN" not in str(build_model_card(tmp_path))
-    assert [path.name for path in tmp_path.glob("evaluation*")] == ["evaluation-notes"]
+    left = [path for top in tmp_path.glob("evaluation*") for path in top.rglob("*") if path.is_file()]
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in left) == kept
+    assert not any((tmp_path / name).exists() for name in ("evaluation-concept", "evaluation", "evaluation-seen"))
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["report.html", "report.json"]
 
 
 def test_the_saved_pipeline_holds_the_trained_weights(tmp_path):

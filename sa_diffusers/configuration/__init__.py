@@ -13,6 +13,7 @@ from .names import (
     GRID_NAME,
     HISTORY_NAME,
     MERGED_NAME,
+    REPORT_FILES,
     REPORT_NAME,
 )
 from .reading import experiments
@@ -26,6 +27,7 @@ __all__ = [
     "HISTORY_NAME",
     "MERGED_NAME",
     "LR_SCHEDULERS",
+    "REPORT_FILES",
     "REPORT_NAME",
     "SAMPLERS",
     "ClassModelConfig",

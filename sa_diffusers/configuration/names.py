@@ -6,5 +6,7 @@ ENDING_NAME = "training_ending.json"
 MERGED_NAME = "merged_adapter.json"
 REPORT_NAME = "report.json"
 GRID_NAME = "before_after.png"
+# What an evaluation writes.
+REPORT_FILES = (REPORT_NAME, "report.md", "report.html", GRID_NAME)
 FISHER_CONFIG_NAME = "fisher_config.json"
 BASE_DEFAULTS_NAME = "selective_amnesia_defaults.json"

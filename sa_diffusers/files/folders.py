@@ -56,7 +56,8 @@ def replacing_folder(folder: str | Path, leaving: Sequence[str] = ()) -> Iterato
 
     Args:
         folder: Made if it is not there.
-        leaving: Entries of `folder` that belong to the old ones: they go in the same step.
+        leaving: Entries of `folder`, or of folders in it, that belong to the old ones: they go in the same step, and so
+            does a folder that is empty then.
 
     Raises:
         OSError: As raised while writing, with the place and what to do added to its message.
@@ -104,6 +105,10 @@ def _move_in(folder: Path) -> None:
         for name in read_json(saved / _LEAVING):
             if (folder / name).exists():
                 _retire(folder / name, retired)
+            for parent in Path(name).parents[:-1]:
+                # The folder that it leaves is gone with its last file.
+                with contextlib.suppress(OSError):
+                    (folder / parent).rmdir()
         (saved / _LEAVING).unlink()
     # What is hidden says that the rest is there: it comes last.
     entries = sorted(saved.rglob("*"), key=lambda path: (path.relative_to(saved).parts[0].startswith("."), path))

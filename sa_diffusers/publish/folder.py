@@ -8,10 +8,9 @@ from ..configuration import (
     CONFIG_NAME,
     ENDING_NAME,
     FISHER_CONFIG_NAME,
-    GRID_NAME,
     HISTORY_NAME,
     MERGED_NAME,
-    REPORT_NAME,
+    REPORT_FILES,
     inherited_defaults,
     read_settings,
 )
@@ -20,7 +19,7 @@ from ..hub import CARD_NAME, is_own_card, published_files
 from ..output_folder import STATE_FOLDER, VALIDATION_NAME, model_files
 
 # What is of the weights that an earlier copy held, and goes with them.
-_OF_WEIGHTS = (BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME, FISHER_CONFIG_NAME,
+_OF_WEIGHTS = (BASE_DEFAULTS_NAME, ENDING_NAME, *REPORT_FILES, FISHER_CONFIG_NAME,
                HISTORY_NAME, MERGED_NAME, VALIDATION_NAME)  # fmt: skip
 
 

@@ -16,10 +16,9 @@ from ..configuration import (
     CONFIG_NAME,
     ENDING_NAME,
     FISHER_CONFIG_NAME,
-    GRID_NAME,
     HISTORY_NAME,
     MERGED_NAME,
-    REPORT_NAME,
+    REPORT_FILES,
     SelectiveAmnesiaConfig,
     inherited_defaults,
 )
@@ -31,7 +30,7 @@ from ..families.digests import fingerprint_module
 from ..families.trained import check_apart, place_of_base, told_variant
 from ..files import replacing_folder, write_json
 from ..fisher import FisherInformation, fisher_identity
-from ..hub import CARD_NAME, adapter_header, drop_local_names, is_own_card
+from ..hub import CARD_NAME, adapter_header, drop_local_names, evaluation_files, is_own_card
 from ..identity import Identity, fingerprint
 from ..output_folder import REPORTED, VALIDATION_NAME, OutputFolder, model_files, write_finished
 from ..parameter_selection import only_trainable
@@ -310,12 +309,10 @@ class Training:
         if not self.accelerator.is_main_process:
             wait_until(lambda: _holds(folder, self.identity) if self.identity else (folder / CONFIG_NAME).is_file())
             return
-        leaving = [BASE_DEFAULTS_NAME, ENDING_NAME, REPORT_NAME, "report.md", "report.html", GRID_NAME,
-                   FISHER_CONFIG_NAME, MERGED_NAME, REPORTED, *model_files(folder)]  # fmt: skip
+        leaving = [BASE_DEFAULTS_NAME, ENDING_NAME, *REPORT_FILES, FISHER_CONFIG_NAME, MERGED_NAME, REPORTED,
+                   *model_files(folder), *evaluation_files(folder)]  # fmt: skip
         if is_own_card(folder):
             leaving.append(CARD_NAME)
-        evaluations = folder.glob(f"evaluation*/**/{REPORT_NAME}")
-        leaving += sorted({path.relative_to(folder).parts[0] for path in evaluations})
         apart = self.validation_dir is not None and self.validation_dir.parent != folder
         if apart:
             leaving.append(VALIDATION_NAME)
