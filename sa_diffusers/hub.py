@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from .configuration import BASE_DEFAULTS_NAME, CONFIG_NAME, REPORT_FILES, REPORT_NAME
 from .files import read_json, resealed, write_json
 from .markup import single_line, visible
+from .output_folder import LOCK
 
 CARD_NAME = "README.md"
 # Whoever keeps this line has their changes overwritten, and is told so by it.
@@ -221,7 +222,7 @@ def evaluation_files(folder: Path) -> list[str]:
     for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")):
         top = folder / path.relative_to(folder).parts[0]
         if _is_of_an_evaluation(path):
-            written = [top] if top.is_symlink() else [path.with_name(name) for name in REPORT_FILES]
+            written = [top] if top.is_symlink() else [path.parent / name for name in (*REPORT_FILES, LOCK)]
             found += [file.relative_to(folder).as_posix() for file in written if file.exists()]
     return list(dict.fromkeys(found))
 

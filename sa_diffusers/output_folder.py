@@ -26,7 +26,8 @@ from .training.checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpo
 # Beside the pipeline, not part of it: hidden, and not published.
 STATE_FOLDER = ".selective_amnesia"
 VALIDATION_NAME = "validation"
-_RUN_NAME, _FINISHED_NAME, _REPORTED_NAME, _LOCK_NAME = "run.json", "finished.json", "reported.json", "lock"
+_RUN_NAME, _FINISHED_NAME, _REPORTED_NAME = "run.json", "finished.json", "reported.json"
+LOCK = f"{STATE_FOLDER}/lock"
 # What says that a report is of the weights beside it; it goes with them.
 REPORTED = f"{STATE_FOLDER}/{_REPORTED_NAME}"
 FORMAT_VERSION = 1
@@ -47,7 +48,7 @@ class OutputFolder:
         self.overwrite = overwrite
         self.state = self.path / STATE_FOLDER
         self.lock = Lock(
-            self.state / _LOCK_NAME, f"output_dir={self.path} is in use by another run: wait for it, or choose another"
+            self.path / LOCK, f"output_dir={self.path} is in use by another run: wait for it, or choose another"
         )
 
     def check(self, settings: Mapping[str, Any]) -> None:

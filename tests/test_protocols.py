@@ -29,6 +29,7 @@ from sa_diffusers.evaluation.protocols.concept import evoking_prompts
 from sa_diffusers.families import SamplingSettings
 from sa_diffusers.families.paths import draw_timesteps
 from sa_diffusers.names import names_concept
+from sa_diffusers.output_folder import OutputFolder
 
 from .conftest import REPOSITORY, build_tiny_pipeline, run_here
 from .nursery import forked_code
@@ -355,6 +356,18 @@ def test_mistakes_in_the_models_settings_are_one_line(tmp_path, erased, clip_fol
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert message in line
     assert "\x1b[2J" not in line
+
+
+def test_of_two_evaluations_into_one_folder_the_second_is_refused(tmp_path, erased, clip_folder):
+    flags = concept_flags(tmp_path / "base", erased, clip_folder)
+    with OutputFolder(tmp_path / "out").lock:
+        refused = evaluate(tmp_path, *flags)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == (
+        "error: output_dir=out is in use by another run: wait for it, or choose another"
+    )
+    # Before anything is sampled.
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder):

@@ -413,6 +413,8 @@ def test_evaluations_of_earlier_weights_leave_with_them(tmp_path):
     for name in ("evaluation-concept", "evaluation/celebrity", "evaluation-data/deep/down", "evaluation-seen"):
         write_json(tmp_path / name / "report.json", found)
         (tmp_path / name / "report.html").touch()
+        with OutputFolder(tmp_path / name).lock:
+            (tmp_path / name / ".selective_amnesia" / "lock").touch()
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "evaluation-seen").rename(elsewhere)
     (tmp_path / "evaluation-seen").symlink_to(elsewhere)
@@ -426,7 +428,7 @@ def test_evaluations_of_earlier_weights_leave_with_them(tmp_path):
     left = [path for top in tmp_path.glob("evaluation*") for path in top.rglob("*") if path.is_file()]
     assert sorted(path.relative_to(tmp_path).as_posix() for path in left) == kept
     assert not any((tmp_path / name).exists() for name in ("evaluation-concept", "evaluation", "evaluation-seen"))
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == [".selective_amnesia", "report.html", "report.json"]
 
 
 def test_the_saved_pipeline_holds_the_trained_weights(tmp_path):

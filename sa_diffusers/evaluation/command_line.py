@@ -1,5 +1,6 @@
 """From the settings of an evaluation to a report."""
 
+import contextlib
 import importlib
 import time
 import warnings
@@ -23,7 +24,7 @@ from ..families.names import resolved_revision
 from ..files import check_writable
 from ..hub import one_line
 from ..markup import visible
-from ..output_folder import check_written
+from ..output_folder import OutputFolder, check_written
 from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
@@ -177,7 +178,7 @@ def run(args: EvaluationConfig) -> Report | None:
         None in all processes but the main one.
 
     Raises:
-        ValueError: A model, or what scores it, is not as it should be.
+        ValueError: A model, or what scores it, is not as it should be, or another run is using the report's folder.
     """
     started = time.perf_counter()
     # A run that died while it put new weights in place left an erased model of two halves, and what a disk has changed
@@ -191,14 +192,15 @@ def run(args: EvaluationConfig) -> Report | None:
     request = Request(args, config, accelerator.device)
     protocol = PROTOCOLS[args.protocol](request)
     scorers = request.classifier(), request.networks(), request.measures()
-    subject = subject_of(request, load, accelerator)
-    comparison = protocol.run(Evaluation(request, subject, load, *scorers, provenance_of(request, subject)))
-    if comparison is None:
-        # The main process scores what all have sampled.
-        return None
+    with OutputFolder(args.output_dir).lock if accelerator.is_main_process else contextlib.nullcontext():
+        subject = subject_of(request, load, accelerator)
+        comparison = protocol.run(Evaluation(request, subject, load, *scorers, provenance_of(request, subject)))
+        if comparison is None:
+            # The main process scores what all have sampled.
+            return None
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        comparison.save(args.output_dir)
     say, report = accelerator.print, comparison.report
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    comparison.save(args.output_dir)
     if args.output_dir.parent == Path(args.erased):
         write_model_card(args.erased)
     say(f"\n{format_report(report)}\n")
