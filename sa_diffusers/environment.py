@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedType
 
 from .configuration import SelectiveAmnesiaConfig
 from .messages import shown, shown_error
-from .processes import say
+from .processes import RANKS, say
 from .quantization import check_quantization
 
 _SUPPORTED_TYPES = (
@@ -150,14 +150,13 @@ def _check_launcher() -> None:
                 f"{name}={shown(value)} is in the environment, which is no whole number: launch with torchrun or "
                 f"`accelerate launch`, or unset {name}"
             )
-    ranks = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
-    if os.environ.get("MASTER_ADDR") and not any(os.environ.get(name) for name in ranks):
+    if os.environ.get("MASTER_ADDR") and not any(os.environ.get(name) for name in RANKS):
         raise ValueError(
             "MASTER_ADDR is in the environment, so several processes are wanted, but no RANK says which this one is: "
             "launch with torchrun or `accelerate launch --multi_gpu --num_processes N` (on a machine without a GPU "
             "too), or unset MASTER_ADDR"
         )
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not any(os.environ.get(name) for name in ranks):
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not any(os.environ.get(name) for name in RANKS):
         raise ValueError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is in the environment, but no RANK says which process this one is: "
             "launch with torchrun or `accelerate launch --multi_gpu --num_processes N`, or unset WORLD_SIZE"

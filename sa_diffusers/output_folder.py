@@ -13,6 +13,7 @@ from .files import (
     digest_of,
     digests_of,
     finish_interrupted,
+    is_interrupted,
     read_json,
     read_record,
     replacing_folder,
@@ -20,7 +21,7 @@ from .files import (
 )
 from .identity import Identity, plain
 from .passes import Passes
-from .processes import Lock
+from .processes import Lock, leads, wait_until
 from .training.checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
 
 # Beside the pipeline, not part of it: hidden, and not published.
@@ -289,15 +290,20 @@ class OutputFolder:
 def check_written(name: str | Path) -> None:
     """Finish what a run that died was putting in place; refuse what is not as a run wrote it, or is being written.
 
+    Of several processes one finishes it, and the others wait.
+
     Args:
         name: An erased model's folder; what is none is left alone.
     """
     if Path(name).is_dir():
         folder = OutputFolder(name)
-        # What a run that lives is putting in place is its own to finish.
-        folder.lock.check()
-        finish_interrupted(name)
-        folder.check_whole()
+        if leads():
+            # What a run that lives is putting in place is its own to finish.
+            folder.lock.check()
+            finish_interrupted(name)
+        else:
+            wait_until(lambda: not is_interrupted(name))
+        folder.check_digests()
 
 
 def model_files(folder: Path) -> list[str]:

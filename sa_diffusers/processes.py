@@ -18,6 +18,9 @@ import psutil
 EXIT_INTERRUPTED = 75
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 _LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "torch/distributed", "deepspeed")
+# Where launchers say which process of how many this is.
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 2
 Result = TypeVar("Result")
@@ -28,6 +31,15 @@ class Interrupted(BaseException):
 
     No error: what handles those of a network or a tracker must not take it for one.
     """
+
+
+def leads() -> bool:
+    """Whether this is the main process of the run, by what the launcher says: before they have joined."""
+    rank, size = (
+        next((value for name in names if (value := os.environ.get(name))), usual)
+        for names, usual in ((RANKS, "0"), (_SIZES, "1"))
+    )
+    return rank == "0" or size == "1"
 
 
 class _Watch:

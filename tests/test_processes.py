@@ -22,7 +22,7 @@ from sa_diffusers.training.validation import Validation
 
 from .conftest import REPOSITORY, as_flags
 from .hub_server import HubServer
-from .nursery import forked
+from .nursery import forked, forked_code
 from .test_train_script import quick
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -128,6 +128,24 @@ def test_several_processes_agree_on_what_is_finished(runs, tiny_folder):
         assert result.stdout.count("prompted with") == 1
     assert (folder / "out" / WEIGHTS).stat().st_mtime_ns == weights
     assert "sampling" not in again.stderr
+
+
+def test_one_process_finishes_an_interrupted_move_and_the_others_wait(tmp_path):
+    """An evaluation begins with it, before its processes have joined."""
+    folder = tmp_path / "erased"
+    (folder / ".saved" / "unet").mkdir(parents=True)
+    script = (
+        "import os, time\nfrom pathlib import Path\n"
+        "from sa_diffusers.files import folders\nfrom sa_diffusers.output_folder import check_written\n"
+        "move_in = folders._move_in\n"
+        "def slow(folder):\n    print(os.environ['RANK'], 'moves')\n    time.sleep(2)\n    move_in(folder)\n"
+        "folders._move_in = slow\n"
+        f"check_written({str(folder)!r})\n"
+        f"print(os.environ['RANK'], 'sees', *sorted(os.listdir({str(folder)!r})))\n"
+    )
+    result = forked_code(script, tmp_path, environment(tmp_path), processes=3)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["0 moves", "0 sees unet", "1 sees unet", "2 sees unet"]
 
 
 WHEN_THEY_PART = """

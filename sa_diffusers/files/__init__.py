@@ -1,6 +1,6 @@
 """Files that are whole or not there: written beside, renamed into place, sealed with digests."""
 
-from .folders import finish_interrupted, load_kept, new_folder, replacing_folder, set_aside, sweep
+from .folders import finish_interrupted, is_interrupted, load_kept, new_folder, replacing_folder, set_aside, sweep
 from .sealed import digest_of, digests_of, read_record, read_sealed, resealed, write_record, write_sealed
 from .single import DamagedArtefact, Recorded, check_writable, read_json, write_bytes, write_json, write_text
 
@@ -11,6 +11,7 @@ __all__ = [
     "digest_of",
     "digests_of",
     "finish_interrupted",
+    "is_interrupted",
     "load_kept",
     "new_folder",
     "read_json",

@@ -82,6 +82,11 @@ def replacing_folder(folder: str | Path, leaving: Sequence[str] = ()) -> Iterato
         _move_in(folder)
 
 
+def is_interrupted(folder: str | Path) -> bool:
+    """Whether new entries of `replacing_folder` have still to be moved in."""
+    return (Path(folder) / _SAVED).is_dir()
+
+
 def finish_interrupted(folder: str | Path) -> bool:
     """Finish what a process that died in `replacing_folder` began, or take it back.
 
@@ -91,7 +96,7 @@ def finish_interrupted(folder: str | Path) -> bool:
     folder = Path(folder)
     sweep(folder, _SAVING)
     _sweep_files(folder)
-    if not (folder / _SAVED).is_dir():
+    if not is_interrupted(folder):
         return False
     _move_in(folder)
     return True
