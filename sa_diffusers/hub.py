@@ -24,6 +24,10 @@ CARD_NAME = "README.md"
 # Whoever keeps this line has their changes overwritten, and is told so by it.
 CARD_MARKER = "<!-- sa_diffusers writes this card anew. Delete this line to keep your own changes. -->"
 HUB_TIMEOUT_SECONDS = 10
+_TO_DO = {
+    403: "Log in with `hf auth login`, with a token that may write to that repository",
+    413: "A file is larger than the Hub takes: publish an adapter in its place (`sa-diffusers extract` makes one)",
+}
 _PUBLISHED_TEXT = (".json", ".md", ".html")
 _ROOTS = {"content", "data", "home", "kaggle", "media", "mnt", "opt", "root", "scratch", "srv", "tmp", "Users", "var",
           "workspace"}  # fmt: skip
@@ -109,9 +113,21 @@ def _one_line_errors(name: str, repeat: str) -> Iterator[None]:
         yield
     except Exception as error:  # the kinds of network errors depend on huggingface_hub's HTTP library
         # Without the first error in the traceback: that one may quote the token in a header.
-        raise ConnectionError(
-            f'the upload to "{name}" failed ({one_line(error)}). Log in with `hf auth login` if you are not; {repeat}'
-        ) from None
+        told, status = one_line(error), _status(error)
+        if status is not None and str(status) not in told:
+            told += f" HTTP status {status}"
+        to_do = _TO_DO.get(status, "Log in with `hf auth login` if you are not")
+        raise ConnectionError(f'the upload to "{name}" failed ({told}). {to_do}; {repeat}') from None
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error comes from, if it comes from one: that of a large file is another error's cause."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def one_line(error: Exception) -> str:

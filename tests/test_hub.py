@@ -609,9 +609,13 @@ def test_a_model_of_classes_brings_its_code(tmp_path):
 
 
 ALWAYS = 1000
+TO_DO = {403: "with a token that may write to that repository", 413: "A file is larger than the Hub takes"}
 FAULTS = {
     "refused: 401": (Fault("POST", "repos/create", 401), False),
     "no room for a commit: 409": (Fault("POST", "/commit/", 409), False),
+    "refused in the upload: 403": (Fault("PUT", "/large/", 403, ALWAYS), False),
+    "too large: 413": (Fault("PUT", "/large/", 413, ALWAYS), False),
+    "too large to commit: 413": (Fault("POST", "/commit/", 413), False),
     "500 at the start": (Fault("POST", "repos/create", 500), False),
     "500 before the upload": (Fault("POST", "/preupload/", 500), True),
     "500 in the upload": (Fault("PUT", "/large/", 500), True),
@@ -673,6 +677,8 @@ def test_a_failed_upload_says_how_to_repeat_it_and_the_repetition_works(erased_o
             # Progress bars may end after it.
             (message,) = re.findall(r"^error: .*", result.stderr, flags=re.MULTILINE)
             assert message.startswith('error: the upload to "no-brad" failed (')
+            assert fault.status == CUT or str(fault.status) in message
+            assert TO_DO.get(fault.status, "Log in with `hf auth login`") in message
             assert "tester/no-brad" not in hub.files or WEIGHTS not in hub.files["tester/no-brad"]
             coming.times = 0
             (command,) = re.findall(r"repeat it with `(.+)`", message)
