@@ -21,13 +21,14 @@ from .files import (
 )
 from .identity import Identity, plain
 from .passes import Passes
-from .processes import Lock, leads, wait_until
+from .processes import Lock, leads, wait_until, warn_once
 from .training.checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
 
 # Beside the pipeline, not part of it: hidden, and not published.
 STATE_FOLDER = ".selective_amnesia"
 VALIDATION_NAME = "validation"
-_RUN_NAME, _FINISHED_NAME, _REPORTED_NAME = "run.json", "finished.json", "reported.json"
+_RUN_NAME, _REPORTED_NAME = "run.json", "reported.json"
+FINISHED = f"{STATE_FOLDER}/finished.json"
 LOCK = f"{STATE_FOLDER}/lock"
 # What says that a report is of the weights beside it; it goes with them.
 REPORTED = f"{STATE_FOLDER}/{_REPORTED_NAME}"
@@ -115,7 +116,7 @@ class OutputFolder:
 
     @property
     def _finished_file(self) -> Path:
-        return self.state / _FINISHED_NAME
+        return self.path / FINISHED
 
     def _recorded(self) -> dict[str, Any] | None:
         return read_record(self._run_file, FORMAT_VERSION)
@@ -234,13 +235,24 @@ class OutputFolder:
     def check_digests(self) -> None:
         """As `check_whole`, of a folder that is only read: nothing is written into it, not even a lock.
 
+        A folder that has no record of digests, as copies and those of earlier versions, is warned of.
+
         Raises:
-            ValueError: A file of the pipeline is missing or changed.
+            ValueError: A file of the pipeline, or the record, is missing or changed.
         """
         values = read_record(self._finished_file, FORMAT_VERSION)
-        # Settings may say by hand where it goes.
-        files = {name: digest for name, digest in values["files"].items() if name != CONFIG_NAME} if values else {}
-        damaged = self._damaged(files)
+        if values is not None:
+            # Settings may say by hand where it goes.
+            damaged = self._damaged({name: digest for name, digest in values["files"].items() if name != CONFIG_NAME})
+        elif self._finished_file.is_file():
+            damaged = [FINISHED]
+        else:
+            damaged = []
+            if self.holds_weights() and leads():
+                warn_once(
+                    f"{self.path} has no {FINISHED}, like a copy or a folder of an earlier version: whether its files "
+                    "are what the run wrote cannot be told"
+                )
         if damaged:
             raise ValueError(
                 f"{self.path / damaged[0]} is not what the run wrote: the same command as before makes it again. To "
@@ -267,7 +279,7 @@ class OutputFolder:
             yield staging
             files = {**values["files"], name: digest_of(staging / name)}
             (staging / STATE_FOLDER).mkdir()
-            write_record(staging / STATE_FOLDER / _FINISHED_NAME, FORMAT_VERSION, {**values, "files": files})
+            write_record(staging / FINISHED, FORMAT_VERSION, {**values, "files": files})
 
     def holds_weights(self) -> bool:
         """Whether there are weights of an erasure, whichever."""
@@ -324,4 +336,4 @@ def write_finished(staging: Path, identity: Identity, made: Mapping[str, Passes 
     (staging / STATE_FOLDER).mkdir()
     told = {title: passes and passes.to_dict() for title, passes in (made or {}).items()}
     values = {"facts": dict(identity.facts), "files": files, "made": told}
-    write_record(staging / STATE_FOLDER / _FINISHED_NAME, FORMAT_VERSION, values)
+    write_record(staging / FINISHED, FORMAT_VERSION, values)

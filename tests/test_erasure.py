@@ -12,13 +12,14 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from torch.utils import tensorboard
 
-from sa_diffusers import Erasure, SelectiveAmnesiaConfig
+from sa_diffusers import Erasure, SelectiveAmnesiaConfig, embedded_pipeline
 from sa_diffusers import erasure as erasure_module
 from sa_diffusers.cache import entries
 from sa_diffusers.commands import main as commands
 from sa_diffusers.commands.erase import main
 from sa_diffusers.data.sensitive import blurred
 from sa_diffusers.evaluation.eval_unlearn import SelectiveAmnesiaTechnique
+from sa_diffusers.output_folder import OutputFolder
 from sa_diffusers.publish import push_pipeline
 from sa_diffusers.stages import training as training_stage
 from sa_diffusers.stages.subject import check_artifacts_dir
@@ -199,6 +200,29 @@ def test_a_damaged_pipeline_is_neither_published_nor_evaluated(tiny_folder, tmp_
     assert "diffusion_pytorch_model.safetensors is not what the run wrote" in evaluated.stderr
     with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is not what the run wrote"):
         SelectiveAmnesiaTechnique(str(tmp_path / "out"))
+
+
+def test_a_folder_whose_files_cannot_be_compared_is_refused_or_warned_of(tiny_folder, tmp_path, capsys):
+    """A damaged record is no record of nothing; without one, what an earlier version wrote is still read."""
+    result = run_here(main, quick(tiny_folder, output_dir="out"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = tmp_path / "out" / ".selective_amnesia" / "finished.json"
+    OutputFolder(tmp_path / "out").check_digests()
+    assert capsys.readouterr().err == ""
+    record.write_text(record.read_text()[:-9])
+    classifier = embedded_pipeline().parent / "classifier"
+    flags = ["evaluate", "--base", tiny_folder, "--erased", tmp_path / "out", "--protocol", "concept", "--clip", "none",
+             "--classifier", classifier, "--images", "1", "--num_inference_steps", "1"]  # fmt: skip
+    refused = run_here(commands, flags, tmp_path)
+    assert refused.returncode == 1
+    assert "out/.selective_amnesia/finished.json is not what the run wrote" in refused.stderr
+    shutil.rmtree(record.parent)
+    evaluated = run_here(commands, flags, tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"warning: {tmp_path / 'out'} has no .selective_amnesia/finished.json, like a copy or" in evaluated.stderr
+    shutil.copytree(tiny_folder, tmp_path / "plain")
+    OutputFolder(tmp_path / "plain").check_digests()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_cache_that_is_a_file_is_refused_before_the_model_is_loaded(tiny_folder, tmp_path, monkeypatch, capsys):
