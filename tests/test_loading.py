@@ -31,12 +31,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from sa_diffusers import SamplingSettings, load_pipeline, objective_for
+from sa_diffusers.commands.erase import main
 from sa_diffusers.configuration import SAMPLERS
 from sa_diffusers.families import SUPPORTED_PIPELINES
 from sa_diffusers.families.weight_files import lacking
 from sa_diffusers.weights import explain_weights_error, find_broken_weights, weights_fault
 
-from .conftest import build_tiny_pipeline
+from .conftest import build_tiny_pipeline, run_here
+from .test_train_script import quick
 from .tiny_families import FAMILIES
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 335000000\n"
@@ -456,6 +458,32 @@ def test_a_tokenizer_that_sets_no_limit_is_refused(folder):
         ValueError, match="tokenizer sets no limit: set model_max_length to 32 in tokenizer/tokenizer_c"
     ):
         objective_for(load_pipeline(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("text_encoder/config.json", "eos_token_id"), ("text_encoder/config.json", "layer_norm_eps"),
+     ("tokenizer/tokenizer_config.json", "pad_token")],
+)  # fmt: skip
+def test_a_null_that_no_text_encoder_or_tokenizer_takes_is_one_sentence(folder, tmp_path, file, name):
+    edit(folder / file, **{name: None})
+    objective = objective_for(load_pipeline(str(folder)))
+    said = "the model's tokenizer or text encoder cannot read a prompt"
+    with pytest.raises(ValueError, match=f"{said} .+: look for a wrong value in .*{file}"):
+        objective.encode_prompts(["a cat"])
+    result = run_here(main, quick(folder, output_dir="out"), tmp_path)
+    assert result.returncode == 1
+    assert re.search(f"^error: {said}", result.stderr, flags=re.MULTILINE)
+    assert "Traceback" not in result.stderr
+
+
+def test_text_encoders_that_have_no_memory_are_told_so(tiny_objective, monkeypatch):
+    def starved(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(tiny_objective.pipeline.text_encoder, "forward", starved)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny_objective.encode_prompts(["a cat"])
 
 
 def test_pictures_that_are_not_finite_are_not_taken_for_black_ones(tiny_objective):

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from ..footprint import bytes_of, fits_beside, free_on
-from ..messages import shown
+from ..messages import shown, shown_error
+from ..processes import is_out_of_memory
 from .base import Conditions, SamplingSettings, TextEncoder, digest_of
 from .distilled import distilled_in_memory
 from .scheduled import ScheduledObjective
@@ -191,9 +192,25 @@ class TextToImageObjective(ScheduledObjective):
 
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = _ENCODED_PROMPTS) -> Conditions:
         starts = range(0, len(prompts), batch_size)
-        with self.reading():
+        with self.reading(), self._told():
             parts = [self.encode(list(prompts[start : start + batch_size])) for start in starts]
         return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What a library says of a prompt that it cannot read, as one sentence: a null where it takes a number, say, is
+        an error of any kind there."""
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            files = (f"{one}/tokenizer_config.json, {other}/config.json" for one, other in self.text_parts)
+            raise ValueError(
+                f"the model's tokenizer or text encoder cannot read a prompt ({type(error).__name__}: "
+                f"{shown_error(error)}): look for a wrong value in {', '.join(files)}, or download or save the "
+                "pipeline again"
+            ) from error
 
     def _window(self, name: str, tokenizer: Any, encoder: nn.Module) -> int:
         """Tokens that a text encoder reads, those of start and end included."""
@@ -205,7 +222,8 @@ class TextToImageObjective(ScheduledObjective):
         """For each text encoder the tokens that it reads, and those of each prompt, start and end included."""
         counts = []
         for name, tokenizer, encoder in self._texts():
-            read = tokenizer(list(prompts), truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+            with self._told():
+                read = tokenizer(list(prompts), truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
             whole = [len(tokens) + tokenizer.num_special_tokens_to_add() for tokens in read]
             counts.append((self._window(name, tokenizer, encoder), whole))
         return counts
@@ -229,10 +247,10 @@ class TextToImageObjective(ScheduledObjective):
 
     def means_the_same(self, first: str, second: str) -> bool:
         for name, tokenizer, encoder in self._texts():
-            one, other = tokenizer(
-                [first, second], padding="max_length", max_length=self._window(name, tokenizer, encoder),
-                truncation=True,
-            )["input_ids"]  # fmt: skip
+            window = self._window(name, tokenizer, encoder)
+            with self._told():
+                read = tokenizer([first, second], padding="max_length", max_length=window, truncation=True)
+            one, other = read["input_ids"]
             if one != other:
                 return False
         return True
