@@ -34,6 +34,7 @@ from sa_diffusers import SamplingSettings, load_pipeline, objective_for
 from sa_diffusers.commands.erase import main
 from sa_diffusers.configuration import SAMPLERS
 from sa_diffusers.families import SUPPORTED_PIPELINES
+from sa_diffusers.families.samplers import check_flow_scheduler
 from sa_diffusers.families.weight_files import lacking
 from sa_diffusers.weights import explain_weights_error, find_broken_weights, weights_fault
 
@@ -358,6 +359,17 @@ def test_schedulers_without_known_noise_are_refused_before_weights(folder, sched
     pipeline.scheduler = scheduler
     with pytest.raises(ValueError, match=type(scheduler).__name__):
         objective_for(pipeline)
+
+
+@pytest.mark.parametrize("count", [10**9, 0, -3, None, "x", 1e3])
+def test_timesteps_beyond_all_measure_are_refused_before_tables_are_made_of_them(folder, count):
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=count)
+    assert f"says num_train_timesteps={count}, which is no whole number from 1 to 100,000" in refused(folder)
+    flow = {"num_train_timesteps": count}
+    with pytest.raises(ValueError, match="num_train_timesteps=.* which is no whole number"):
+        check_flow_scheduler("FlowMatchEulerDiscreteScheduler", flow)
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=1000)
+    load_pipeline(str(folder))
 
 
 # Schedulers

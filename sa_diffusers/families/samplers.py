@@ -20,6 +20,8 @@ _KNOWN_SCHEDULERS = {
     )
 }  # fmt: skip
 
+# Models have 1,000; a scheduler makes tables of so many numbers as soon as it is loaded.
+_MOST_TIMESTEPS = 100_000
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
@@ -51,6 +53,7 @@ def check_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
             "belongs to a distilled model: use a model whose scheduler is of another kind, such as DDIMScheduler or "
             "PNDMScheduler"
         )
+    _check_timesteps(kind, settings)
     if settings.get("use_flow_sigmas") or "flow" in str(settings.get("prediction_type")):
         raise ValueError(
             f"the model's {kind} is set to flow matching, which is not supported: use a model with epsilon or "
@@ -81,10 +84,20 @@ def check_flow_scheduler(kind: str, settings: Mapping[str, Any]) -> None:
             f"{shown(kind)}, the model's scheduler, does not say by a shift which noise the model was trained with: "
             "save the model with a FlowMatchEulerDiscreteScheduler"
         )
+    _check_timesteps(kind, settings)
     if settings.get("invert_sigmas"):
         raise ValueError(
             f"the model's {kind} sets invert_sigmas, so that its noise shrinks as time grows, which is not supported: "
             "use a model without"
+        )
+
+
+def _check_timesteps(kind: str, settings: Mapping[str, Any]) -> None:
+    count = settings.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or not 1 <= count <= _MOST_TIMESTEPS:
+        raise ValueError(
+            f"the model's {kind} says num_train_timesteps={shown(count)}, which is no whole number from 1 to "
+            f"{_MOST_TIMESTEPS:,}: correct scheduler/scheduler_config.json (1000, mostly)"
         )
 
 
