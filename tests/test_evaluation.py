@@ -18,6 +18,7 @@ from sa_diffusers.evaluation.memory import batch_size_for, in_batches
 from sa_diffusers.evaluation.scoring import draw_groups, look_at, sample_groups, score_groups
 from sa_diffusers.markup import requoted
 from sa_diffusers.report.terminal import format_table
+from sa_diffusers.results import Times
 from sa_diffusers.results.statistics import moments
 
 from .conftest import run_here
@@ -227,7 +228,20 @@ def test_without_a_classifier_change_and_black_pictures_are_told():
     assert changes[0] > 1
     assert changes[1:] == [0, 0]
     assert report["black_images"] == {"before": 0, "after": 1}
+    assert report["rows"][0]["blank"] == {"before": 2, "after": 2}
     assert "0/1" in text
+
+
+def test_pictures_of_one_colour_are_told_from_those_that_show_something():
+    """In every channel, and as an 8-bit picture rounds it."""
+    image = np.full((16, 16, 3), (255, 0, 9), np.uint8)
+    rounded, faint = image.copy(), image.copy()
+    rounded[3, 3, 2] = 11
+    faint[3, 3, 2] = 13
+    pictures = [Image.fromarray(pixels) for pixels in (image, rounded, faint)]
+    groups = prompt_groups(pair_concepts(["cat"], ["dog"]), [], ["{}"], 3, 0)
+    drawn = [look_at(pictures, ["a"] * 3) for _ in groups]
+    assert compare(groups, drawn, drawn, SamplingSettings()).report.rows[0].blank == Times(2, 2)
 
 
 def full(_):

@@ -88,6 +88,28 @@ def test_an_evaluator_that_takes_the_surrogate_for_the_concept_can_show_nothing(
     assert verdict(concept(60, 50, 60), surrogate_samples=own).outcome == "partly"
 
 
+def blank(row, before, after):
+    return replace(row, blank=Times(before, after))
+
+
+def test_images_that_show_nothing_are_no_evidence_of_forgetting():
+    """A model that draws black alone is recognised in nothing."""
+    found = verdict(blank(concept(60, 0, 60), 0, 60))
+    assert found.outcome == "not measurable"
+    assert "before in 100.0 % [94.0, 100.0], but 60 of 60 are of one colour all over" in found.line
+    # Reports of before knew of black ones alone.
+    assert verdict(replace(concept(60, 0, 60), black=Times(0, 31))).outcome == "not measurable"
+    assert verdict(blank(concept(60, 0, 60), 0, 30)).outcome == "forgotten"
+    # The base model's own are, or those of what the concept is to become.
+    assert verdict(blank(concept(60, 0, 60), 60, 60)).outcome == "forgotten"
+    surrogate = blank(Row("dog", "surrogate", 60), 60, 60)
+    assert verdict(blank(concept(60, 0, 60), 0, 60), surrogate).outcome == "forgotten"
+    rows = [blank(concept(60, 0, 60), 0, 60)]
+    assert decide(Report(rows, pairs=[ErasedPair("cat", "noise", "noise")])).outcome == "forgotten"
+    # What is recognised all the same is not forgotten.
+    assert verdict(blank(concept(60, 60, 60), 0, 60)).outcome == "not forgotten"
+
+
 def test_a_measure_that_says_yes_or_no_stands_in_for_a_classifier():
     scores = {"clip_called_concept": Times(Summary.of([1.0] * 60), Summary.of([0.0] * 60))}
     assert verdict(Row("cat", "concept", 60, concept="cat", scores=scores)).outcome == "forgotten"

@@ -40,6 +40,8 @@ from .groups import PromptGroup
 from .quality import NEIGHBOURS, can_measure, image_quality
 from .scoring import Drawn
 
+# Pixels of one colour are so close, in every channel.
+_ONE_COLOUR = 3 / 255
 _STAGING = ".report-writing"
 _PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -160,6 +162,7 @@ def _row(group: PromptGroup, before: Drawn, after: Drawn, towards: Towards | Non
         seeds=_ranges(group.seeds),
         change=_change(before.small, after.small),
         black=Times(before.black, after.black),
+        blank=Times(_blank(before.small), _blank(after.small)),
         concept=group.concept,
         phrasing=group.phrasing,
         distance={name: _distance(before.features[name], after.features[name]) for name in before.features},
@@ -203,6 +206,11 @@ def _likenesses(groups: Sequence[PromptGroup], before: Sequence[Drawn], after: S
         surrogate = _change(into[0].small, new.small).rmse if into else None
         found.append(Towards(change.rmse or 0.0, surrogate, change.rmse_between_seeds))
     return found
+
+
+def _blank(pictures: np.ndarray) -> int:
+    """How many of `[images, height, width, channels]` in [0, 1] are of one colour all over."""
+    return int((np.ptp(pictures, axis=(1, 2)) < _ONE_COLOUR).all(-1).sum())
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> Distance:

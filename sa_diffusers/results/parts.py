@@ -228,6 +228,7 @@ class Row(Results):
         scores: Column of a measure -> its figures.
         distance: Network -> distance in its features.
         towards: Without an evaluator, what the concept's images have become like.
+        blank: How many images are of one colour all over, black or another.
     """
 
     name: str
@@ -248,3 +249,4 @@ class Row(Results):
     distance: dict[str, Distance] = absent(factory=dict)
     scores: dict[str, Times[Summary]] = absent(factory=dict)
     towards: Towards | None = absent()
+    blank: Times[int] | None = absent()

@@ -38,8 +38,9 @@ def decide(report: Report) -> Verdict:
     A concept is *forgotten* where the upper end of the 95 % interval of its recognition is at most 10 %, in trained
     and in held-out phrasings; *partly* forgotten where recognition fell and the intervals before and after are apart;
     else *not forgotten*. It is *not measurable* where the base model's own images are recognised in less than half of
-    the cases, where there are too few images, where no evaluator knows the concept, and where the evaluator takes the
-    surrogate's own samples for the concept. The worst row counts.
+    the cases, where there are too few images, where no evaluator knows the concept, where the evaluator takes the
+    surrogate's own samples for the concept, and where most images are of one colour all over and neither the base
+    model's own nor those of the surrogate were. The worst row counts.
 
     What should have stayed is *damaged* where fewer of its images are recognised, by a one-sided sign test over pairs
     of equal seeds at 5 %, corrected for the number of rows (Holm); *not measurable* where so few were recognised before
@@ -74,8 +75,11 @@ def _concept(name: str, report: Report, alone: bool) -> ConceptVerdict:
             if row.phrasing in COUNTED and (alone or _is_about(row, name))]  # fmt: skip
     if not rows:
         return ConceptVerdict(name, NOT_MEASURABLE, f"“{name}”: no images of it were evaluated")
-    judged = [_judge(row, report.surrogate_samples.get(name) or report.surrogate_samples.get(row.name) or {})
-              for row in rows]  # fmt: skip
+    may_be_blank = any(pair.concept == name and pair.kind == "noise" for pair in report.pairs) or any(
+        _is_blank(row, "before") for row in report.of_role("surrogate")
+    )
+    judged = [_judge(row, report.surrogate_samples.get(name) or report.surrogate_samples.get(row.name) or {},
+                     may_be_blank) for row in rows]  # fmt: skip
     left = [shares.after.share if (shares := evidence(row)) else 0.0 for row in rows]
     worst, _ = max(zip(judged, left, strict=True), key=lambda each: (OUTCOMES.index(each[0].outcome), each[1]))
     return ConceptVerdict(name, worst.outcome, worst.because, worst.images_needed)
@@ -86,7 +90,12 @@ def _is_about(row: Row, name: str) -> bool:
     return row.concept == name or (row.concept is None and (row.name == name or row.name.startswith(f"{name} (")))
 
 
-def _judge(row: Row, surrogate: dict[str, Certainty]) -> Judged:
+def _is_blank(row: Row, time: str) -> bool:
+    """Whether most images of a row show nothing; older reports know of the black ones."""
+    return (row.blank or row.black)[time] > row.images / 2
+
+
+def _judge(row: Row, surrogate: dict[str, Certainty], may_be_blank: bool) -> Judged:
     shares = evidence(row)
     if shares is None:
         return Judged(NOT_MEASURABLE, f"“{row.name}”: no evaluator knows it{_likeness(row)}")
@@ -95,6 +104,10 @@ def _judge(row: Row, surrogate: dict[str, Certainty]) -> Judged:
     if before.share < LEAST_KNOWN:
         return Judged(NOT_MEASURABLE, f"{told}: the evaluator hardly knows what the base model makes of it")
     if after.interval[1] <= MOST_LEFT:
+        if _is_blank(row, "after") and not (may_be_blank or _is_blank(row, "before")):
+            blank = (row.blank or row.black).after
+            return Judged(NOT_MEASURABLE, f"{told}, but {blank} of {row.images} are of one colour all over: images "
+                          "that show nothing are no evidence")  # fmt: skip
         return Judged(FORGOTTEN, told)
     confused = [seen.recognised.share for seen in surrogate.values()
                 if seen.recognised is not None and seen.recognised.share > MOST_LEFT]  # fmt: skip
