@@ -5,6 +5,7 @@ numbers of `manual_seed(0)`), so all seeds here lie below `2**32`, and what a re
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,21 @@ def first_seed(stream: str, seed: int = 0) -> int:
     """
     first = STREAMS[stream].first
     return first if stream == "evaluation" else (first + _shift(seed)) % _SPACE
+
+
+def met(first: int, length: int, seed: int, counts: Mapping[str, int]) -> tuple[str, int] | None:
+    """The first stream of which samples have seeds of a range, and the first seed of that stream.
+
+    Args:
+        first: The range's first seed.
+        length: Its length.
+        seed: Of the run with the streams.
+        counts: Stream -> samples that are drawn from it.
+    """
+    for stream, samples in counts.items():
+        if meet(first, length, other := first_seed(stream, seed), samples):
+            return stream, other
+    return None
 
 
 def seed_of(stream: str, seed: int, index: int) -> int:

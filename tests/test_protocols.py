@@ -30,6 +30,7 @@ from sa_diffusers.families import SamplingSettings
 from sa_diffusers.families.paths import draw_timesteps
 from sa_diffusers.names import names_concept
 from sa_diffusers.output_folder import OutputFolder
+from sa_diffusers.seeds import first_seed
 
 from .conftest import REPOSITORY, build_tiny_pipeline, run_here
 from .nursery import forked_code
@@ -356,6 +357,23 @@ def test_mistakes_in_the_models_settings_are_one_line(tmp_path, erased, clip_fol
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert message in line
     assert "\x1b[2J" not in line
+
+
+def test_images_from_noise_that_was_trained_on_are_warned_of(tmp_path, erased, clip_folder):
+    """The seed of the first image says little: every row has seeds of its own."""
+    flags = concept_flags(tmp_path / "base", erased, clip_folder)
+    settings = tmp_path / "erased" / "selective_amnesia.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"seed": 2, "num_replay_images": 50}))
+    near = first_seed("replay", 2) - 3
+    told = (
+        f"warning: --seed {near}: images have the seeds of replay samples of an erasure with seed 2 ({near + 3} to "
+        f"{near + 3 + 49 + 100}): leave it at 1000000"
+    )
+    for more, expected in ([["--seed", near]], True), ([[]], False):
+        result = evaluate(tmp_path, *flags, *more[0])
+        assert result.returncode == 0, result.stderr
+        assert (told in result.stderr.splitlines()) == expected
+        assert ("have the seeds of" in result.stderr) == expected
 
 
 def test_of_two_evaluations_into_one_folder_the_second_is_refused(tmp_path, erased, clip_folder):

@@ -29,6 +29,7 @@ from ..publish import write_model_card
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
 from ..results import Report
+from ..seeds import STREAMS
 from .erased import distilled_on_record, recorded_ending, saved_alone, takes_classes, warn_of_another_base
 from .memory import batch_size_for
 from .registry import MEASURES, PROTOCOLS
@@ -126,7 +127,15 @@ def subject_of(request: Request, load: Loader, accelerator: Accelerator) -> Subj
         # Batches are dealt out to processes: all must mean the same by them.
         settings = replace(settings, batch_size=min(gather_object([settings.batch_size])))
     folder = args.artifacts_dir or config.resolved_artifacts_dir
-    return Subject(base, erased, pairs, settings, args.images, args.seed, folder, accelerator)
+    subject = Subject(base, erased, pairs, settings, args.images, args.seed, folder, accelerator)
+    subject.erasure_seed = config.seed
+    subject.trained_on = {
+        "surrogate": config.num_surrogate_images,
+        "replay": config.num_replay_images + config.num_neighbour_images,
+        "concept": config.num_fisher_samples,
+        "probe": STREAMS["probe"].length if config.probes else 0,
+    }
+    return subject
 
 
 def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What an evaluation is about, and what its protocols have in common: images of both models, and their quality."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,9 @@ from PIL import Image
 from ..data.concepts import ErasurePair
 from ..families import Objective, SamplingSettings
 from ..families.digests import digested_once, fingerprint_module
+from ..processes import warn_once
 from ..results.schema import DECODER, Quality, QualityEntry, Sampling
+from ..seeds import STREAMS, met
 from .classification import ImageClassifier
 from .groups import PromptGroup
 from .quality import NEIGHBOURS, FeatureNetwork, image_quality
@@ -40,6 +42,8 @@ class Subject:
         artifacts_dir: Where drawn images are kept: what was drawn before is not drawn again.
         accelerator: The processes that share the drawing. The main one scores, and has a protocol's comparison; the
             others have None as soon as all is drawn, so that none waits for it.
+        erasure_seed: The seed of the erasure.
+        trained_on: Stream of seeds -> how many samples of it the erasure took.
     """
 
     base: Objective
@@ -50,6 +54,8 @@ class Subject:
     first_seed: int
     artifacts_dir: Path
     accelerator: Accelerator
+    erasure_seed: int = 0
+    trained_on: Mapping[str, int] = field(default_factory=dict)
     _digests: dict[int, tuple[Objective, Digests]] = field(default_factory=dict, init=False, repr=False)
 
     def digests(self, model: Objective) -> Digests:
@@ -67,9 +73,26 @@ class Subject:
             groups: What is asked for.
             digest: What the samples are kept under. Default: the model's own.
         """
+        self._warn_of_seeds(groups)
         return sample_groups(
             model, groups, self.settings, self.artifacts_dir, self.accelerator, digest or self.digests(model).whole
         )
+
+    def _warn_of_seeds(self, groups: Sequence[PromptGroup]) -> None:
+        """What the erased model makes of noise that it was trained on says little of other noise."""
+        for group in groups:
+            first, count = group.seeds[0], len(group.seeds)
+            # Others come with their prompts, or are of a stream of their own.
+            if group.seeds[-1] != first + count - 1 or not 0 <= first - self.first_seed < STREAMS["evaluation"].length:
+                continue
+            found = met(first, count, self.erasure_seed, self.trained_on)
+            if found and self.accelerator.is_main_process:
+                stream, first = found
+                warn_once(
+                    f"--seed {self.first_seed}: images have the seeds of {stream} samples of an erasure with seed "
+                    f"{self.erasure_seed} ({first} to {first + self.trained_on[stream] - 1}): leave it at "
+                    f"{STREAMS['evaluation'].first}"
+                )
 
     @property
     def sampling(self) -> Sampling:

@@ -19,7 +19,7 @@ from ..output_folder import OutputFolder
 from ..passes import Passes, together
 from ..processes import finishing, say
 from ..results.schema import DECODER, Report, Sampling
-from ..seeds import STREAMS, first_seed, meet
+from ..seeds import STREAMS, met
 from .base import Stage
 from .samples import ReplayStage, SurrogateStage
 from .subject import SAMPLING, Subject
@@ -69,14 +69,14 @@ class EvaluationImages(Stage):
             "probe": STREAMS["probe"].length if config.probes else 0,
         }
         for stream, samples in counts.items():
-            first = first_seed(stream, config.seed)
             if samples > STREAMS[stream].length:
                 raise ValueError(f"{samples} {stream} samples: there are seeds for {STREAMS[stream].length}")
-            if meet(config.eval_seed, count, first, samples):
-                raise ValueError(
-                    f"eval_seed={config.eval_seed}: the evaluation's {count} images would have the seeds of "
-                    f"{stream} samples ({first} to {first + samples - 1}): leave it at {STREAMS['evaluation'].first}"
-                )
+        if found := met(config.eval_seed, count, config.seed, counts):
+            stream, first = found
+            raise ValueError(
+                f"eval_seed={config.eval_seed}: the evaluation's {count} images would have the seeds of {stream} "
+                f"samples ({first} to {first + counts[stream] - 1}): leave it at {STREAMS['evaluation'].first}"
+            )
 
     def identity(self) -> Identity:
         return Identity("evaluation", {name: getattr(self.subject.config, name) for name in self.depends_on})
