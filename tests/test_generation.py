@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,8 +10,10 @@ from PIL import Image
 from sa_diffusers import SampleGenerator, SampleSet, SamplingSettings, objective_for, pair_concepts
 from sa_diffusers.data.generation import count_black, surrogate_requests, takes_concept
 from sa_diffusers.data.sample_set import MANIFEST_NAME
+from sa_diffusers.data.sensitive import blurred
 from sa_diffusers.evaluation.groups import PromptGroup
 from sa_diffusers.evaluation.scoring import sample_groups, score_groups
+from sa_diffusers.files import read_sealed, write_sealed
 
 from .conftest import REPOSITORY, build_tiny_pipeline
 from .nursery import forked_code
@@ -72,6 +75,34 @@ def test_a_set_is_kept_with_viewable_pictures_and_reused(generator, tmp_path):
     again = generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS)
     assert torch.equal(made.samples, again.samples)
     assert (folder / MANIFEST_NAME).stat().st_mtime_ns == stamp
+
+
+def test_a_preview_is_blurred_or_not_as_the_present_run_asks(generator, tmp_path):
+    """Clear pictures of an earlier run do not stay where a later one blurs; the samples are the same."""
+    artifacts = tmp_path / "artifacts"
+
+    def made(blur):
+        generator.blur = blur
+        samples = generator.prompted("replay", PROMPTS, PROMPTS, 0, SETTINGS)
+        (folder,) = artifacts.iterdir()
+        assert SampleSet.load(folder).fingerprint == samples.fingerprint
+        with Image.open(folder / "preview" / "0000.png") as picture:
+            return samples.samples, np.asarray(picture), (folder / MANIFEST_NAME).stat().st_mtime_ns
+
+    samples, clear, _ = made(False)
+    same, veiled, stamp = made(True)
+    assert torch.equal(samples, same)
+    assert np.array_equal(np.asarray(blurred(Image.fromarray(clear))), veiled)
+    assert made(True)[2] == stamp
+    assert np.array_equal(made(False)[1], clear)
+    # Sets of before do not say what they are: none of theirs is taken for blurred.
+    (folder,) = artifacts.iterdir()
+    manifest = read_sealed(folder, MANIFEST_NAME, 2, "")
+    (folder / MANIFEST_NAME).unlink()
+    write_sealed(folder, MANIFEST_NAME, 2, {name: manifest[name] for name in manifest.keys() - {"blurred"}})
+    unsaid = (folder / MANIFEST_NAME).stat().st_mtime_ns
+    assert made(False)[2] == unsaid
+    assert np.array_equal(made(True)[1], veiled)
 
 
 def test_only_what_is_looked_at_is_decoded(generator, monkeypatch):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..environment import precision_in_use
 from ..families.base import Objective, SamplingSettings
-from ..files import DamagedArtefact, digest_of, load_kept, write_bytes
+from ..files import DamagedArtefact, digest_of, load_kept, remade_folder, write_bytes
 from ..identity import Identity, fingerprint
 from ..passes import Passes, counted, together
 from ..processes import check_stop, finishing, shrinking, wait_until
@@ -214,6 +214,10 @@ class SampleGenerator:
                 # A run that died between the set's arrival and its parts' removal.
                 for left in folder.parent.glob(f"{_PART}{folder.name}-*"):
                     shutil.rmtree(left, ignore_errors=True)
+                # Sets of before do not say so: theirs may be clear.
+                if preview and result.black_images is not None and bool(result.blurred) != self.blur:
+                    with remade_folder(folder) as place:
+                        self._save(place, result)
             return result
         # The batch size changes rounding, and what goes on must end in the same bits.
         parts = folder.with_name(f"{_PART}{folder.name}-{settings.batch_size}")
@@ -241,10 +245,13 @@ class SampleGenerator:
         samples = torch.cat([part for part in parts if part is not None])
         result = SampleSet(samples, list(conditions), list(sources), list(seeds), self._origin(settings),
                            passes=passes)  # fmt: skip
+        self._save(folder, result, preview)
+
+    def _save(self, folder: Path, result: SampleSet, preview: bool = True) -> None:
         pictures = []
         if preview:
-            pictures = self._decoded(samples[:PREVIEW_IMAGES])
-            result.black_images = count_black(pictures)
+            pictures = self._decoded(result.samples[:PREVIEW_IMAGES])
+            result.black_images, result.blurred = count_black(pictures), self.blur
         result.save(folder, [blurred(picture) for picture in pictures] if self.blur else pictures)
 
     def _decoded(self, samples: torch.Tensor) -> list[Image.Image]:

@@ -32,6 +32,8 @@ class SampleSet:
         seeds: For each sample the seed that drew it.
         origin: The base model's fingerprint and the sampling settings.
         black_images: How many of the previewed pictures are black (None: there is no preview).
+        blurred: Whether the pictures of the preview are blurred; None where that is not on record. No part of the
+            fingerprint.
         passes: What sampling them took of the network; None where that is not on record. No part of the fingerprint.
         drawn: For each sample the prompt that drew it, where a concept's own stand among its surrogate's and have the
             same sources; None where `sources` says it.
@@ -45,6 +47,7 @@ class SampleSet:
     black_images: int | None = None
     passes: Passes | None = None
     drawn: list[str | None] | None = None
+    blurred: bool | None = None
 
     def __post_init__(self) -> None:
         drawn = self.sources if self.drawn is None else self.drawn
@@ -105,6 +108,7 @@ class SampleSet:
                 "fingerprint": self.fingerprint,
                 "origin": self.origin,
                 "black_images": self.black_images,
+                "blurred": self.blurred,
                 "conditions": self.conditions,
                 "sources": self.sources,
                 "seeds": self.seeds,
@@ -133,6 +137,7 @@ class SampleSet:
                 black_images=manifest["black_images"],
                 passes=Passes.read(manifest.get("passes")),
                 drawn=manifest.get("drawn"),
+                blurred=manifest.get("blurred"),
             )
         except (KeyError, ValueError, TypeError, FileNotFoundError, SafetensorError) as error:
             raise DamagedArtefact(f"{folder} is not a set of samples ({error})") from error

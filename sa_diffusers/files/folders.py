@@ -47,6 +47,28 @@ def new_folder(folder: str | Path, shared: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def remade_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield the place of a folder that is not there yet; on success it takes that of `folder`, which is deleted.
+
+    Who reads meanwhile finds the one, the other, or none for a moment.
+
+    Raises:
+        OSError: As raised while writing, with the place and what to do added to its message.
+    """
+    folder = Path(folder)
+    with disk_errors(folder):
+        prefix = f".{folder.name}{WRITING}"
+        sweep(folder.parent, prefix)
+        staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{owner()}-", dir=folder.parent))
+        try:
+            yield staging / "new"
+            folder.rename(staging / "earlier")
+            (staging / "new").rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def replacing_folder(folder: str | Path, leaving: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty folder; on success its entries replace those of the same name in `folder`.
 
