@@ -2,7 +2,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from sa_diffusers import FisherEstimator, FisherInformation, SampleSet, objective_for, select_parameters
+from sa_diffusers import (
+    FisherEstimator,
+    FisherInformation,
+    SampleSet,
+    SamplingSettings,
+    objective_for,
+    select_parameters,
+)
 from sa_diffusers.fisher import fisher_identity
 from sa_diffusers.seeds import generator_of
 
@@ -24,6 +31,23 @@ def samples():
     generator = torch.Generator().manual_seed(1)
     return SampleSet(torch.randn(3, 4, 8, 8, generator=generator), ["cat", "dog", "cow"], ["cat", "dog", "cow"],
                      [0, 1, 2], {"base": "test"})  # fmt: skip
+
+
+def test_samples_of_prompts_are_fewer_at_once_where_memory_holds_no_more(objective, monkeypatch):
+    prompts = ["cat", "dog", "cow", "pig", "hen"]
+    settings = SamplingSettings(num_inference_steps=2, batch_size=4)
+    whole = FisherEstimator(objective, "xattn", 2).estimate(prompts, settings=settings)
+    batch = objective.sample_batch
+
+    def starved(texts, *more):
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch(texts, *more)
+
+    monkeypatch.setattr(objective, "sample_batch", starved)
+    found = FisherEstimator(objective, "xattn", 2).estimate(prompts, settings=settings)
+    for name, value in whole.values.items():
+        torch.testing.assert_close(found.values[name], value, rtol=1e-2, atol=1e-3 * float(value.max()))
 
 
 def brute_force(objective, parameters, samples, seed=0):

@@ -127,6 +127,30 @@ def test_textual_inversion_learns_one_row_and_lowers_the_loss():
         invert(object(), samples, settings)
 
 
+def test_a_token_is_learned_from_fewer_images_at_once_where_memory_holds_no_more(monkeypatch, capsys):
+    samples = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1 + 1
+    settings = Inversion(steps=3, batch_size=5, learning_rate=0.05, start="man")
+    learned, losses = [], []
+    for fits in (5, 2):
+        objective = objective_for(build_tiny_pipeline())
+        loss, tried = objective.negative_elbo, []
+
+        def starved(module, batch, *more, fits=fits, loss=loss, tried=tried):
+            tried.append(len(batch))
+            if len(batch) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss(module, batch, *more)
+
+        monkeypatch.setattr(objective, "negative_elbo", starved)
+        losses.append(invert(objective, samples, settings))
+        learned.append(objective.pipeline.text_encoder.get_input_embeddings().weight[-1])
+    # What did not fit once is not tried again.
+    assert tried == [5, 2, 2, 1, 2, 2, 1, 2, 2, 1]
+    assert "going on with --inversion_batch_size 2" in capsys.readouterr().err
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-4)
+
+
 def test_a_batch_fits_into_free_memory(tiny_objective):
     settings = batch_size_for(tiny_objective, SamplingSettings(batch_size=1), "cat")
     assert settings.batch_size in (1, 2, 4, 8, 16, 32, 64)

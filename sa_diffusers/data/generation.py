@@ -417,6 +417,18 @@ def fitted(picture: Image.Image, size: int) -> torch.Tensor:
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
+def sampled(
+    objective: Objective, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
+) -> torch.Tensor:
+    """Samples of a model, in smaller batches where those of the settings do not fit into memory: beside what training
+    or Fisher information holds, fewer do than before."""
+
+    def sample(size: int) -> torch.Tensor:
+        return objective.sample(prompts, seeds, replace(settings, batch_size=size))
+
+    return shrinking(sample, min(settings.batch_size, len(prompts)), "sample_batch_size")
+
+
 def count_black(pictures: Sequence[Image.Image]) -> int:
     """How many pictures are black all over, as a safety checker leaves them."""
     return sum(max(high for _, high in picture.convert("RGB").getextrema()) < _BLACK_LEVEL for picture in pictures)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..configuration import base_defaults
 from ..data.classes import class_name
+from ..data.generation import sampled
 from ..data.given import Samples, are_prompts, given_prompts, given_samples, taken
 from ..data.sample_set import SampleSet
 from ..environment import launched, precision_in_use
@@ -192,7 +193,7 @@ class FisherEstimator:
         if self._scheduler is not None:
             objective.check_sampling(settings, self._scheduler)
         with self.accelerator.autocast():
-            samples = objective.sample(prompts, seeds, settings).float().cpu()
+            samples = sampled(objective, prompts, seeds, settings).float().cpu()
         origin = {**settings.to_dict(), "base_model": self._name}
         return SampleSet(samples, prompts, list(prompts), seeds, origin)
 

@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from ..data.generation import sampled
 from ..families.base import Objective, SamplingSettings
 from ..processes import say
 from ..results.verdict import LEAST_KNOWN
-from .settings import sampled
 
 # Of pictures without a surrogate to compare with: two that share more than this are of the same thing.
 _ALIKE = 0.5

@@ -1,8 +1,7 @@
 """From the configuration to the parts of a training, and to what its weights depend on."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ..environment import import_bitsandbytes, precision_in_use
 from ..families.adapters import AdapterLayers, adapter_layers, check_kohya, check_takes_adapters
 from ..families.base import Objective, SamplingSettings
 from ..identity import Identity
-from ..processes import shrinking
 
 # What the trained weights depend on, beside their samples, the Fisher information and the base model.
 TRAINING_SETTINGS = (
@@ -117,17 +115,6 @@ def sampling_settings(config: SelectiveAmnesiaConfig, guidance_scale: float | No
         batch_size=config.sample_batch_size,
         resolution=config.resolution,
     )
-
-
-def sampled(
-    objective: Objective, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
-) -> torch.Tensor:
-    """Samples of a model in training: beside what training holds, fewer fit into memory than before it."""
-
-    def sample(size: int) -> torch.Tensor:
-        return objective.sample(prompts, seeds, replace(settings, batch_size=size))
-
-    return shrinking(sample, min(settings.batch_size, len(prompts)), "sample_batch_size")
 
 
 def make_optimizer(

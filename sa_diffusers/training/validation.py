@@ -11,12 +11,13 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..configuration import SelectiveAmnesiaConfig
+from ..data.generation import sampled
 from ..data.sensitive import blurred
 from ..families.base import Objective
 from ..processes import stop_requested, wait_until
 from ..seeds import first_seed
 from .progress import tracker_errors
-from .settings import sampled, sampling_settings
+from .settings import sampling_settings
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ...families import Objective
 from ...families.base import TextEncoder
 from ...families.digests import fingerprint_module
 from ...identity import fingerprint
+from ...processes import shrinking
 from ..registry import register_attack
 from ..subject import ATTACK_SEEDS, Subject, stream_seeds
 from .base import Attack, Inversion, Prepared
@@ -83,7 +85,7 @@ def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> 
     objective.module.requires_grad_(False).eval()
     rows = [_NewRow(handle, settings.start or "") for handle in objective.text_encoders()]
     optimizer = torch.optim.Adam([row.learned for row in rows], lr=settings.learning_rate)
-    losses = []
+    losses, size = [], settings.batch_size
     try:
         for step in tqdm(range(settings.steps), desc="textual inversion", unit="step"):
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
@@ -91,20 +93,37 @@ def invert(objective: Objective, samples: torch.Tensor, settings: Inversion) -> 
             batch = samples[chosen].to(objective.device)
             timesteps = objective.path.draw_timesteps(len(batch), generator).to(objective.device)
             template = INVERSION_TEMPLATES[step % len(INVERSION_TEMPLATES)]
-            prompts = [template.replace("{}", INVERTED_TOKEN)] * len(batch)
-            conditions = objective.encode_prompts(prompts)
-            noise = objective.draw_noise(batch, generator)
-            loss = objective.negative_elbo(objective.module, batch, conditions, timesteps, noise).mean()
-            optimizer.zero_grad()
-            loss.backward()
+            prompt = template.replace("{}", INVERTED_TOKEN)
+            drawn = (batch, timesteps, objective.draw_noise(batch, generator))
+            backward = partial(_backward, objective, optimizer, prompt, drawn)
+            size, loss = shrinking(backward, size, "inversion_batch_size")
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(loss)
     finally:
         for row in rows:
             row.hook.remove()
     for row in rows:
         row.keep()
     return losses
+
+
+def _backward(
+    objective: Objective, optimizer: torch.optim.Optimizer, prompt: str, drawn: Sequence[torch.Tensor], size: int
+) -> tuple[int, float]:
+    """The gradient of a batch's loss, so many images at a time; that number and the loss.
+
+    Args:
+        drawn: Samples, timesteps and noise.
+    """
+    optimizer.zero_grad()
+    told = 0.0
+    for samples, timesteps, noise in zip(*(tensor.split(size) for tensor in drawn), strict=True):
+        conditions = objective.encode_prompts([prompt] * len(samples))
+        loss = objective.negative_elbo(objective.module, samples, conditions, timesteps, noise).mean()
+        loss = loss * (len(samples) / len(drawn[0]))
+        loss.backward()
+        told += loss.item()
+    return size, told
 
 
 class _NewRow:
