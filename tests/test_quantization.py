@@ -15,8 +15,17 @@ from diffusers.utils import is_bitsandbytes_available
 from torch import nn
 
 import sa_diffusers
-from sa_diffusers import Erasure, FisherEstimator, SampleSet, SelectiveAmnesiaConfig, load_pipeline, objective_for
+from sa_diffusers import (
+    Erasure,
+    FisherEstimator,
+    SampleSet,
+    SelectiveAmnesiaConfig,
+    embedded_pipeline,
+    load_pipeline,
+    objective_for,
+)
 from sa_diffusers.commands import main
+from sa_diffusers.evaluation.eval_unlearn import SelectiveAmnesiaTechnique
 from sa_diffusers.families.adapters import ADAPTER_FILE, adapter_layers
 from sa_diffusers.families.digests import fingerprint_module
 from sa_diffusers.footprint import without_values
@@ -41,6 +50,7 @@ from .test_identity import digests
 from .test_processes import launch
 from .tiny_families import FAMILIES
 
+CLASSIFIER = embedded_pipeline().parent / "classifier"
 KINDS = ("int8", "fp8")
 
 
@@ -131,6 +141,50 @@ def test_it_is_merged_with_the_base_in_its_own_precision_alone(settings, kind, t
     with pytest.raises(ValueError, match="its unet is stored quantised"):
         Erasure(SelectiveAmnesiaConfig(**{**settings, "pretrained_model_name_or_path": str(tmp_path / "small"),
                                           "overwrite_output_dir": True}))  # fmt: skip
+
+
+def test_it_is_evaluated_on_the_base_that_it_was_trained_on(settings, kind, tiny_folder, tmp_path, capsys):
+    """Unless another is asked for, which is said; weights that it was merged into are none that it was trained on."""
+    own = Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 0.0})).run().report
+    evaluation = ["evaluate", "--base", tiny_folder, "--classifier", CLASSIFIER, "--clip", "none", "--images", "1",
+                  "--num_inference_steps", "1", "--protocol", "concept", "--output_dir"]  # fmt: skip
+
+    def evaluated(name, *flags):
+        result = run_here(main, [*evaluation, name, *flags], tmp_path)
+        assert result.returncode == 0, result.stderr
+        page = (tmp_path / name / "report.md").read_text()
+        return json.loads((tmp_path / name / "report.json").read_text()), page, result.stderr
+
+    erased = ["--erased", tmp_path / "erased"]
+    report, page, said = evaluated("same", *erased)
+    assert (report["base_module"], report["erased_module"]) == (own.base_module, own.erased_module)
+    assert f"| base quantization | {kind} |" in page
+    assert "base_quantization" not in said
+    technique = SelectiveAmnesiaTechnique(str(tmp_path / "erased"))
+    assert quantization_of(technique.objective.module) == kind
+    report, page, said = evaluated("other", *erased, "--base_quantization", "none")
+    assert report["base_module"] != own.base_module
+    assert f"| base quantization | none, trained on {kind} |" in page
+    assert f"warning: base_quantization none, trained on {kind}: the adapter is measured on another base" in said
+    merge_adapter(tmp_path / "erased", tmp_path / "merged")
+    merged = ["--erased", tmp_path / "merged"]
+    report, page, _ = evaluated("third", *merged)
+    assert report["base_module"] != own.base_module
+    assert "base quantization" not in page
+    refused = run_here(main, [*evaluation, "fourth", *merged, "--base_quantization", kind], tmp_path)
+    assert f"--base_quantization {kind} is for adapters, and {tmp_path / 'merged'} holds none" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", ["int8"])
+def test_what_cannot_be_quantised_here_says_how_it_is_evaluated(settings, tiny_folder, tmp_path):
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 0.0})).run()
+    file = tmp_path / "erased" / "selective_amnesia.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_quantization": "nf4"}))
+    arguments = ["evaluate", "--base", tiny_folder, "--erased", tmp_path / "erased", "--protocol", "concept"]
+    refused = run_here(main, arguments, tmp_path)
+    assert refused.returncode == 1
+    assert 'base_quantization="nf4" needs a CUDA device and there is none' in refused.stderr
+    assert "--base_quantization none measures it on the base model in its own precision" in refused.stderr
 
 
 class KilledAfter:

@@ -8,6 +8,7 @@ from ..messages import shown
 from .fields import Settings, documented, flag
 from .groups import Blur, Precision, Prediction, Sampler, Weights, no_file
 
+Held = Literal["nf4", "fp8", "int8", "none"]
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 DEFAULT_I2P = "AIML-TUDA/i2p"
 # A row's images; for the celebrity a prompt's, for nudity those of the naked person.
@@ -51,6 +52,9 @@ class _Models(Settings):
         None, "precision of the sampling [as in the erasure, else as `accelerate config` says]"
     )
     weights_dtype: Weights | None = flag(None, "precision of the models' weights [as in the erasure, else float32]")
+    base_quantization: Held | None = flag(
+        None, "how the linear layers of the base model's denoiser are held, below an adapter too [as in the erasure]"
+    )
 
 
 @dataclass

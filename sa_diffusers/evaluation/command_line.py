@@ -19,18 +19,27 @@ from ..data.concepts import pair_concepts
 from ..data.sensitive import must_blur
 from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, kind_in, load_pipeline, objective_for
-from ..families.adapters import find_adapter, with_adapter
+from ..families.adapters import find_adapter, hold_quantized, with_adapter
 from ..families.names import resolved_revision
 from ..files import check_writable
 from ..hub import one_line
 from ..markup import visible
 from ..output_folder import OutputFolder, check_written
+from ..processes import warn_once
 from ..publish import write_model_card
+from ..quantization import check_quantization
 from ..report import PAGE_NAME
 from ..report.terminal import format_report
 from ..results import Report
 from ..seeds import STREAMS
-from .erased import distilled_on_record, recorded_ending, saved_alone, takes_classes, warn_of_another_base
+from .erased import (
+    distilled_on_record,
+    erasure_settings,
+    recorded_ending,
+    saved_alone,
+    takes_classes,
+    warn_of_another_base,
+)
 from .memory import batch_size_for
 from .registry import MEASURES, PROTOCOLS
 from .request import Evaluation, Request, erasure_of
@@ -70,6 +79,14 @@ def check_request(args: EvaluationConfig, config: SelectiveAmnesiaConfig, load: 
             'mixed_precision="fp16", as in the erasure or as given, needs a CUDA device and there is none: give '
             "--mixed_precision bf16 or --mixed_precision no"
         )
+    if config.base_quantization is not None:
+        try:
+            check_quantization(config.base_quantization, torch.cuda.is_available())
+        except ValueError as error:
+            raise ValueError(
+                f"{args.erased} is measured on the base model quantised as in the erasure, or as given: {error}; "
+                "--base_quantization none measures it on the base model in its own precision"
+            ) from error
 
 
 def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
@@ -90,12 +107,16 @@ def loader(args: EvaluationConfig, config: SelectiveAmnesiaConfig) -> Loader:
             pipeline = load_pipeline(
                 name, revision, variant, kinds=SUPPORTED_PIPELINES, no_t5=config.no_t5,
                 single_file_config=config.single_file_config, weights_dtype=config.weights_dtype,
+                base_quantization=config.base_quantization if role == "base" else None,
             )  # fmt: skip
         except (ValueError, OSError) as error:
             # In the words of this program's flags.
             told = one_line(error).replace("--pretrained_model_name_or_path", f"--{role}")
             raise ValueError(told.replace("pretrained_model_name_or_path=", f"--{role} ")) from error
-        return objective_for(pipeline, config.prediction_type, weights_dtype=config.weights_dtype)
+        objective = objective_for(pipeline, config.prediction_type, weights_dtype=config.weights_dtype)
+        if role == "base":
+            hold_quantized(objective, config.base_quantization)
+        return objective
 
     return load
 
@@ -141,8 +162,15 @@ def subject_of(request: Request, load: Loader, accelerator: Accelerator) -> Subj
 def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
     """What the report says of the models and the erasure."""
     args, config = request.args, request.config
+    trained_on = erasure_settings(args.erased, args.erased_revision).get("base_quantization")
+    is_adapter, held = find_adapter(args.erased, args.erased_revision) is not None, config.base_quantization
+    if is_adapter and held != trained_on:
+        held = f"{held or 'none'}, trained on {trained_on or 'none'}"
     if subject.accelerator.is_main_process:
-        warn_of_another_base(args.base, subject.digests(subject.base).module, args.erased, args.erased_revision)
+        if held != config.base_quantization:
+            warn_once(f"base_quantization {held}: the adapter is measured on another base model than it was trained on")
+        else:
+            warn_of_another_base(args.base, subject.digests(subject.base).module, args.erased, args.erased_revision)
     _, told = kind_in(args.base, config.revision, config.cache_dir, config.single_file_config)
     return {
         "protocol": args.protocol,
@@ -159,6 +187,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "prediction_type": subject.base.prediction_type,
         "mixed_precision": subject.accelerator.mixed_precision,
         "weights_dtype": config.weights_dtype,
+        "base_quantization": held,
         "blur": must_blur(config.blur, [*config.concept, *config.surrogate]),
         "command": args.command,
         "pairs": [

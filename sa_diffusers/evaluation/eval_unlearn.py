@@ -10,8 +10,9 @@ from PIL import Image
 
 from ..environment import launched
 from ..families import SUPPORTED_PIPELINES, SamplingSettings, load_pipeline, objective_for
-from ..families.adapters import find_adapter, with_adapter
+from ..families.adapters import find_adapter, hold_quantized, with_adapter
 from ..output_folder import OutputFolder
+from ..quantization import check_quantization
 from .erased import erasure_settings
 
 TECHNIQUE_NAME = "selective_amnesia"
@@ -60,6 +61,7 @@ class SelectiveAmnesiaTechnique:
         erasure = erasure_settings(model_id, revision)
         OutputFolder(model_id).check_digests()
         dtype = {"weights_dtype": erasure.get("weights_dtype") or "float32"}
+        held = None
         given = {"sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
                  "resolution": resolution}  # fmt: skip
         known = {name: erasure[name] if value is None else value for name, value in given.items()
@@ -70,8 +72,12 @@ class SelectiveAmnesiaTechnique:
         if adapter is not None:
             # It has no weights of its own but for a difference to the base model's.
             place = (erasure["pretrained_model_name_or_path"], erasure.get("revision"), erasure.get("variant"))
-        pipeline = load_pipeline(*place, kinds=SUPPORTED_PIPELINES, **dtype)
+            held = erasure.get("base_quantization")
+        if held is not None:
+            check_quantization(held, torch.cuda.is_available())
+        pipeline = load_pipeline(*place, kinds=SUPPORTED_PIPELINES, **dtype, base_quantization=held)
         objective = objective_for(pipeline, prediction_type or erasure.get("prediction_type"), **dtype)
+        hold_quantized(objective, held)
         self.objective = (objective if adapter is None else with_adapter(objective, adapter)).to(launched().device)
         self.settings = SamplingSettings(**{**self.objective.defaults, **known}, batch_size=batch_size)
         if self.objective.labels is not None:

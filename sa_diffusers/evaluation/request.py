@@ -9,6 +9,7 @@ import torch
 from ..configuration import CONFIG_NAME, EvaluationConfig, SelectiveAmnesiaConfig, base_defaults
 from ..data.phrasings import read_templates
 from ..families import Objective, kind_in
+from ..families.adapters import find_adapter
 from .classification import ImageClassifier
 from .erased import erasure_settings
 from .groups import default_held_out
@@ -110,6 +111,16 @@ def erasure_of(args: EvaluationConfig) -> SelectiveAmnesiaConfig:
     names = ("concept", "surrogate", "sampler", "num_inference_steps", "guidance_scale", "classifier", "resolution",
              "prediction_type", "revision", "variant", "mixed_precision", "weights_dtype", "blur")  # fmt: skip
     values |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.base_quantization is not None:
+        values["base_quantization"] = None if args.base_quantization == "none" else args.base_quantization
+    if values.get("base_quantization") and find_adapter(args.erased, args.erased_revision) is None:
+        if args.base_quantization is not None:
+            raise ValueError(
+                f"--base_quantization {args.base_quantization} is for adapters, and {args.erased} holds none: leave it "
+                "out"
+            )
+        # It was merged into the base model's own weights.
+        values["base_quantization"] = None
     if not values.get("concept"):
         raise ValueError(f"{args.erased} has no {CONFIG_NAME} that says what was erased: give --concept")
     return SelectiveAmnesiaConfig.from_dict(values, f"{args.erased}/{CONFIG_NAME}")

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..files import write_bytes
 from ..messages import shown_error
-from ..quantization import kind_of, shape_of
+from ..quantization import check_quantized, kind_of, lighten_, quantization_of, quantize_, shape_of
 from ..weights import ordered, weights_fault
 from .base import Objective
 from .names import ADAPTER_NAME
@@ -284,6 +284,20 @@ def with_adapter(objective: Objective, file: Path) -> Objective:
     """A model with an adapter in it; see `load_adapter`."""
     load_adapter(objective, file)
     return objective
+
+
+def hold_quantized(objective: Objective, kind: str | None) -> None:
+    """See to it that the denoiser below an adapter is quantised as the setting says: while it was loaded, or now.
+
+    Raises:
+        ValueError: It is quantised otherwise, or cannot be, or diffusers loads no adapters for it.
+    """
+    if kind is not None:
+        check_takes_adapters(objective)
+        if quantization_of(objective.module) is None:
+            quantize_(objective.module, kind)
+    check_quantized(objective.module, kind)
+    lighten_(objective.module)
 
 
 def unload_adapter(objective: Objective) -> None:

@@ -27,7 +27,7 @@ from ..evaluation.groups import default_held_out
 from ..evaluation.measures.clip import Clip, ZeroShotClassifier, local_clip
 from ..evaluation.neighbours import near_and_far
 from ..families import SUPPORTED_PIPELINES, Objective, SamplingSettings, load_pipeline
-from ..families.adapters import AdapterLayers, check_takes_adapters
+from ..families.adapters import AdapterLayers, hold_quantized
 from ..families.digests import digested_once, fingerprint_module
 from ..families.distilled import check_given
 from ..families.fused import fuse_adapters, fused_adapters
@@ -35,7 +35,6 @@ from ..families.names import resolved_revision
 from ..families.trained import check_apart
 from ..messages import shown_error
 from ..passes import Passes, counted
-from ..quantization import check_quantized, lighten_, quantization_of, quantize_
 from ..training.settings import adapted_layers, sampling_settings
 
 # What every sample depends on, and every figure: the model, and how it is sampled.
@@ -208,7 +207,7 @@ def prepare(
     # Before anything is told by its digest: what is in the weights is the base model.
     fused = fuse_adapters(pipeline) if config.fuse_adapters else fused_adapters(pipeline)
     objective = built(config, build_objective, pipeline)
-    _quantize(objective, config.base_quantization)
+    hold_quantized(objective, config.base_quantization)
     if alone:
         check_apart(config.pretrained_model_name_or_path, given is not None, objective)
     if given is not None:
@@ -253,16 +252,6 @@ def built(
     """
     half = {} if config.weights_dtype == "float32" else {"weights_dtype": config.weights_dtype}
     return build_objective(pipeline, config.prediction_type, config.snr_gamma, config.noise_offset, **half)
-
-
-def _quantize(objective: Objective, kind: str | None) -> None:
-    """See to it that a denoiser is quantised as the setting says: while it was loaded, or now."""
-    if kind is not None:
-        check_takes_adapters(objective)
-        if quantization_of(objective.module) is None:
-            quantize_(objective.module, kind)
-    check_quantized(objective.module, kind)
-    lighten_(objective.module)
 
 
 def check_artifacts_dir(config: SelectiveAmnesiaConfig) -> None:
