@@ -16,12 +16,15 @@ from sa_diffusers.commands.evaluate import main as evaluate
 from sa_diffusers.families import SUPPORTED_PIPELINES, family_in
 
 from .conftest import as_flags, build_tiny_pipeline, run_here
+from .test_class_models import tiny_vae
 from .test_train_script import QUICK
-from .tiny_families import build_flux, build_sd3
+from .test_user_command import bytes_of
+from .tiny_families import build_flux, build_klein, build_qwen, build_sana, build_sd3, build_xl, build_z_image
 
 # Name in diffusers -> name in a checkpoint of Stable Diffusion, of the tiny UNet: one layer a level, two levels.
 _UNET = {
-    r"conv_in\.": "input_blocks.0.0.", r"time_embedding\.linear_1\.": "time_embed.0.",
+    r"conv_in\.": "input_blocks.0.0.", r"add_embedding\.linear_1\.": "label_emb.0.0.",
+    r"add_embedding\.linear_2\.": "label_emb.0.2.", r"time_embedding\.linear_1\.": "time_embed.0.",
     r"time_embedding\.linear_2\.": "time_embed.2.", r"conv_norm_out\.": "out.0.", r"conv_out\.": "out.2.",
     r"down_blocks\.0\.resnets\.0\.": "input_blocks.1.0.",
     r"down_blocks\.0\.downsamplers\.0\.conv\.": "input_blocks.2.0.op.",
@@ -88,6 +91,65 @@ def lenders(pipeline, tmp_path):
     return tmp_path / "kind"
 
 
+def as_sdxl_checkpoint(pipeline):
+    """An SDXL as its authors' program writes it, whose second text encoder is OpenCLIP's."""
+    found = {f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": value.clone()
+             for name, value in pipeline.text_encoder.state_dict().items()}  # fmt: skip
+    unet = as_checkpoint(pipeline, vae=True)
+    found |= {name: value for name, value in unet.items() if not name.startswith("cond_stage_model.")}
+    names = {
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.token_embedding.": "token_embedding.", "text_model.final_layer_norm.": "ln_final.",
+        "text_model.encoder.layers.": "transformer.resblocks.", ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.",
+        ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj.", ".self_attn.": ".attn.",
+        "text_projection.weight": "text_projection",
+    }  # fmt: skip
+    text = {}
+    for name, value in pipeline.text_encoder_2.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        text[name] = value.T if name == "text_projection" else value
+    for name in [name for name in text if ".q_proj." in name]:
+        parts = [text.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        text[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    return found | {f"conditioner.embedders.1.model.{name}": value.contiguous() for name, value in text.items()}
+
+
+_SD3 = {
+    "pos_embed.pos_embed": "pos_embed", "pos_embed.proj.": "x_embedder.proj.",
+    "time_text_embed.timestep_embedder.linear_1.": "t_embedder.mlp.0.",
+    "time_text_embed.timestep_embedder.linear_2.": "t_embedder.mlp.2.",
+    "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
+    "time_text_embed.text_embedder.linear_2.": "y_embedder.mlp.2.",
+    "norm_out.linear.": "final_layer.adaLN_modulation.1.", "proj_out.": "final_layer.linear.", "transformer_blocks.": "joint_blocks.",
+    ".attn.to_out.0.": ".x_block.attn.proj.", ".attn.to_add_out.": ".context_block.attn.proj.",
+    ".norm1.linear.": ".x_block.adaLN_modulation.1.", ".norm1_context.linear.": ".context_block.adaLN_modulation.1.",
+    ".ff.net.0.proj.": ".x_block.mlp.fc1.", ".ff.net.2.": ".x_block.mlp.fc2.",
+    ".ff_context.net.0.proj.": ".context_block.mlp.fc1.", ".ff_context.net.2.": ".context_block.mlp.fc2.",
+}  # fmt: skip
+
+
+def as_sd3_checkpoint(pipeline):
+    """A Stable Diffusion 3 as its authors' program writes it: transformer and autoencoder, no text encoder."""
+    weights, found = pipeline.transformer.state_dict(), {}
+    last = len(pipeline.transformer.transformer_blocks) - 1
+    for name, value in weights.items():
+        if ".attn.to_q." in name:
+            new = name.replace("transformer_blocks.", "joint_blocks.").replace("attn.to_q.", "{}_block.attn.qkv.")
+            for stream, of in (("x", "to_{}"), ("context", "add_{}_proj")):
+                names = (name.replace("to_q", of.format(part)) for part in "qkv")
+                found[new.format(stream)] = torch.cat([weights[part] for part in names])
+        elif not re.search(r"\.attn\.(to_[kv]|add_[qkv]_proj)\.", name):
+            if name.startswith((f"transformer_blocks.{last}.norm1_context.", "norm_out.")):
+                # Scale and shift the other way round.
+                value = torch.cat(value.chunk(2)[::-1])
+            for old, new in _SD3.items():
+                name = name.replace(old, new)
+            found[name] = value.clone()
+    found = {f"model.diffusion_model.{name}": value for name, value in found.items()}
+    return {**found, **renamed(pipeline.vae.state_dict(), "first_stage_model.", _VAE)}
+
+
 def same(one, other):
     weights = other.state_dict()
     return all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
@@ -115,7 +177,49 @@ def test_a_denoiser_alone_takes_the_rest_from_the_pipeline(pipeline, lenders, tm
     assert {value.dtype for value in loaded.unet.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("build", [build_sd3, build_flux])
+def test_a_whole_sdxl(tmp_path):
+    pipeline = build_xl()
+    save_file(as_sdxl_checkpoint(pipeline), tmp_path / "whole.safetensors")
+    pipeline.save_pretrained(tmp_path / "of-xl")
+    for file in (tmp_path / "of-xl").rglob("*.safetensors"):
+        file.unlink()
+    loaded = load_pipeline(str(tmp_path / "whole.safetensors"), single_file_config=str(tmp_path / "of-xl"))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        assert same(getattr(pipeline, part), getattr(loaded, part)), part
+    assert objective_for(loaded).fingerprint() == objective_for(pipeline).fingerprint()
+
+
+@pytest.mark.parametrize("held", [(), ("clip_l", "clip_g"), ("clip_l", "clip_g", "t5xxl")])
+def test_text_encoders_that_a_whole_checkpoint_lacks_are_those_of_the_pipeline(held, tmp_path):
+    """As in sd3.5_medium.safetensors, sd3_medium_incl_clips.safetensors and its like with T5; the pipeline's T5 is in
+    two shards."""
+    first, second = build_sd3(), build_sd3()
+    with torch.no_grad():
+        for part in (second.transformer, second.vae, second.text_encoder, second.text_encoder_2, second.text_encoder_3):
+            next(part.parameters()).add_(1)
+    checkpoint = as_sd3_checkpoint(first)
+    # All as transformers names them; the first one's projection is the identity.
+    first.text_encoder.text_projection.weight.data = torch.eye(8)
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    theirs = dict(zip(encoders, held, strict=False))
+    for part, prefix in theirs.items():
+        weights = getattr(first, part).state_dict()
+        checkpoint |= {f"text_encoders.{prefix}.transformer.{name}": value.clone() for name, value in weights.items()}
+    save_file(checkpoint, tmp_path / "sd3.safetensors")
+    second.save_pretrained(tmp_path / "kind")
+    (tmp_path / "kind" / "text_encoder_3" / "model.safetensors").unlink()
+    second.text_encoder_3.save_pretrained(
+        tmp_path / "kind" / "text_encoder_3", max_shard_size=bytes_of(second.text_encoder_3) * 2 // 3
+    )
+    loaded = load_pipeline(str(tmp_path / "sd3.safetensors"), single_file_config=str(tmp_path / "kind"))
+    for part in ("transformer", "vae", *encoders):
+        assert same(getattr(second if part in encoders and part not in theirs else first, part), getattr(loaded, part))
+    without = load_pipeline(str(tmp_path / "sd3.safetensors"), single_file_config=str(tmp_path / "kind"), no_t5=True)
+    assert without.text_encoder_3 is None
+    assert same(first.vae, without.vae)
+
+
+@pytest.mark.parametrize("build", [build_sd3, build_flux, build_z_image, build_sana, build_qwen, build_klein])
 def test_a_transformer_alone(build, tmp_path):
     """As those of FLUX are passed on, without text encoders."""
     first, second = build(), build()
@@ -125,7 +229,7 @@ def test_a_transformer_alone(build, tmp_path):
     save_file(first.transformer.state_dict(), tmp_path / "tuned.safetensors")
     loaded = load_pipeline(str(tmp_path / "tuned.safetensors"), single_file_config=str(tmp_path / "kind"))
     assert same(first.transformer, loaded.transformer)
-    assert same(second.text_encoder_2, loaded.text_encoder_2)
+    assert same(second.text_encoder, loaded.text_encoder)
 
 
 def test_which_model_it_is_is_told_by_its_tensors(pipeline, tmp_path, monkeypatch):
@@ -161,6 +265,13 @@ def test_files_that_are_no_model(tmp_path, tensors, message):
     (tmp_path / "file.safetensors").write_bytes(b"abc")
     with pytest.raises(ValueError, match="is cut short"):
         load_pipeline(str(tmp_path / "file.safetensors"))
+
+
+def test_a_kind_of_which_diffusers_reads_no_single_file_is_told(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "kind")
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match="diffusers reads no single file of this kind of model: give the folder of a"):
+        load_pipeline(str(tmp_path / "file.safetensors"), single_file_config=str(tmp_path / "kind"))
 
 
 def test_configurations_of_another_kind_are_one_sentence(pipeline, tmp_path):

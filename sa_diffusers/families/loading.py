@@ -27,6 +27,7 @@ from .single_file import (
     guessed_pipeline,
     holds_whole_model,
     is_single_file,
+    lacking_encoders,
     load_denoiser,
     load_whole,
     tensors_of,
@@ -233,15 +234,20 @@ def _load_file(
     source: str, place: dict[str, Any], asked: _Asked, kind: str, family: type[Family] | None,
     parts: Mapping[str, list], absent: Mapping[str, None],
 ) -> DiffusionPipeline:  # fmt: skip
-    """A single file, with the configurations of a pipeline; where it is the denoiser's alone, with its other parts."""
+    """A single file, with the configurations of a pipeline and with those of its parts that the file lacks."""
     assert asked.file is not None
     known = getattr(diffusers, kind, DiffusionPipeline)
     whole = holds_whole_model(asked.tensors, known)
     denoiser = None if whole else denoiser_class(asked.file, family, parts)
+    given: dict[str, Any] = dict(absent)
+    if whole and family and (lent := lacking_encoders(asked.tensors, parts)):
+        held = {family.denoiser, "vae", *(name for name in parts if name.startswith("text_encoder"))} - {*lent}
+        lender = _load(source, place, replace(asked, file=None, undistilled=False, given=dict.fromkeys(held)))
+        given |= {name: getattr(lender, name) for name in lent}
     try:
         folder = configurations_of(source, place)
         if whole:
-            pipeline = load_whole(asked.file, known, folder, absent, asked.dtype)
+            pipeline = load_whole(asked.file, known, folder, given, asked.dtype)
         else:
             given = {family.denoiser: load_denoiser(asked.file, denoiser, family.denoiser, folder, asked.dtype)}
     except Exception as error:  # what does not fit shows itself in as many ways as there are kinds of models

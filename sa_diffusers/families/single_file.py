@@ -19,6 +19,12 @@ from .base import Family
 # How checkpoints of whole models call their autoencoder.
 _AUTOENCODERS = ("first_stage_model.", "vae.")
 _DENOISERS = ("model.diffusion_model.", "diffusion_model.")
+# And their text encoders: CLIPs as they come in their pipelines, and a T5.
+_CLIPS = (
+    ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
+    ("conditioner.embedders.1.model.", "text_encoders.clip_g."),
+)
+_T5 = ("text_encoders.t5xxl.",)
 _ADAPTERS = (".lora_A.", ".lora_down.", ".lora_up.", ".lora.down.", "lora_unet_", "lora_te")
 _CONFIGURATIONS = ("*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model")
 SUFFIX = ".safetensors"
@@ -74,8 +80,16 @@ def holds_whole_model(tensors: Mapping[str, torch.Tensor], kind: type[DiffusionP
     return hasattr(kind, "from_single_file") and any(name.startswith(_AUTOENCODERS) for name in tensors)
 
 
+def lacking_encoders(tensors: Mapping[str, torch.Tensor], parts: Mapping[str, list]) -> list[str]:
+    """Names of a pipeline's text encoders that a checkpoint does not hold, whole as it is else."""
+    encoders = sorted(name for name in parts if name.startswith("text_encoder"))
+    names: dict[str, tuple[str, ...]] = {name: _T5 for name in encoders if parts[name][1].startswith("T5")}
+    names |= zip((name for name in encoders if parts[name][1].startswith("CLIPText")), _CLIPS, strict=False)
+    return [name for name in encoders if not any(key.startswith(names.get(name, ())) for key in tensors)]
+
+
 def load_whole(
-    path: str, kind: type[DiffusionPipeline], configurations: Path, absent: Mapping[str, None], options: dict[str, Any]
+    path: str, kind: type[DiffusionPipeline], configurations: Path, given: Mapping[str, Any], options: dict[str, Any]
 ) -> DiffusionPipeline:
     """The pipeline of a checkpoint.
 
@@ -83,7 +97,7 @@ def load_whole(
         path: The checkpoint.
         kind: The pipeline's class.
         configurations: A folder with those of such a pipeline, and with its tokenizers.
-        absent: Parts that are left out.
+        given: Parts that come from elsewhere, or are left out.
         options: How weights are loaded.
     """
     taken = inspect.signature(kind.__init__).parameters
@@ -92,7 +106,7 @@ def load_whole(
     if "requires_safety_checker" in taken:
         left_out["requires_safety_checker"] = False  # type: ignore[assignment]
     return kind.from_single_file(
-        path, config=str(configurations), local_files_only=True, **options, **left_out, **absent
+        path, config=str(configurations), local_files_only=True, **options, **left_out, **given
     )
 
 
