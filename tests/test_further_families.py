@@ -9,10 +9,21 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    FluxControlNetInpaintPipeline,
+    FluxControlNetModel,
+    FluxPipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Pipeline,
     ZImageImg2ImgPipeline,
     ZImagePipeline,
+)
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
 
 from sa_diffusers import Erasure, SamplingSettings, SelectiveAmnesiaConfig, erase, load_pipeline, objective_for
@@ -45,12 +56,31 @@ def settings_of(objective, name, **settings):
 # Quirks
 
 
+def test_every_sibling_that_diffusers_has_resolves_to_its_family():
+    """As its automatic pipelines put them together: from images, inpainting, ControlNets."""
+    found = []
+    for key, kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items():
+        if "controlnet" not in key and (family := family_of(kind.__name__)) is not None:
+            for table in (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+                          AUTO_INPAINT_PIPELINES_MAPPING):  # fmt: skip
+                for name in (key, f"{key}-controlnet", f"{key}-controlnet-union"):
+                    if sibling := table.get(name):
+                        assert family_of(sibling.__name__) is family, sibling
+                        found.append(sibling)
+    assert {FluxControlNetInpaintPipeline, StableDiffusion3ControlNetPipeline, ZImageImg2ImgPipeline} <= set(found)
+
+
 def test_a_sibling_is_what_its_parts_are():
-    for sibling, build, kind in (
-        (ZImageImg2ImgPipeline, build_z_image, ZImagePipeline),
-        (QwenImageImg2ImgPipeline, build_qwen, QwenImagePipeline),
+    for sibling, build, kind, controlnet in (
+        (ZImageImg2ImgPipeline, build_z_image, ZImagePipeline, None),
+        (QwenImageImg2ImgPipeline, build_qwen, QwenImagePipeline, None),
+        (StableDiffusion3ControlNetPipeline, build_sd3, StableDiffusion3Pipeline, SD3ControlNetModel),
+        (FluxControlNetInpaintPipeline, build_flux, FluxPipeline, FluxControlNetModel),
     ):
-        objective = objective_for(sibling(**build().components))
+        parts = {name: part for name, part in build().components.items() if part is not None}
+        if controlnet:
+            parts["controlnet"] = controlnet.from_config(parts["transformer"].config)
+        objective = objective_for(sibling(**parts))
         assert type(objective.pipeline) is kind
         assert objective.fingerprint() == objective_for(build()).fingerprint()
 

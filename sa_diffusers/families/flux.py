@@ -11,7 +11,10 @@ from .flow import JOINT_SELECTIONS, TransformerObjective
 from .registry import register
 
 
-@register("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline")
+@register(
+    "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline",
+    "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline",
+)  # fmt: skip
 class FluxObjective(TransformerObjective):
     """The objective of a `FluxPipeline`, of FLUX.1 dev.
 

@@ -148,6 +148,7 @@ class UNetObjective(TextToImageObjective, DiffusionObjective):
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
     "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline", "StableDiffusionAdapterPipeline", "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
 )  # fmt: skip
 class LatentDiffusionObjective(UNetObjective):
     """The objective of a `StableDiffusionPipeline` (paper, sections 2.1 and 4.2), or of one that shares its parts

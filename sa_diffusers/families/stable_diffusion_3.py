@@ -8,7 +8,10 @@ from .flow import JOINT_SELECTIONS, TransformerObjective
 from .registry import register
 
 
-@register("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+@register(
+    "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline",
+    "StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline",
+)  # fmt: skip
 class StableDiffusion3Objective(TransformerObjective):
     """The objective of a `StableDiffusion3Pipeline`, of 3 or 3.5.
 

@@ -14,7 +14,9 @@ from .stable_diffusion import UNetObjective
 @register(
     "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline", "StableDiffusionXLAdapterPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline", "StableDiffusionXLControlNetUnionPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline", "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline",
 )  # fmt: skip
 class StableDiffusionXLObjective(UNetObjective):
     """The objective of a `StableDiffusionXLPipeline`, or of one that shares its parts (image to image, ControlNet).
