@@ -107,7 +107,9 @@ saved, but for norms. float16 loses gradients below its range, those of the Fish
 where the GPU has it. Samples, Fisher information and trained weights of one precision are not reused for another.
 
 Fisher information is computed in float32 sums and kept so on disk; `--fisher_dtype bfloat16` holds it in half as much
-memory while training. `fisher_config.json` says in what precision the passes ran and the weights were held
+memory while training, and `--fisher_on_cpu` in the CPU's memory, from where each weight's part comes to the GPU at
+every step; its estimate then takes once as much as it beside the weights, in place of twice. The last has not been run
+on a GPU yet. `fisher_config.json` says in what precision the passes ran and the weights were held
 (`precision`, `weights_dtype`), and report and card say both.
 """
 

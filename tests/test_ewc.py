@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa_diffusers import ElasticWeightConsolidation
 
@@ -31,6 +32,26 @@ def test_gradient_equals_autograd_and_adds_to_what_is_there(moved):
     expected = torch.autograd.grad(explicit_penalty(parameters, fisher, ewc.anchor, 50.0), list(parameters.values()))
     for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
         torch.testing.assert_close(parameter.grad - before[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU would: tensors of two devices in one operation. `meta` does not."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        places = {value.device for value in arguments if isinstance(value, torch.Tensor) and value.dim()}
+        assert len(places) < 2, function
+        return function(*arguments, **(named or {}))
+
+
+def test_fisher_information_that_rests_on_the_cpu_comes_to_the_weights():
+    parameters = dict(nn.Linear(3, 4, device="meta").named_parameters())
+    fisher = {name: torch.ones(value.shape) for name, value in parameters.items()}
+    ewc = ElasticWeightConsolidation(parameters, fisher, 50.0, on_cpu=True)
+    assert all(values.data_ptr() == fisher[name].data_ptr() for name, values in ewc.fisher.items())
+    with OneDevice():
+        assert ewc.penalty().device.type == "meta"
+        ewc.add_gradient_()
+    assert {value.grad.device.type for value in parameters.values()} == {"meta"}
 
 
 def test_gradient_is_made_where_there_was_none(moved):

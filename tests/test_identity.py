@@ -40,6 +40,7 @@ OTHER = {
     "report_to": "tensorboard", "logging_dir": "runs", "logging_steps": 1, "tracker_project_name": "tiny",
     "push_to_hub": True, "hub_model_id": "a/b", "hub_private_repo": True, "overwrite_output_dir": True,
     "train_distilled": True, "save_components": "trained", "weights_dtype": "bfloat16", "fisher_dtype": "bfloat16",
+    "fisher_on_cpu": True,
 }  # fmt: skip
 # Their values need files, or a device, of their own: see the tests below, and those of flags that need CUDA.
 NEED_FILES = {"pretrained_model_name_or_path", "revision", "variant", "cache_dir", "artifacts_dir", "output_dir",

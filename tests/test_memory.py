@@ -14,7 +14,7 @@ from sa_diffusers.families.digests import fingerprint_module
 from sa_diffusers.fisher import FisherInformation, fisher_identity
 from sa_diffusers.footprint import fits_beside, free_on, peak_bytes, without_values
 from sa_diffusers.quantization import lighten_, quantizable, quantize_, quantized_bytes
-from sa_diffusers.training.memory import Memory, memory_plan, training_memory
+from sa_diffusers.training.memory import Memory, changes_for_less, memory_plan, training_memory
 from sa_diffusers.training.training import Training
 
 from .tiny_families import FAMILIES, SIZE
@@ -140,6 +140,25 @@ def test_what_is_kept_is_what_the_formulas_say():
     told = training_memory(objective, half, prompt="brad pitt")
     # theta* is kept as it was loaded, which loses nothing.
     assert told.kept == 2 * (whole - trained) + (4 + 4 + 16 + 2 + 2) * trained
+
+
+def test_fisher_information_on_the_cpu_takes_nothing_of_a_gpu():
+    """While it is estimated, one sample's gradients and that of one weight; on a CPU it is no other place."""
+    objective = objective_for(FAMILIES["stable diffusion"].build())
+    sizes = [value.numel() for value in objective.select("xattn").values()]
+    settings = {"train_method": "xattn", "fisher_on_cpu": True}
+    plain, told = (training_memory(objective, config_of(**{**settings, "fisher_on_cpu": asked}), prompt="brad pitt")
+                   for asked in (False, True))  # fmt: skip
+    assert (told.fisher, told.estimating) == (0, 4 * (sum(sizes) + max(sizes)))
+    assert (plain.fisher, plain.estimating) == (4 * sum(sizes), 4 * (2 * sum(sizes) + max(sizes)))
+    assert plain.kept - told.kept == 4 * sum(sizes)
+    assert training_memory(objective, config_of(**settings), prompt="brad pitt", on_cuda=False).fisher == plain.fisher
+    assert {"fisher_on_cpu": True} in changes_for_less(config_of(), objective)
+    assert {"fisher_on_cpu": True} not in changes_for_less(config_of(), objective, on_cuda=False)
+    assert {"fisher_on_cpu": True} not in changes_for_less(config_of(ewc_weight=0.0), objective)
+    # In rows and columns it takes next to nothing, and stays.
+    factored = {"adapter": "lora", "lora_rank": 2, "fisher_form": "rows_by_columns"}
+    assert training_memory(objective, config_of(**settings, **factored), prompt="brad pitt").fisher > 0
 
 
 def test_of_an_adapter_its_matrices_are_kept_beside_the_weights():

@@ -1,12 +1,23 @@
 """Weights in half precision, and what rests on the CPU while it is not in use."""
 
+import inspect
 import json
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from sa_diffusers import Erasure, SamplingSettings, SelectiveAmnesiaConfig, SelectiveAmnesiaTrainer, objective_for
+import sa_diffusers.stages.fisher as stages_fisher
+import sa_diffusers.training.loop as training_loop
+from sa_diffusers import (
+    Erasure,
+    FisherEstimator,
+    SampleSet,
+    SamplingSettings,
+    SelectiveAmnesiaConfig,
+    SelectiveAmnesiaTrainer,
+    objective_for,
+)
 from sa_diffusers.configuration import EvaluationConfig
 from sa_diffusers.evaluation.command_line import loader
 from sa_diffusers.evaluation.request import erasure_of
@@ -89,6 +100,41 @@ def test_a_pipeline_in_memory_in_half_precision_is_trained_and_called(tiny_setti
     assert {value.dtype for value in trainer.pipeline.unet.parameters()} == {torch.bfloat16}
     trainer.pipeline.set_progress_bar_config(disable=True)
     assert trainer.pipeline("a dog", num_inference_steps=2).images
+
+
+def test_fisher_information_is_kept_on_the_cpu_where_that_is_asked_for(tiny_settings, tmp_path, monkeypatch):
+    """Of the same bits, and no other erasure; where it is estimated and where it is used."""
+    made = []
+    for place, name in ((stages_fisher, "FisherEstimator"), (training_loop, "ElasticWeightConsolidation")):
+
+        class Seen(getattr(place, name)):
+            def __init__(self, *given, **named):
+                bound = inspect.signature(super().__init__).bind(*given, **named)
+                made.append((type(self).__mro__[1].__name__, bound.arguments.get("on_cpu", False)))
+                super().__init__(*given, **named)
+
+        monkeypatch.setattr(place, name, Seen)
+    values = []
+    for asked in (False, True):
+        settings = {**tiny_settings, "fisher_on_cpu": asked, "output_dir": str(tmp_path / str(asked)),
+                    "artifacts_dir": str(tmp_path / f"of {asked}")}  # fmt: skip
+        Erasure(SelectiveAmnesiaConfig(**settings)).run()
+        values.append(DiffusionPipeline.from_pretrained(tmp_path / str(asked)).unet.state_dict())
+    assert made == [(name, asked) for asked in (False, True)
+                    for name in ("FisherEstimator", "ElasticWeightConsolidation")]  # fmt: skip
+    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_fisher_information_is_the_same_where_a_gpu_estimates_it(on_cpu):
+    objective = objective_for(build_tiny_pipeline())
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples = SampleSet(objective.encode_images(images, 0), ["a", "b"], ["a", "b"], [0, 1], {"base": "test"})
+    expected = FisherEstimator(objective, "xattn", 4).estimate(samples).values
+    estimator = FisherEstimator(objective.to("cuda"), "xattn", 4, on_cpu=on_cpu)
+    for name, value in estimator.estimate(samples).values.items():
+        torch.testing.assert_close(value, expected[name], rtol=0.05, atol=1e-3 * float(expected[name].max()), msg=name)
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,11 @@ class FisherSettings(Settings):
     fisher_dtype: FisherType = flag(
         "float32", "precision that training holds the Fisher information in; bfloat16 takes half the memory"
     )
+    fisher_on_cpu: bool = flag(
+        False,
+        "keep the Fisher information in the CPU's memory and bring each weight's part to the device when it is needed: "
+        "no memory there, slower steps",
+    )
     ewc: float = flag(
         1.0,
         "strength of elastic weight consolidation, calibrated for each model: at 1 its penalty counts as much as the "

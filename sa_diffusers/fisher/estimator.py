@@ -75,6 +75,8 @@ class FisherEstimator:
         seed: Seed of timesteps, noise and signs. Each sample has a stream of its own, whatever the number of processes.
         accelerator: Processes that share the samples, and the precision of the forward pass. Default: this one.
         kind: `"gradient"` or `"jacobian"`. The EWC weight of one means nothing to the other.
+        on_cpu: Whether the squares are added up on the CPU, so that the device holds one sample's gradients alone. It
+            changes rounding and speed only.
 
     Raises:
         ValueError: `timesteps` or `batch_size` is out of range, the selection matches nothing, or the model is of an
@@ -91,6 +93,7 @@ class FisherEstimator:
         seed: int = 0,
         accelerator: Accelerator | None = None,
         kind: str = "gradient",
+        on_cpu: bool = False,
     ) -> None:
         objective, pipeline = objective_of(model)
         self._name = pipeline and pipeline_name(pipeline)
@@ -104,6 +107,7 @@ class FisherEstimator:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         check_kind(kind, objective)
         self.kind = kind
+        self.on_cpu = on_cpu
         self.objective = objective
         self._train_method = selection if isinstance(selection, str) else None
         self.parameters = objective.select(selection) if isinstance(selection, str) else dict(selection)
@@ -143,7 +147,8 @@ class FisherEstimator:
         if isinstance(samples, SampleSet) and not len(samples):
             raise ValueError("Fisher information needs at least one sample")
         module, device = self.objective.module, self.objective.device
-        values = {name: torch.zeros(shape_of(p), device=p.device) for name, p in self.parameters.items()}
+        values = {name: torch.zeros(shape_of(p), device="cpu" if self.on_cpu else p.device)
+                  for name, p in self.parameters.items()}  # fmt: skip
         with evaluating(module, *self._others):
             samples = self._sample_set(taken("samples", samples), settings)
             recorded = dict(identity or {})
@@ -154,8 +159,10 @@ class FisherEstimator:
             plain = [name for name, value in self.parameters.items() if kind_of(value) is None]
             with only_trainable(module, plain), differentiable(module, self.parameters) as self._inputs:
                 passes = self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
-        for name in values:
-            values[name] = self.accelerator.reduce(values[name], reduction="sum") / len(samples)
+        for name, parameter in self.parameters.items():
+            # Processes reach each other through their devices.
+            summed = self.accelerator.reduce(values[name].to(parameter.device), reduction="sum")
+            values[name] = summed.to(values[name].device) / len(samples)
         config = {
             **recorded,
             "fisher_kind": self.kind,
@@ -221,7 +228,8 @@ class FisherEstimator:
                 conditions = conditions or self._read(samples, mine[done - 1 :][:_READ])
                 gradient = self._gradient_that_fits(samples, group, conditions.pop(0), device)
                 for value, part in zip(values.values(), gradient, strict=True):
-                    value.addcmul_(part, part)
+                    there = part.to(value.device)
+                    value.addcmul_(there, there)
                 bar.update(len(group))
                 began = time.monotonic()
                 stopping = stop_requested() is not None

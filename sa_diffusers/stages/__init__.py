@@ -25,7 +25,7 @@ IRRELEVANT = frozenset((
     "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
     "validation_steps", "num_validation_images", "report_to", "logging_dir", "logging_steps", "tracker_project_name",
     "push_to_hub", "hub_model_id", "hub_private_repo", "require_forgotten", "train_distilled",
-    "single_file_config", "lora_format", "fuse_adapters",
+    "single_file_config", "lora_format", "fuse_adapters", "fisher_on_cpu",
 ))  # fmt: skip
 
 __all__ = [

@@ -202,7 +202,7 @@ class FisherStage(Stage):
         subject, config = self.subject, self.subject.config
         estimator = FisherEstimator(
             subject.objective, subject.parameters, self._timesteps(), config.fisher_batch_size, config.seed,
-            subject.accelerator, config.fisher_kind,
+            subject.accelerator, config.fisher_kind, config.fisher_on_cpu,
         )  # fmt: skip
         recorded = {"base_model": config.pretrained_model_name_or_path, "revision": subject.revision, **self.facts,
                     "identity": identity.digest}  # fmt: skip

@@ -20,6 +20,8 @@ class ElasticWeightConsolidation:
         fisher: Name and diagonal Fisher information, of the parameter's shape, non-negative. May hold other names too.
         weight: Weight of the term, at least 0.
         dtype: What the Fisher information is held in; the sums are float32.
+        on_cpu: Whether it stays on the CPU, and each weight's part of it comes to the weight's device when it is
+            needed.
 
     Raises:
         ValueError: A parameter has no Fisher information, or one of another shape, or the weight is negative.
@@ -31,6 +33,7 @@ class ElasticWeightConsolidation:
         fisher: Mapping[str, torch.Tensor],
         weight: float,
         dtype: torch.dtype = torch.float32,
+        on_cpu: bool = False,
     ) -> None:
         if weight < 0:
             raise ValueError(f"ewc_weight={weight} must be at least 0")
@@ -39,7 +42,7 @@ class ElasticWeightConsolidation:
         self.parameters = self.trainable.parameters
         self.fisher: dict[str, torch.Tensor] = {}
         for name, parameter in self.trainable.weights.items():
-            self.fisher[name] = _checked(fisher, name, parameter).to(dtype)
+            self.fisher[name] = _checked(fisher, name, parameter, "cpu" if on_cpu else parameter.device).to(dtype)
         self.shift = self.trainable.shift
         if isinstance(self.trainable, FullWeights):
             self.anchor = self.trainable.anchor
@@ -52,10 +55,10 @@ class ElasticWeightConsolidation:
     @torch.no_grad()
     def unweighted(self) -> torch.Tensor:
         """`sum_i F_i (theta_i - theta*_i)^2`, a float32 scalar."""
-        total = torch.zeros((), device=next(iter(self.fisher.values())).device)
-        for name in self.fisher:
+        total = torch.zeros((), device=next(iter(self.trainable.weights.values())).device)
+        for name, values in self.fisher.items():
             # No name for the shift: it would keep it while the next one is made.
-            total += self.shift(name).square_().mul_(self.fisher[name]).sum()
+            total += self.shift(name).square_().mul_(values.to(total.device)).sum()
         return total
 
     @torch.no_grad()
@@ -63,7 +66,8 @@ class ElasticWeightConsolidation:
         """Add `2 * weight * F (theta - theta*)`, times a scale, to every `.grad`: once per optimiser step, after
         reduction over processes and unscaling, before clipping."""
         for name, values in self.fisher.items():
-            self.trainable.add_gradient_(name, self.shift(name).mul_(values), 2 * self.weight * scale)
+            there = values.to(self.trainable.weights[name].device)
+            self.trainable.add_gradient_(name, self.shift(name).mul_(there), 2 * self.weight * scale)
 
 
 class RowsByColumns:
@@ -88,7 +92,7 @@ class RowsByColumns:
         self.trainable = trainable
         self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, parameter in trainable.weights.items():
-            matrix = _checked(fisher, name, parameter, moved=False).flatten(1)
+            matrix = _checked(fisher, name, parameter, None).flatten(1)
             root = matrix.sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
             rows, columns = matrix.sum(1) / root, matrix.sum(0) / root
             self._sums[name] = rows.to(parameter.device), columns.to(parameter.device)
@@ -120,9 +124,9 @@ class RowsByColumns:
 
 
 def _checked(
-    fisher: Mapping[str, torch.Tensor], name: str, parameter: torch.Tensor, moved: bool = True
+    fisher: Mapping[str, torch.Tensor], name: str, parameter: torch.Tensor, device: torch.device | str | None
 ) -> torch.Tensor:
-    """The Fisher information of a parameter, on its device unless it is to stay where it is."""
+    """The Fisher information of a parameter, on a device; of None it stays where it is."""
     if name not in fisher:
         raise ValueError(
             f"no Fisher information for {name}: it was computed for another selection. Compute it again, or choose a "
@@ -133,4 +137,4 @@ def _checked(
             f"Fisher information of {name} has shape {tuple(fisher[name].shape)}, the parameter has "
             f"{tuple(parameter.shape)}: it belongs to another model"
         )
-    return fisher[name].to(device=parameter.device if moved else None, dtype=torch.float32)
+    return fisher[name].to(device=device, dtype=torch.float32)

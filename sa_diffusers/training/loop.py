@@ -127,7 +127,9 @@ class Loop:
         elif isinstance(self.trainable, AdapterWeights) and config.fisher_form == "rows_by_columns":
             self.ewc = RowsByColumns(self.trainable, fisher.values, weight)
         else:
-            self.ewc = ElasticWeightConsolidation(self.trainable, fisher.values, weight, held)
+            self.ewc = ElasticWeightConsolidation(
+                self.trainable, fisher.values, weight, held, on_cpu=config.fisher_on_cpu
+            )
         self.teacher: Denoiser | None = self.trainable.teacher if config.target == "frozen" else None
         self.parameters = list(self.trainable.parameters.values())
         self.average = make_average(config, self.parameters)

@@ -144,7 +144,10 @@ def training_memory(
     half = getattr(torch, config.weights_dtype)
     selected = trained = sum(parameter.numel() for parameter in parameters.values())
     largest = max(parameter.numel() for parameter in parameters.values())
-    estimated = _FLOAT * (2 * selected + largest) * (config.consolidates and config.fisher is None)
+    # On a CPU it is no other place.
+    elsewhere = config.fisher_on_cpu and on_cuda
+    sums = selected if elsewhere else 2 * selected
+    estimated = _FLOAT * (sums + largest) * (config.consolidates and config.fisher is None)
     small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
     if config.adapter is not None:
         # Its matrices are trained in place of the weights; the teacher is the network without it.
@@ -152,7 +155,7 @@ def training_memory(
         trained, small = layers.numbers(config.lora_rank), 0
         selected = sum(rows * columns for rows, columns in layers.sizes.values())
         if config.fisher_form == "rows_by_columns":
-            selected = sum(map(sum, layers.sizes.values()))
+            selected, elsewhere = sum(map(sum, layers.sizes.values())), False
     compute = _HALVES.get(precision or config.precision or "no", half)
     loaded = {name: half if half.itemsize < value.element_size() else value.dtype for name, value in parameters.items()}
     _set_types(blank.module, parameters if config.adapter is None else {}, half)
@@ -189,7 +192,7 @@ def training_memory(
         optimizer=optimizer,
         average=_FLOAT * trained * config.use_ema,
         anchor=sum(value.numel() * loaded[name].itemsize for name, value in parameters.items()) * needs_anchor,
-        fisher=getattr(torch, config.fisher_dtype).itemsize * selected * config.consolidates,
+        fisher=getattr(torch, config.fisher_dtype).itemsize * selected * (config.consolidates and not elsewhere),
         activations=activations,
         rows=rows,
         step=_FLOAT * trained * steps_at_once,
@@ -312,7 +315,9 @@ def free_bytes(device: torch.device, weights: int) -> int:
     return psutil.virtual_memory().available + weights
 
 
-def changes_for_less(config: SelectiveAmnesiaConfig, objective: Objective) -> Iterator[dict[str, Any]]:
+def changes_for_less(
+    config: SelectiveAmnesiaConfig, objective: Objective, on_cuda: bool = True
+) -> Iterator[dict[str, Any]]:
     """Settings that would take less memory: one at a time, the harmless ones first, then more and more together."""
     single: list[dict[str, Any]] = []
     if config.train_batch_size > 1:
@@ -321,6 +326,8 @@ def changes_for_less(config: SelectiveAmnesiaConfig, objective: Objective) -> It
         single.append({"train_batch_size": 1, "gradient_accumulation_steps": split})
     if not config.gradient_checkpointing and getattr(objective.module, "_supports_gradient_checkpointing", False):
         single.append({"gradient_checkpointing": True})
+    if config.consolidates and on_cuda and not config.fisher_on_cpu:
+        single.append({"fisher_on_cpu": True})
     if config.consolidates and config.fisher_dtype == "float32":
         single.append({"fisher_dtype": "bfloat16"})
     if config.weights_dtype == "float32" and config.mixed_precision in (None, "bf16") and not objective.own_pipeline:
@@ -385,7 +392,7 @@ def memory_plan(
     if whole.total <= free:
         return lines
     least = whole
-    for change in changes_for_less(config, objective):
+    for change in changes_for_less(config, objective, device.type == "cuda"):
         found = needed(change)
         if found.total <= free:
             return [*lines, f"warning: that is more than is free: {as_flags(change)} would make it "
