@@ -164,7 +164,9 @@ FASTER = """\
 - `--use_8bit_adam` needs bitsandbytes, and a learning rate. Tried with 0.50.2 on a CPU: each family trains, and goes on
   from a checkpoint to the same bits. A step of it is taken before any work; where that fails, the run is refused.
 - `--enable_xformers_memory_efficient_attention` needs xformers and a CUDA device. It is refused where one is missing,
-  or where the denoiser has no attention that diffusers hands to xformers. No run with it has been made.
+  where the denoiser has no attention that diffusers hands to xformers, and where diffusers would put plain attention in
+  place of the model's own, which computes another thing (Z-Image's turned places, Sana's linear attention, Qwen-Image's
+  two streams). Tried with PyTorch's attention in the place of xformers' kernel; no run with xformers has been made.
 
 diffusers hands the attention of these to xformers: {handed}.
 """

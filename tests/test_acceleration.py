@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
+from diffusers.models import attention, attention_dispatch, attention_processor
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sa_diffusers import Erasure, SelectiveAmnesiaConfig, objective_for
-from sa_diffusers.stages.subject import enable_xformers
+from sa_diffusers.stages.subject import enable_xformers, hands_to_xformers
 
 from .test_every_family import PROMPTS, drawn, settings_of
 from .tiny_families import FAMILIES
@@ -19,6 +22,8 @@ from .tiny_families import FAMILIES
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 # With xformers and a CUDA device the flag works, and has no refusal to test.
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None and torch.cuda.is_available()
+
+HANDED = [FAMILIES[name] for name in ("stable diffusion", "SDXL", "SD3", "FLUX", "FLUX.2 klein")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -85,8 +90,44 @@ def test_attention_that_a_pipeline_in_memory_has_chosen_is_kept(family, tmp_path
         assert_same(step(objective_for(pipeline), family), plain)
 
 
+class Kernel:
+    """Stands in for xformers, which no CPU has: the same attention by PyTorch."""
+
+    @staticmethod
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, op=None):
+        # [batch, places, width], or with heads behind the places.
+        turned = [part.transpose(1, 2) if part.dim() == 4 else part for part in (query, key, value)]
+        result = F.scaled_dot_product_attention(*turned, attn_mask=attn_bias, scale=scale)
+        return result.transpose(1, 2) if query.dim() == 4 else result
+
+
+def test_what_is_handed_to_xformers_computes_the_same(family, objective, monkeypatch):
+    """And what is not would compute another thing, or nothing: diffusers puts plain attention in its place."""
+    assert (family in HANDED) == hands_to_xformers(objective.module)
+    plain = step(objective, family)
+    drawn_anywhere = torch.randn
+    with monkeypatch.context() as patch:
+        for place in (attention, attention_processor):
+            patch.setattr(place, "is_xformers_available", lambda: True)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch, "randn", lambda *given, device=None, **named: drawn_anywhere(*given, **named))
+        patch.setattr(attention, "xops", SimpleNamespace(ops=Kernel), raising=False)
+        monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=Kernel))
+        monkeypatch.setattr(attention_dispatch, "xops", Kernel, raising=False)
+        objective.module.enable_xformers_memory_efficient_attention()
+    if family in HANDED:
+        assert_same(step(objective, family), plain)
+    else:
+        with pytest.raises((AssertionError, ValueError, TypeError, RuntimeError)):
+            assert_same(step(objective, family), plain)
+
+
 @pytest.mark.parametrize("installed", [False] if not HAS_XFORMERS else [])
-def test_xformers_is_refused_where_it_is_missing(objective, installed):
+def test_xformers_is_refused_where_it_is_missing(family, objective, installed):
+    if family not in HANDED:
+        with pytest.raises(ValueError, match="diffusers hands no attention of .* to xformers, or another in its place"):
+            enable_xformers(objective.module)
+        return
     with pytest.raises(ValueError, match="needs xformers and a CUDA device .*leave the flag out") as error:
         enable_xformers(objective.module)
     assert "\n" not in str(error.value)

@@ -13,6 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+    XFormersAttnAddedKVProcessor,
+    XFormersAttnProcessor,
+    XFormersJointAttnProcessor,
+)
 
 from ..configuration import SelectiveAmnesiaConfig
 from ..data.captions import builtin_vocabularies
@@ -387,10 +399,20 @@ def _classifier(
     return ZeroShotClassifier(clip, [*concepts, *surrogates, *near, *far], near)
 
 
+# What diffusers puts the like of xformers in place of. In place of any other it puts plain attention, which knows no
+# places that turn (Z-Image), is not linear (Sana), and has one stream (Qwen-Image).
+_EXCHANGED = (
+    AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, AttnAddedKVProcessor, AttnAddedKVProcessor2_0,
+    XFormersAttnAddedKVProcessor, JointAttnProcessor2_0, XFormersJointAttnProcessor,
+)  # fmt: skip
+
+
 def hands_to_xformers(module: torch.nn.Module) -> bool:
-    """Whether a denoiser of diffusers has attention that it hands to xformers."""
-    return any(hasattr(part, "set_use_memory_efficient_attention_xformers") for part in module.modules()
-               if part is not module)  # fmt: skip
+    """Whether a denoiser of diffusers has attention that xformers takes over, and all of it computes the same there."""
+    parts = [part for part in module.modules() if isinstance(part, (Attention, AttentionModuleMixin))]
+    return bool(parts) and all(
+        isinstance(part, AttentionModuleMixin) or isinstance(part.processor, _EXCHANGED) for part in parts
+    )
 
 
 def enable_xformers(module: torch.nn.Module) -> None:
@@ -402,7 +424,7 @@ def enable_xformers(module: torch.nn.Module) -> None:
     if not hands_to_xformers(module):
         raise ValueError(
             f"enable_xformers_memory_efficient_attention: diffusers hands no attention of {type(module).__name__} to "
-            "xformers: leave the flag out (PyTorch's own attention is about as fast)"
+            "xformers, or another in its place: leave the flag out (PyTorch's own attention is about as fast)"
         )
     try:
         module.enable_xformers_memory_efficient_attention()
