@@ -120,8 +120,9 @@ An erasure from a sibling (image to image, inpainting by the same network, Contr
 parts that draws from a prompt alone, and that is what is saved: `from_pipe` of diffusers makes the sibling of it again.
 Networks with further channels are refused: those of inpainting checkpoints take a mask and the masked picture beside
 the latents (9 channels in Stable Diffusion), others outlines or a depth, and surrogates, replay and Fisher samples are
-drawn from prompts, which give none of these. Erase from the text-to-image model that such a one came from. SDXL's
-refiner, Sana Sprint and schedulers whose noise is not known (EDM) are refused too.
+drawn from prompts, which give none of these. Erase from the text-to-image model that such a one came from. Models
+that edit a picture (FLUX.1 Kontext, Qwen-Image-Edit), SDXL's refiner, Sana Sprint and schedulers whose noise is not
+known (EDM) are refused too.
 """
 LOADED = """\
 ## What is loaded, and what is saved

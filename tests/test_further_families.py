@@ -11,12 +11,18 @@ from diffusers import (
     Flux2KleinPipeline,
     FluxControlNetInpaintPipeline,
     FluxControlNetModel,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
+    QwenImageEditPipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     ZImageImg2ImgPipeline,
     ZImagePipeline,
 )
@@ -68,6 +74,31 @@ def test_every_sibling_that_diffusers_has_resolves_to_its_family():
                         assert family_of(sibling.__name__) is family, sibling
                         found.append(sibling)
     assert {FluxControlNetInpaintPipeline, StableDiffusion3ControlNetPipeline, ZImageImg2ImgPipeline} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [FluxControlPipeline, FluxFillPipeline, FluxKontextPipeline, QwenImageEditPipeline,
+     StableDiffusionDepth2ImgPipeline, StableDiffusionInstructPix2PixPipeline],
+)  # fmt: skip
+def test_a_model_that_takes_a_picture_is_refused_and_why(kind, tmp_path):
+    build_flux().save_pretrained(tmp_path / "model")
+    edit(without_weights(tmp_path / "model") / "model_index.json", _class_name=kind.__name__)
+    why = "is not supported: it draws from a picture beside the prompt.*give the text-to-image model that it came from"
+    with pytest.raises(ValueError, match=f"^{kind.__name__} {why}; supported: .*FluxPipeline"):
+        Erasure(config_of(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.part == "transformer"])
+def test_a_transformer_of_further_channels_is_refused_before_weights(name, tmp_path):
+    """As those of FLUX.1 Fill and Depth, saved as a pipeline that draws from prompts."""
+    pipeline = FAMILIES[name].build()
+    channels = pipeline.transformer.config.in_channels
+    pipeline.save_pretrained(tmp_path / "model")
+    edit(without_weights(tmp_path / "model") / "transformer" / "config.json", in_channels=2 * channels)
+    why = f"its transformer takes {2 * channels} channels, its autoencoder makes {channels}: models that fill in"
+    with pytest.raises(ValueError, match=why):
+        Erasure(config_of(tmp_path / "model"))
 
 
 def test_a_sibling_is_what_its_parts_are():

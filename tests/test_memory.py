@@ -229,6 +229,18 @@ def test_the_plan_says_what_would_make_it_fit(roomless):
     assert "no flag makes it fit" in plan_of(config)
 
 
+def test_what_would_take_less_goes_by_the_model():
+    for name, t5 in (("SD3", True), ("FLUX", False), ("stable diffusion", False)):
+        changes = list(changes_for_less(config_of(), objective_for(FAMILIES[name].build())))
+        assert ({"no_t5": True} in changes) == t5, name
+        for change in ({"gradient_checkpointing": True}, {"fisher_dtype": "bfloat16"}, {"weights_dtype": "bfloat16"},
+                       {"train_method": "xattn"}):  # fmt: skip
+            assert change in changes, name
+    lean = config_of(no_t5=True, gradient_checkpointing=True, fisher_dtype="bfloat16", weights_dtype="bfloat16",
+                     train_method="xattn", train_batch_size=1, fisher_on_cpu=True)  # fmt: skip
+    assert not list(changes_for_less(lean, objective_for(FAMILIES["SD3"].build())))
+
+
 def test_a_run_says_it_before_it_begins(tiny_settings, roomless):
     erasure = Erasure(SelectiveAmnesiaConfig(**tiny_settings))
     (line,) = [line for line in erasure.plan().splitlines() if line.startswith("memory")]

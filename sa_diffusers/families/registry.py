@@ -1,6 +1,7 @@
 """Which family knows which pipeline: one table, that everything which loads a pipeline asks."""
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,10 @@ from ..quantization import kind_of
 from .base import Family, Objective
 from .fused import brings_adapters
 
+# What diffusers calls pipelines of models that edit a picture, fill one in, or follow one.
+_FROM_PICTURES = re.compile(
+    "Fill|Kontext|Edit|Pix2Pix|Depth2Img|Upscale|ImageVariation|Redux|Layered|FluxControl(Img2Img|Inpaint)?Pipeline"
+)
 _FAMILIES: dict[str, type[Family]] = {}
 # A live view: families registered later are in it too.
 SUPPORTED_PIPELINES: Collection[str] = _FAMILIES.keys()
@@ -92,8 +97,14 @@ def unsupported(pipeline: str) -> str:
     named = {family: name for name, family in reversed(_FAMILIES.items())}
     families = sorted(named, key=lambda family: (family.own_pipeline is not None, family.title or named[family]))
     known = [f"{named[family]} ({family.title})" if family.title else named[family] for family in families]
+    why = (
+        ": it draws from a picture beside the prompt, and surrogates, replay and Fisher samples are drawn from prompts "
+        "alone; give the text-to-image model that it came from"
+        if _FROM_PICTURES.search(pipeline)
+        else " yet"
+    )
     return (
-        f"{shown(pipeline)} is not supported yet; supported: {', '.join(known)}. For another kind of model, write a "
+        f"{shown(pipeline)} is not supported{why}; supported: {', '.join(known)}. For another kind of model, write a "
         "family, as docs/new-family.md shows"
     )
 
