@@ -28,6 +28,21 @@ def test_the_page_is_what_the_command_writes():
     assert PAGE["text"]() == KEPT
 
 
+@pytest.mark.parametrize("name", PAGE["BASES"])
+def test_what_each_model_keeps_is_what_its_size_says(name):
+    """By hand, from the numbers of parameters: network, gradient, Prodigy's four, average, theta*, Fisher."""
+    counts, module = PAGE["FAMILIES"]["counts"](name), PAGE["FAMILIES"]["denoiser"](name)
+    buffers = 4 * sum(value.numel() for value in module.buffers())
+    for selection in PAGE["PRESETS"]:
+        for weights, held in (("float32", 4), ("bfloat16", 2)):
+            trained, row = counts[selection], kept_row(name, selection, weights)
+            network = held * (counts["full"] - trained) + 4 * trained + buffers
+            kept = [network, 4 * trained, 16 * trained, 4 * trained, held * trained, 4 * trained]
+            assert row[2:8] == [f"{size / 1e9:.1f}" for size in kept], (selection, weights)
+            activations, total = float(row[9]), float(row[10])
+            assert total == pytest.approx(sum(kept) / 1e9 + activations, abs=0.11), (selection, weights)
+
+
 @pytest.mark.parametrize("weights", PAGE["WEIGHTS"])
 def test_a_model_counted_again_takes_what_stands_there(weights):
     found = PAGE["row"]("stable-diffusion-v1-4", "xattn", weights)
