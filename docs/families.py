@@ -145,6 +145,9 @@ accelerate launch examples/train_sa.py --pretrained_model_name_or_path tuned.saf
     --single_file_config black-forest-labs/FLUX.1-dev --concept "Brad Pitt" --surrogate "a middle aged man"
 ```
 
+Some files need the flag: by their tensors diffusers takes Z-Image for Z-Image-Turbo, FLUX.2 klein for FLUX.2 dev, and
+Stable Diffusion 2 base for 2.1, which predicts v and not the noise; Qwen-Image it does not know.
+
 Pickles (`.ckpt`, `.pt`, `.bin` in one file) are refused: reading one may run code. `tests/test_user_command.py` runs
 the command on each family in the layout of its best-known repository; `tests/test_single_file.py` reads tiny
 checkpoints of Stable Diffusion 1, SDXL and Stable Diffusion 3 as their authors' programs name the tensors, and

@@ -17,6 +17,7 @@ from sa_diffusers.families import SUPPORTED_PIPELINES, family_in
 
 from .conftest import as_flags, build_tiny_pipeline, run_here
 from .test_class_models import tiny_vae
+from .test_loading import edit
 from .test_train_script import QUICK
 from .test_user_command import bytes_of
 from .tiny_families import build_flux, build_klein, build_qwen, build_sana, build_sd3, build_xl, build_z_image
@@ -250,6 +251,14 @@ def test_which_model_it_is_is_told_by_its_tensors(pipeline, tmp_path, monkeypatc
         file.unlink()
     assert same(pipeline.unet, load_pipeline(str(path), cache_dir=str(tmp_path / "hub")).unet)
     assert family_in(str(path), cache_dir=str(tmp_path / "hub")).title == "Stable Diffusion 1 and 2"
+    # Of Z-Image diffusers knows the Turbo alone, of FLUX.2 what is no klein: what is said of these may be wrong.
+    edit(snapshot / "unet" / "config.json", in_channels=9)
+    taken = "by its tensors the file is taken for one of stable-diffusion-v1-5/stable-diffusion-v1-5: if it is another"
+    with pytest.raises(ValueError, match=f"its UNet takes 9 channels.*{taken}"):
+        load_pipeline(str(path), cache_dir=str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="its UNet takes 9 channels") as error:
+        load_pipeline(str(path), single_file_config=str(snapshot))
+    assert "taken for" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,15 @@ def load_pipeline(
         source = expanded(single_file_config) if single_file_config else guessed_pipeline(name_or_path, tensors)
         check_name(source, "single_file_config")
         asked = replace(asked, file=name_or_path, tensors=tensors)
-        return _load_from(source, revision, cache_dir, asked)
+        try:
+            return _load_from(source, revision, cache_dir, asked)
+        except ValueError as error:
+            if single_file_config:
+                raise
+            raise ValueError(
+                f"{error} (by its tensors the file is taken for one of {shown(source)}: if it is another's, name that "
+                "with --single_file_config)"
+            ) from error
     return _load_from(name_or_path, revision, cache_dir, asked)
 
 
