@@ -134,11 +134,11 @@ says. What is saved is such a folder too, in that precision, and plain diffusers
 
 A single file (`.safetensors`) does as well. Its configurations and tokenizers are those of a pipeline of the same kind:
 of `--single_file_config`, a folder or a name on the Hub, or else of the one that diffusers tells by the file's tensors,
-from the Hub or its local cache. A file with an autoencoder in it is read by the `from_single_file` of its pipeline
-(Stable Diffusion, SDXL, Stable Diffusion 3, FLUX.1, Z-Image); one that holds the denoiser alone, as most of FLUX do, by
-that of the denoiser's class. What a file lacks comes from the pipeline that lends the configurations, which must then
-be there as a whole: all else than the denoiser, or text encoders alone, which the files of Stable Diffusion 3 and 3.5
-are without. `hf download black-forest-labs/FLUX.1-dev` once, and no connection is needed any more:
+from the Hub or its local cache. A file with autoencoder and text encoders in it is read by the `from_single_file` of
+its pipeline (Stable Diffusion, SDXL, Stable Diffusion 3, FLUX.1); one that holds the denoiser alone, as most of FLUX
+do, or with an autoencoder, as those of Stable Diffusion 3 and 3.5 do, by those of their classes. What a file lacks
+comes from the pipeline that lends the configurations, which must then be there as a whole. `hf download
+black-forest-labs/FLUX.1-dev` once, and no connection is needed any more:
 
 ```
 accelerate launch examples/train_sa.py --pretrained_model_name_or_path tuned.safetensors \\
@@ -150,9 +150,9 @@ Stable Diffusion 2 base for 2.1, which predicts v and not the noise; Qwen-Image 
 
 Pickles (`.ckpt`, `.pt`, `.bin` in one file) are refused: reading one may run code. `tests/test_user_command.py` runs
 the command on each family in the layout of its best-known repository; `tests/test_single_file.py` reads tiny
-checkpoints of Stable Diffusion 1, SDXL and Stable Diffusion 3 as their authors' programs name the tensors, and
-transformers of every other family under diffusers' own names. Files of FLUX.1, which diffusers splits by the real size,
-of Z-Image, Sana and FLUX.2 klein under their authors' names have not been tried.
+checkpoints of Stable Diffusion 1, SDXL, Stable Diffusion 3 and Z-Image as their authors' programs name the tensors, and
+transformers of the other families under diffusers' own names. Files of FLUX.1, which diffusers splits by the real size,
+of Sana and FLUX.2 klein under their authors' names have not been tried.
 """
 FASTER = """\
 ## Faster, or in less memory

@@ -152,6 +152,23 @@ def as_sd3_checkpoint(pipeline):
     return {**found, **renamed(pipeline.vae.state_dict(), "first_stage_model.", _VAE)}
 
 
+def as_z_image_checkpoint(pipeline, vae):
+    """A Z-Image as its authors' program writes it, or with an autoencoder as others put the two together."""
+    names = {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.", ".to_out.0.": ".out.",
+             ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm."}  # fmt: skip
+    weights, found = pipeline.transformer.state_dict(), {}
+    for name, value in weights.items():
+        if ".to_q." in name:
+            parts = [weights[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            found[name.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+        elif not re.search(r"\.to_[kv]\.", name):
+            for old, new in names.items():
+                name = name.replace(old, new)
+            found[name] = value.clone()
+    found = {f"model.diffusion_model.{name}": value for name, value in found.items()}
+    return {**found, **renamed(pipeline.vae.state_dict(), "vae.", _VAE)} if vae else found
+
+
 def same(one, other):
     weights = other.state_dict()
     return all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
@@ -219,6 +236,20 @@ def test_text_encoders_that_a_whole_checkpoint_lacks_are_those_of_the_pipeline(h
     without = load_pipeline(str(tmp_path / "sd3.safetensors"), single_file_config=str(tmp_path / "kind"), no_t5=True)
     assert without.text_encoder_3 is None
     assert same(first.vae, without.vae)
+
+
+@pytest.mark.parametrize("vae", [False, True])
+def test_a_z_image(vae, tmp_path):
+    first, second = build_z_image(), build_z_image()
+    with torch.no_grad():
+        for part in (second.transformer, second.vae, second.text_encoder):
+            next(part.parameters()).add_(1)
+    second.save_pretrained(tmp_path / "kind")
+    save_file(as_z_image_checkpoint(first, vae), tmp_path / "tuned.safetensors")
+    loaded = load_pipeline(str(tmp_path / "tuned.safetensors"), single_file_config=str(tmp_path / "kind"))
+    assert same(first.transformer, loaded.transformer)
+    assert same((first if vae else second).vae, loaded.vae)
+    assert same(second.text_encoder, loaded.text_encoder)
 
 
 @pytest.mark.parametrize("build", [build_sd3, build_flux, build_z_image, build_sana, build_qwen, build_klein])

@@ -25,10 +25,11 @@ from .single_file import (
     configurations_of,
     denoiser_class,
     guessed_pipeline,
+    holds_autoencoder,
     holds_whole_model,
     is_single_file,
     lacking_encoders,
-    load_denoiser,
+    load_part,
     load_whole,
     tensors_of,
 )
@@ -257,7 +258,10 @@ def _load_file(
         if whole:
             pipeline = load_whole(asked.file, known, folder, given, asked.dtype)
         else:
-            given = {family.denoiser: load_denoiser(asked.file, denoiser, family.denoiser, folder, asked.dtype)}
+            given = {family.denoiser: load_part(asked.file, denoiser, family.denoiser, folder, asked.dtype)}
+            # Others than this one diffusers reads from no single file; they are the same in every model of their kind.
+            if holds_autoencoder(asked.tensors) and parts["vae"][1] == "AutoencoderKL":
+                given["vae"] = load_part(asked.file, diffusers.AutoencoderKL, "vae", folder, asked.dtype)
     except Exception as error:  # what does not fit shows itself in as many ways as there are kinds of models
         why = "it lacks some of its tensors" if "meta tensor" in str(error) else shown_error(error)
         raise ValueError(

@@ -76,8 +76,15 @@ def guessed_pipeline(path: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def holds_whole_model(tensors: Mapping[str, torch.Tensor], kind: type[DiffusionPipeline]) -> bool:
-    """Whether a pipeline's class reads the file by itself; else it holds the denoiser alone."""
-    return hasattr(kind, "from_single_file") and any(name.startswith(_AUTOENCODERS) for name in tensors)
+    """Whether a pipeline's class reads the file by itself; else it holds the denoiser, beside an autoencoder or not."""
+    texts = tuple(prefix for prefixes in (*_CLIPS, _T5) for prefix in prefixes)
+    has_text = any(name.startswith(texts) for name in tensors)
+    return hasattr(kind, "from_single_file") and holds_autoencoder(tensors) and has_text
+
+
+def holds_autoencoder(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a checkpoint holds an autoencoder."""
+    return any(name.startswith(_AUTOENCODERS) for name in tensors)
 
 
 def lacking_encoders(tensors: Mapping[str, torch.Tensor], parts: Mapping[str, list]) -> list[str]:
@@ -126,8 +133,8 @@ def denoiser_class(path: str, family: type[Family] | None, parts: Mapping[str, l
     return kind
 
 
-def load_denoiser(path: str, kind: Any, part: str, configurations: Path, options: dict[str, Any]) -> torch.nn.Module:
-    """The denoiser that a checkpoint holds.
+def load_part(path: str, kind: Any, part: str, configurations: Path, options: dict[str, Any]) -> torch.nn.Module:
+    """A part that a checkpoint holds.
 
     Args:
         path: The checkpoint.
