@@ -137,8 +137,8 @@ of `--single_file_config`, a folder or a name on the Hub, or else of the one tha
 from the Hub or its local cache. A file with autoencoder and text encoders in it is read by the `from_single_file` of
 its pipeline (Stable Diffusion, SDXL, Stable Diffusion 3, FLUX.1); one that holds the denoiser alone, as most of FLUX
 do, or with an autoencoder, as those of Stable Diffusion 3 and 3.5 do, by those of their classes. What a file lacks
-comes from the pipeline that lends the configurations, which must then be there as a whole. `hf download
-black-forest-labs/FLUX.1-dev` once, and no connection is needed any more:
+comes from the pipeline that lends the configurations, which must then be there as a whole.
+`hf download black-forest-labs/FLUX.1-dev` once, and no connection is needed any more:
 
 ```
 accelerate launch examples/train_sa.py --pretrained_model_name_or_path tuned.safetensors \\
