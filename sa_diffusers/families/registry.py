@@ -97,14 +97,14 @@ def unsupported(pipeline: str) -> str:
     named = {family: name for name, family in reversed(_FAMILIES.items())}
     families = sorted(named, key=lambda family: (family.own_pipeline is not None, family.title or named[family]))
     known = [f"{named[family]} ({family.title})" if family.title else named[family] for family in families]
-    why = (
-        ": it draws from a picture beside the prompt, and surrogates, replay and Fisher samples are drawn from prompts "
-        "alone; give the text-to-image model that it came from"
-        if _FROM_PICTURES.search(pipeline)
-        else " yet"
-    )
+    if _FROM_PICTURES.search(pipeline):
+        return (
+            f"{shown(pipeline)} is not supported: it draws from a picture beside the prompt, and surrogates, replay and "
+            "Fisher samples are drawn from prompts alone; give the text-to-image model that it came from; supported: "
+            f"{', '.join(known)}"
+        )
     return (
-        f"{shown(pipeline)} is not supported{why}; supported: {', '.join(known)}. For another kind of model, write a "
+        f"{shown(pipeline)} is not supported yet; supported: {', '.join(known)}. For another kind of model, write a "
         "family, as docs/new-family.md shows"
     )
 
