@@ -99,9 +99,9 @@ def unsupported(pipeline: str) -> str:
     known = [f"{named[family]} ({family.title})" if family.title else named[family] for family in families]
     if _FROM_PICTURES.search(pipeline):
         return (
-            f"{shown(pipeline)} is not supported: it draws from a picture beside the prompt, and surrogates, replay and "
-            "Fisher samples are drawn from prompts alone; give the text-to-image model that it came from; supported: "
-            f"{', '.join(known)}"
+            f"{shown(pipeline)} is not supported: it draws from a picture beside the prompt, and surrogates, replay "
+            "and Fisher samples are drawn from prompts alone; give the text-to-image model that it came from; "
+            f"supported: {', '.join(known)}"
         )
     return (
         f"{shown(pipeline)} is not supported yet; supported: {', '.join(known)}. For another kind of model, write a "
