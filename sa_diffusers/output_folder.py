@@ -250,8 +250,8 @@ class OutputFolder:
             damaged = []
             if self.holds_weights() and leads():
                 warn_once(
-                    f"{self.path} has no {FINISHED}, like a copy or a folder of an earlier version: whether its files "
-                    "are what the run wrote cannot be told"
+                    f"{self.path} has no {FINISHED}, like a copy, what was merged or extracted, and folders of earlier "
+                    "versions: whether its files are what the run wrote cannot be told"
                 )
         if damaged:
             raise ValueError(
