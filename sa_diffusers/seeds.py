@@ -14,6 +14,8 @@ _SPACE = 2**32
 # The streams of samples fit into so many seeds. The first 64 runs have such a block each; others are hashed.
 _BLOCK = 2**25
 _EXACT = 64
+# Those of an evaluation do not depend on the run, so that runs are compared on the same noise.
+_FIXED = ("evaluation", "attack", "neighbour")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ STREAMS = {
     "evaluation": Stream(1_000_000, 9_000_000),
     "replay": Stream(10_000_000, 10_000_000),
     "concept": Stream(20_000_000, 10_000_000),
-    "probe": Stream(30_000_000, 3_000_000),
+    "probe": Stream(30_000_000, 1_000_000),
+    # What an evaluation samples for no row of its report: for an attack, and to choose names.
+    "attack": Stream(31_000_000, 1_000_000),
+    "neighbour": Stream(32_000_000, 1_000_000),
     # Noise of the training, a seed a step; orders of its samples, a seed an epoch.
     "training": Stream(975_588_761, 100_000_000),
     "surrogate order": Stream(1_756_852_019, 10_000_000),
@@ -52,14 +57,12 @@ STREAMS = {
 def first_seed(stream: str, seed: int = 0) -> int:
     """The first seed of a stream in the run with a seed.
 
-    The evaluation's do not depend on the run, so that runs are compared on the same noise.
-
     Args:
         stream: One of `STREAMS`.
-        seed: The run's, at least 0.
+        seed: The run's, at least 0; those of an evaluation do not depend on it.
     """
     first = STREAMS[stream].first
-    return first if stream == "evaluation" else (first + _shift(seed)) % _SPACE
+    return first if stream in _FIXED else (first + _shift(seed)) % _SPACE
 
 
 def met(first: int, length: int, seed: int, counts: Mapping[str, int]) -> tuple[str, int] | None:
@@ -94,14 +97,15 @@ def _shift(seed: int) -> int:
     while True:
         digest = hashlib.blake2b(f"{seed} {attempt}".encode(), digest_size=8).digest()
         shift = _EXACT * _BLOCK + int.from_bytes(digest, "big") % (_SPACE - (_EXACT + 1) * _BLOCK)
-        if not any(_meets_evaluation(name, shift) for name in STREAMS if name != "evaluation"):
+        if not any(_meets_evaluation(name, shift) for name in STREAMS if name not in _FIXED):
             return shift
         attempt += 1
 
 
 def _meets_evaluation(stream: str, shift: int) -> bool:
-    evaluation, length = STREAMS["evaluation"], STREAMS[stream].length
-    return meet(evaluation.first, evaluation.length, STREAMS[stream].first + shift, length)
+    mine = STREAMS[stream]
+    return any(meet(other.first, other.length, mine.first + shift, mine.length)
+               for other in map(STREAMS.__getitem__, _FIXED))  # fmt: skip
 
 
 def meet(first: int, length: int, other: int, other_length: int) -> bool:

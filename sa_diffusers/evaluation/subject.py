@@ -104,8 +104,7 @@ class Subject:
 
 # Streams of seeds of their own: what an attack or a choice of names is drawn with is in no row of a report, and in no
 # training. Each has room for the seeds of a million images.
-ATTACK_SEEDS, NEIGHBOUR_SEEDS = 31_000_000, 32_000_000
-_STREAM = 1_000_000
+ATTACK_SEEDS, NEIGHBOUR_SEEDS = STREAMS["attack"].first, STREAMS["neighbour"].first
 
 
 def stream_seeds(stream: int, first_seed: int, count: int) -> tuple[int, ...]:
@@ -116,7 +115,7 @@ def stream_seeds(stream: int, first_seed: int, count: int) -> tuple[int, ...]:
         first_seed: Of the evaluated images.
         count: Images, fewer than 500,000.
     """
-    first = stream + first_seed % (_STREAM // 2)
+    first = stream + first_seed % (STREAMS["attack"].length // 2)
     return tuple(range(first, first + count))
 
 
