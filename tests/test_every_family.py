@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -44,7 +45,7 @@ from .conftest import BY_HAND
 from .nursery import forked
 from .test_cost import STAGES, figures, planned, summed
 from .test_processes import environment
-from .tiny_families import FAMILIES, VARIANTS
+from .tiny_families import ADAPTED, FAMILIES, VARIANTS
 
 PROMPTS = ["brad pitt", "a dog on grass"]
 STEPS = 3
@@ -145,6 +146,17 @@ def test_what_is_selected_is_trained_and_nothing_else(family, base, runs):
         # What a loss has no gradient for stays: the key's bias in attention, the last text stream.
         assert len(found) > 0.8 * len(selected), selection
         assert (len(selected) == len(list(objective.module.parameters()))) == (selection == "full")
+
+
+def test_an_adapter_goes_on_the_layers_that_are_usual(family, base):
+    """Of transformers attention, as in diffusers' training scripts; of a UNet all that take one."""
+    (name,) = [name for name, each in FAMILIES.items() if each is family]
+    config = SelectiveAmnesiaConfig(**{**settings_of(family, base, base.parent / "planned"), **KINDS["adapter"]})
+    subject = Erasure(config).subject
+    if family.part == "unet":
+        assert subject.layers == adapter_layers(subject.objective.module, subject.objective.select("full"))
+    else:
+        assert {re.sub(r"^.*?\.\d+\.", "", layer) for layer in subject.layers.sizes} == set(ADAPTED[name])
 
 
 def test_an_adapter_is_trained_on_the_family_s_own_layers(family, base, runs):

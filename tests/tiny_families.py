@@ -576,6 +576,17 @@ FAMILIES = {
         shards={"text_encoder": 2},
     ),
 }
+# Of a family of transformers, the layers of its blocks that an adapter is trained on unless somebody says otherwise.
+_OWN = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+_JOINT = [*_OWN, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+ADAPTED = {
+    "SD3": _JOINT,
+    "FLUX": [*_JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"],
+    "Z-Image": [name.replace("attn", "attention") for name in _OWN],
+    "Sana": [name.replace("attn", attention) for name in _OWN for attention in ("attn1", "attn2")],
+    "Qwen-Image": _JOINT,
+    "FLUX.2 klein": [*_JOINT, "attn.to_qkv_mlp_proj", "attn.to_out"],
+}
 # Loss, sampling and Fisher information alone with these.
 VARIANTS = {
     "stable diffusion, v": Tiny(lambda: build_tiny_pipeline("v_prediction"), "unet", stable_diffusion_loss),

@@ -42,6 +42,8 @@ class Flux2KleinObjective(TransformerObjective):
     packed = 4
     takes_mode = True
     undistilled = "black-forest-labs/FLUX.2-klein-base-4B"
+    # In single blocks attention and feed-forward layer are one projection.
+    adapted = r"\.(to_[qkv]|to_out(\.0)?|to_qkv_mlp_proj|add_[qkv]_proj|to_add_out)\.weight$"
     defaults = {"sampler": "flow_euler", "num_inference_steps": 50, "guidance_scale": 4.0}
     selections = {
         **{name: meaning for name, meaning in JOINT_SELECTIONS.items() if name != "image_kv"},
