@@ -209,6 +209,17 @@ def parse_make(words: list[str]) -> None:
         assert re.search(pattern, makefile, flags=re.MULTILINE), word
 
 
+def test_the_demo_of_an_adapter_trains_one(tmp_path):
+    """`make -n` says what it would run."""
+    for method, wanted in (("lora", ("full", "lora")), ("xattn", ("xattn", None))):
+        command = ["make", "-n", "-C", REPOSITORY, "demo", f"METHOD={method}", f"VENV={tmp_path}"]
+        told = subprocess.run(command, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        words = shlex.split(told.stdout.replace("\\\n", " ").partition("examples/train_sa.py")[2])
+        config = parse_config(words[: words.index("--overwrite_output_dir") + 1])
+        assert (config.train_method, config.adapter) == wanted
+
+
 def parse_pip(words: list[str]) -> None:
     assert words[0] == "install"
     setup = (REPOSITORY / "setup.py").read_text().partition("extras_require={")[2]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from sa_diffusers import (
@@ -157,6 +159,32 @@ def test_an_adapter_goes_on_the_layers_that_are_usual(family, base):
         assert subject.layers == adapter_layers(subject.objective.module, subject.objective.select("full"))
     else:
         assert {re.sub(r"^.*?\.\d+\.", "", layer) for layer in subject.layers.sizes} == set(ADAPTED[name])
+
+
+def test_a_plan_names_the_convolutions_that_take_no_adapter(family, base):
+    settings = {**settings_of(family, base, base.parent / "planned"), **KINDS["adapter"], "train_method": "full"}
+    plan = Erasure(SelectiveAmnesiaConfig(**settings)).plan()
+    # Of these families Sana's alone has some, one a block.
+    grouped = [name for name, layer in getattr(family.build(), family.part).named_modules()
+               if getattr(layer, "groups", 1) > 1]  # fmt: skip
+    told = "frozen, as convolutions of several groups: transformer_blocks.*.ff.conv_depth (2 in all)\n"
+    assert (told in plan, "several groups" in plan) == (bool(grouped), bool(grouped))
+
+
+def test_an_adapter_comes_back_to_the_last_number(family, base, tmp_path):
+    """On every layer that takes one, by the pipeline's own loader."""
+    objective, loaded = (objective_for(DiffusionPipeline.from_pretrained(base)) for _ in range(2))
+    adapter = LowRankAdapter(objective.module, adapter_layers(objective.module, objective.select("full")).sizes, 2)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(value.shape, generator=generator) for name, value in adapter.state().items()}
+    adapter.remove()
+    save_adapter(objective, state, 2, tmp_path, {})
+    loaded.pipeline.load_lora_weights(tmp_path, adapter_name="erasure")
+    found = get_peft_model_state_dict(loaded.module, adapter_name="erasure")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    layers = [layer for layer in loaded.module.modules() if isinstance(layer, LoraLayer)]
+    assert {layer.scaling["erasure"] for layer in layers} == {1.0}
 
 
 def test_an_adapter_is_trained_on_the_family_s_own_layers(family, base, runs):

@@ -1,5 +1,6 @@
 """Training, and the output folder's part in it."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,8 +180,9 @@ class TrainingStage(Stage):
         grouped = self.subject.layers.grouped if self.subject.layers else ()
         if not grouped:
             return []
-        more = f" and {len(grouped) - 3} more" if len(grouped) > 3 else ""
-        return [f"          frozen, as convolutions of several groups: {', '.join(grouped[:3])}{more}"]
+        # Blocks alike have one name.
+        names = ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in grouped))
+        return [f"          frozen, as convolutions of several groups: {names} ({len(grouped)} in all)"]
 
     def _stop_plan(self) -> list[str]:
         config = self.subject.config
