@@ -9,7 +9,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -62,6 +62,7 @@ def push_folder(
     card: Callable[[str], str] | None = None,
     repeat: str | None = None,
     commit_message: str = "Upload erased pipeline",
+    gate: Literal["auto", "manual"] | None = None,
 ) -> str:
     """Upload a folder to the Hub, without checkpoints, logs and hidden files; the token is that of `hf auth login`.
 
@@ -75,6 +76,7 @@ def push_folder(
             was not written by this package.
         repeat: How to repeat a failed upload, for the error's message. Default: a command.
         commit_message: Of the commit.
+        gate: How whoever wants to download it is let in (at once, or by hand), where the repository asks nothing yet.
 
     Returns:
         The address of the repository.
@@ -95,13 +97,17 @@ def push_folder(
     with _one_line_errors(name, repeat):
         # None leaves it to an organisation's default, which may be private.
         repository = api.create_repo(name, private=private or None, exist_ok=True)
-        is_public = private and not api.model_info(repository.repo_id).private
+        found = api.model_info(repository.repo_id) if private or gate else None
+        is_public = private and found is not None and not found.private
     if is_public:
         raise ValueError(
             f'"{repository.repo_id}" is on the Hub already, and public: make it private in its settings, or choose '
             "another name with --hub_model_id. Nothing was uploaded"
         )
     with _one_line_errors(name, repeat), tempfile.TemporaryDirectory() as staging:
+        if found and gate and not found.gated:
+            # Before there is anything to download.
+            api.update_repo_settings(repository.repo_id, gated=gate)
         _stage(folder, Path(staging), card and card(repository.repo_id))
         api.upload_folder(repo_id=repository.repo_id, folder_path=staging, commit_message=commit_message)
     return str(repository)
@@ -369,6 +375,20 @@ def inherited_gate(base: str, cache_dir: str | None = None) -> dict[str, Any]:
         cache_dir: Of the Hub's cache.
     """
     return {name: value for name, value in _card_of(base, cache_dir).items() if name.startswith("extra_gated_")}
+
+
+def gate_of(base: str, cache_dir: str | None = None) -> Literal["auto", "manual"] | None:
+    """How a base model's owner lets in whoever downloads it; None where it asks nothing, as far as the Hub or, where
+    that does not say, the model's own card knows.
+
+    Args:
+        base: As of `inherited_licence`.
+        cache_dir: Of the Hub's cache.
+    """
+    if not Path(base).is_dir():
+        with contextlib.suppress(Exception):  # the kinds depend on huggingface_hub's HTTP library
+            return HfApi().model_info(base, timeout=HUB_TIMEOUT_SECONDS).gated or None
+    return "auto" if inherited_gate(base, cache_dir) else None
 
 
 def inherited_licence(base: str, cache_dir: str | None = None) -> dict[str, str]:

@@ -1,5 +1,5 @@
 """A local server that speaks the part of the Hub's API that huggingface_hub uses to publish and to load a model:
-repositories, pre-upload, large files (whole and in parts), commits, the card's validation, listing, download."""
+repositories and their settings, pre-upload, large files (whole and in parts), commits, the card's validation, listing, download."""
 
 import base64
 import hashlib
@@ -46,6 +46,7 @@ class HubServer:
     def __init__(self, status: int = 200, part_size: int | None = None, faults: list[Fault] | None = None):
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
+        self.gated: dict[str, str] = {}
         self.requests: list[tuple[str, str]] = []
         self.tokens: set[str] = set()
         self.faults = faults or []
@@ -127,6 +128,7 @@ class HubServer:
             ("PUT", r"/large/(\w+)/(\d+)", self._put_part),
             ("POST", r"/large/(\w+)/complete", self._complete),
             ("POST", r"/api/models/(.+)/commit/.+", self._commit),
+            ("PUT", r"/api/models/([^/]+/[^/]+)/settings", self._set),
             ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
             ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
@@ -180,6 +182,10 @@ class HubServer:
             return
         self.start_repository(name, bool(wanted.get("private") or wanted.get("visibility") == "private"))
         self._answer(request, answer)
+
+    def _set(self, request, body, name):
+        self.gated[name] = json.loads(body)["gated"]
+        self._answer(request, {})
 
     def _validate(self, request, body):
         errors = card_errors(json.loads(body)["content"])
@@ -276,7 +282,7 @@ class HubServer:
             siblings = [{"rfilename": path} for path in sorted(files)]
             sha = self._sha(name)
             self._answer(request, {"id": name, "modelId": name, "sha": sha, "private": self.private[name],
-                                   "tags": [], "siblings": siblings})  # fmt: skip
+                                   "gated": self.gated.get(name, False), "tags": [], "siblings": siblings})  # fmt: skip
 
     def _tree(self, request, _, name, revision):
         files = self._readable(request, name, revision)

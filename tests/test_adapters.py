@@ -563,6 +563,43 @@ def test_what_is_pushed_is_small_and_loads_by_the_snippet_on_its_card(erased, ti
         assert str(tmp_path.parent).encode() not in content, name
 
 
+def test_the_repository_of_an_adapter_is_gated_as_that_of_its_base_is(erased, tiny_folder, tmp_path):
+    """What a card asks, the Hub asks of nobody unless the repository is gated."""
+    (tiny_folder / "README.md").write_text("---\nextra_gated_prompt: Say that you agree.\n---\n", "utf-8")
+    try:
+        with HubServer() as hub:
+            for name, there in (("tester/new", None), ("tester/old", "manual")):
+                if there:
+                    hub.start_repository(name, private=False)
+                    hub.gated[name] = there
+                result = push(hub, erased, tmp_path, "--hub_model_id", name)
+                assert result.returncode == 0, result.stderr
+                assert ADAPTER_FILE in hub.files[name]
+                assert hub.gated[name] == (there or "auto")
+            # There is nothing to download before.
+            (gated,) = [place for place, asked in enumerate(hub.requests) if asked[1].endswith("/settings")]
+            assert not any(asked[1].startswith("/large/") for asked in hub.requests[:gated])
+            for name, gate in (("someone/gated", "manual"), ("someone/open", None)):
+                hub.start_repository(name, private=False)
+                if gate:
+                    hub.gated[name] = gate
+            script = """
+                from sa_diffusers.hub import gate_of
+
+                assert gate_of("someone/gated") == "manual"
+                assert gate_of("someone/open") is None
+                assert gate_of("someone/unknown") is None
+            """
+            result = forked_code(textwrap.dedent(script), tmp_path, online(hub, tmp_path / "cache"))
+            assert result.returncode == 0, result.stderr
+    finally:
+        (tiny_folder / "README.md").unlink()
+    with HubServer() as hub:
+        result = push(hub, erased, tmp_path, "--hub_model_id", "tester/new")
+        assert result.returncode == 0, result.stderr
+        assert not hub.gated
+
+
 def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     pipeline.load_lora_weights(erased)

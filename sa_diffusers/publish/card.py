@@ -19,6 +19,7 @@ from ..hub import (
     CARD_MARKER,
     CARD_NAME,
     evaluation_reports,
+    gate_of,
     inherited_gate,
     inherited_licence,
     is_own_card,
@@ -127,14 +128,17 @@ def write_model_card(folder: str | Path, name: str | None = None) -> bool:
 def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool = False) -> str:
     """Upload an erased pipeline with its card, report and pictures; see `sa_diffusers.hub.push_folder`.
 
-    The card that goes up knows the name on the Hub; the folder's own is not touched.
+    The card that goes up knows the name on the Hub; the folder's own is not touched. The repository of an adapter asks
+    of whoever downloads it what that of its base model asks.
     """
     folder = Path(folder)
     check_written(folder)
-    read_facts(folder)
+    facts = read_facts(folder)
     for path in evaluation_reports(folder, stale=True):
         warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
-    return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)))
+    adapts = facts.base if facts.adapter is not None else None
+    gate = gate_of(adapts, facts.settings["cache_dir"]) if adapts else None
+    return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)), gate=gate)
 
 
 def _share(told: str | None) -> str | None:
