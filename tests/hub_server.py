@@ -1,5 +1,6 @@
 """A local server that speaks the part of the Hub's API that huggingface_hub uses to publish and to load a model:
-repositories and their settings, pre-upload, large files (whole and in parts), commits, the card's validation, listing, download."""
+repositories and their gates, pre-upload, large files (whole and in parts), commits, the card's validation, listing,
+download."""
 
 import base64
 import hashlib

@@ -454,6 +454,13 @@ def test_probes_calibrate_the_penalty_and_the_excursion_is_undone(settings):
     assert all(np.isfinite(row["ewc_penalty"]) for row in history if "ewc_penalty" in row)
 
 
+def assert_report_says_adapter(folder):
+    assert json.loads((folder / "report.json").read_text())["adapter"] == "LoRA, rank 2"
+    for name in ("report.md", "report.html"):
+        text = " ".join(re.sub(r"<[^>]+>", "", (folder / name).read_text()).split())
+        assert "erased, an adapter (LoRA, rank 2) on the base model, at full strength: it can be switched off" in text
+
+
 def test_evaluating_and_attacking_take_an_adapter(erased, tiny_folder, clip_folder, tmp_path):
     for protocol in ("concept", "robustness"):
         arguments = ["evaluate", "--base", tiny_folder, "--erased", erased, "--protocol", protocol, "--images", 2,
@@ -462,6 +469,8 @@ def test_evaluating_and_attacking_take_an_adapter(erased, tiny_folder, clip_fold
         assert result.returncode == 0, result.stderr
         report = json.loads((tmp_path / "erased" / f"evaluation-{protocol}" / "report.json").read_text())
         assert report["base_module"] != report["erased_module"]
+        assert_report_says_adapter(tmp_path / "erased" / f"evaluation-{protocol}")
+    assert_report_says_adapter(tmp_path / "erased")
     # It is about these weights, by the run's own report.
     assert "Protocol: concept" in build_model_card(erased).content
     result = run_here(main, ["evaluate", "--base", erased, "--erased", erased, "--protocol", "concept"], tmp_path)

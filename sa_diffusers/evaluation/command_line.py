@@ -33,6 +33,7 @@ from ..report.terminal import format_report
 from ..results import Report
 from ..seeds import STREAMS
 from .erased import (
+    adapter_on_record,
     distilled_on_record,
     erasure_settings,
     recorded_ending,
@@ -182,6 +183,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "base_module": subject.digests(subject.base).module,
         "erased_module": subject.digests(subject.erased).module,
         "saved": saved_alone(args.erased, args.erased_revision),
+        "adapter": adapter_on_record(args.erased, args.erased_revision),
         "ending": recorded_ending(args.erased, args.erased_revision),
         "distilled": told.sentence if told else distilled_on_record(args.erased, args.erased_revision),
         "prediction_type": subject.base.prediction_type,

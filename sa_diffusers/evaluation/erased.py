@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..configuration import CONFIG_NAME, ENDING_NAME, REPORT_NAME
+from ..families.adapters import find_adapter, rank_of
 from ..families.names import TRAINED_NAME
 from ..files import read_json
 from ..hub import HUB_TIMEOUT_SECONDS
@@ -107,6 +108,17 @@ def saved_alone(name_or_path: str, revision: str | None = None) -> list[str]:
         revision: Of the pipeline on the Hub.
     """
     return list(_recorded(name_or_path, TRAINED_NAME, revision).get("components") or [])
+
+
+def adapter_on_record(name_or_path: str, revision: str | None = None) -> str | None:
+    """What kind of adapter an erased pipeline's folder or repository holds, in words; None where it holds none.
+
+    Args:
+        name_or_path: Folder or Hub name of the erased pipeline.
+        revision: Of the pipeline on the Hub.
+    """
+    file = find_adapter(name_or_path, revision)
+    return file and f"LoRA, rank {rank_of(file)}"
 
 
 def takes_classes(name_or_path: str, revision: str | None = None) -> bool | None:

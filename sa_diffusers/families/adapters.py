@@ -206,6 +206,12 @@ def read_header(file: Path) -> dict[str, str]:
         return dict(opened.metadata() or {})
 
 
+def rank_of(file: Path) -> int:
+    """The highest rank that an adapter's file has of a layer; 0 of one that holds no matrices."""
+    with safe_open(file, "pt") as opened:
+        return max((min(opened.get_slice(name).get_shape()[:2]) for name in opened.keys()), default=0)  # noqa: SIM118
+
+
 def header_list(header: Mapping[str, str], name: str) -> list[str]:
     """A list of texts in an adapter's header; empty where there is none."""
     try:

@@ -160,6 +160,8 @@ def _pairs(report: Report, configuration: Recorded) -> list[tuple[str, str]]:
 def _facts(report: Report) -> list[tuple[str, str]]:
     images = sum(row.images for row in report.rows)
     alone = f", its {' and '.join(report.saved)} alone: the rest is the base model's" if report.saved else ""
+    if report.adapter:
+        alone = f", an adapter ({report.adapter}) on the base model, at full strength: it can be switched off"
     facts = [
         ("Base model", plain(report.base_model and shown_name(report.base_model))),
         ("Distilled", plain(report.distilled)),

@@ -323,6 +323,7 @@ class Report(Results):
     erased_revision: str | None = absent()
     erased_module: str | None = absent()
     saved: list[str] = absent(factory=list)
+    adapter: str | None = absent()
     pairs: list[ErasedPair] = absent(factory=list)
     prediction_type: str | None = absent()
     mixed_precision: str | None = absent()

@@ -9,7 +9,7 @@ from ..configuration import CONFIG_NAME, REPORT_NAME
 from ..data.phrasings import fill_template
 from ..data.sample_set import MANIFEST_NAME, SampleSet
 from ..evaluation import Classification, Comparison, compare, label_groups, prompt_groups, sample_groups, score_groups
-from ..evaluation.erased import recorded_ending, saved_alone
+from ..evaluation.erased import adapter_on_record, recorded_ending, saved_alone
 from ..evaluation.groups import REMEMBERED_PROMPTS, PromptGroup
 from ..evaluation.scoring import parts_of
 from ..families import Objective
@@ -233,6 +233,7 @@ class ReportStage(Stage):
             "handed_in": subject.handed_in,
             "stopped_after_step": self._training.stopped_after_step,
             "saved": saved_alone(str(self.output.path)),
+            "adapter": adapter_on_record(str(self.output.path)),
             "ending": recorded_ending(str(self.output.path)),
             "blur": subject.blur,
             "mixed_precision": str(subject.accelerator.mixed_precision),
