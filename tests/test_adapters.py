@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from huggingface_hub import ModelCard
@@ -39,7 +40,7 @@ from sa_diffusers.output_folder import OutputFolder
 from sa_diffusers.publish import build_model_card
 from sa_diffusers.seeds import seed_of
 from sa_diffusers.training.ewc import ElasticWeightConsolidation, RowsByColumns
-from sa_diffusers.training.trainable import AdapterWeights
+from sa_diffusers.training.trainable import AdapterWeights, SwitchedOff
 
 from .conftest import as_flags, build_tiny_pipeline, run_here
 from .hub_server import HubServer, card_errors
@@ -201,6 +202,32 @@ def test_the_teacher_is_the_module_as_it_was_and_gradients_are_still_asked_for(a
         torch.testing.assert_close(module(*inputs).sample, other)
 
 
+def test_the_teacher_is_asked_before_a_forward_pass_and_never_before_its_backward_pass(settings, monkeypatch):
+    """Gradient checkpointing runs the forward pass again in the backward pass, as the flags are then."""
+    seen = []
+
+    def noted(what, function):
+        def call(*args, **kwargs):
+            seen.append(what)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(SwitchedOff, "__call__", noted("teacher", SwitchedOff.__call__))
+    monkeypatch.setattr(Accelerator, "backward", noted("backward", Accelerator.backward))
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noted("forward", UNet2DConditionModel.forward))
+    more = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "max_train_steps": 2, "target": "frozen"}
+    erasure = Erasure(SelectiveAmnesiaConfig(**{**settings, **more}))
+    surrogates = erasure.surrogates()
+    products = erasure.products(surrogates)
+    seen.clear()
+    with erasure.holding():
+        erasure.training_stage.run(surrogates, *products)
+    passes = " ".join(seen)
+    assert passes.count("teacher") >= 4
+    assert re.fullmatch(r"((teacher forward )+forward backward ?){4}", passes), passes
+
+
 def test_a_module_gets_its_own_layers_back():
     module, plain = small_unet(), small_unet().state_dict()
     module.conv_in.requires_grad_(False)
@@ -348,12 +375,24 @@ def test_several_are_loaded_together_and_each_is_switched_on_and_off(erased, set
     assert np.array_equal(images(pipeline), plain)
 
 
-def test_fisher_information_is_that_of_the_weights(settings):
+def test_fisher_information_is_that_of_the_weights(settings, tmp_path):
     """The same artefact serves both."""
     configs = [SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 1.0, **more}) for more in ({}, {"adapter": None})]
     adapter, full = (Erasure(config) for config in configs)
     assert adapter.fisher_stage.folder == full.fisher_stage.folder
     assert adapter.identity != full.identity
+    # An adapter on fewer layers takes it too, handed in.
+    full.fisher_stage.run()
+    made = full.fisher_stage.folder / "fisher.safetensors"
+    before = made.stat().st_mtime_ns
+    adapter.run()
+    assert made.stat().st_mtime_ns == before
+    more = {"ewc_weight": 1.0, "train_method": "xattn", "fisher": str(full.fisher_stage.folder)}
+    fewer = Erasure(SelectiveAmnesiaConfig(**{**settings, **more, "output_dir": str(tmp_path / "fewer")}))
+    assert len(fewer.subject.layers.sizes) < len(adapter.subject.layers.sizes)
+    fewer.run()
+    history = json.loads((tmp_path / "fewer" / "training_history.json").read_text())
+    assert history[-1]["ewc_penalty"] > 0
 
 
 def test_rank_counts_for_an_adapter_and_for_nothing_else(settings):
