@@ -21,6 +21,7 @@ from sa_diffusers.data.phrasings import fill_template
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import ImageClassifier
 from sa_diffusers.families import SamplingSettings, load_pipeline, objective_for
+from sa_diffusers.families.adapters import ADAPTER_FILE, LowRankAdapter, adapter_layers, save_adapter
 from sa_diffusers.models import embedded_classifier, embedded_pipeline
 
 from .conftest import REPOSITORY, run_script
@@ -261,6 +262,24 @@ def test_the_page_has_the_acid_tests_table_as_its_command_prints_it(tmp_path):
         assert "\n".join(rows) in page
         found = max(found, len(rows))
     assert found >= 2 + len({key.rpartition("|")[0] for key in kept})
+
+
+def test_an_adapter_is_as_small_as_its_page_says(tmp_path):
+    objective = objective_for(DiffusionPipeline.from_pretrained(embedded_pipeline()))
+    (unet,) = (embedded_pipeline() / "unet").glob("*.safetensors")
+    total, told = sum(value.numel() for value in objective.module.parameters()), []
+    for method, most in (("full", 0.12), ("xattn", 0.02)):
+        layers = adapter_layers(objective.module, objective.select(method))
+        told.append([f"{100 * layers.numbers(rank) / total:.1f}" for rank in (4, 8, 16)])
+        adapter = LowRankAdapter(objective.module, layers.sizes, 8)
+        save_adapter(objective, adapter.state(), 8, tmp_path / method, {})
+        adapter.remove()
+        assert (tmp_path / method / ADAPTER_FILE).stat().st_size < most * unet.stat().st_size
+    (full, xattn), page = told, " ".join((REPOSITORY / "docs" / "adapters.md").read_text(encoding="utf-8").split())
+    shares = "{} % of its numbers with `full`, {} % with `xattn`".format(
+        *(f"{least}, {middle} and {largest}" for least, middle, largest in (full, xattn))
+    )
+    assert f"rank 4, 8 and 16 take {shares}" in page
 
 
 def test_the_adapters_benchmark_measures_goes_on_and_prints_tables(tmp_path):
