@@ -76,14 +76,17 @@ and backward; left to themselves, torchao's layers keep all of them dequantised 
 is saved.
 
 Fisher information has a number for each selected weight, in float32. `to estimate it` is what its estimate takes before
-training: the weights, twice as much as it, and the gradient of one of them. `--fisher_form rows_by_columns` holds next
-to nothing of it while training, but the estimate is the same: where that does not fit, hand in what another machine has
-estimated from the same quantised weights (`--fisher`), or leave the term out (`--ewc 0`).
+training: the weights, twice as much as it, and the gradient of one of them. Where that does not fit, `--fisher_on_cpu`
+leaves the weights and the gradient of one alone on the GPU, and what is twice as much as the column `Fisher` in the
+CPU's memory; each backward pass then sends as many numbers there as are selected. `--fisher_form rows_by_columns` holds
+next to nothing of it while training. What another machine has estimated from the same quantised weights can be handed
+in (`--fisher`), and the term be left out (`--ewc 0`).
 """
 FITTING = """\
-The most exact way to hold the base that fits, and the largest batch of an adapter with it. `given or left out`: its
-estimate, or its diagonal, does not fit, and the batch is that with `--fisher_form rows_by_columns`. Stable Diffusion 3
-and 3.5 do not fit 12 GB for their T5, in 16 bits; `--no_t5` leaves it out.
+The most exact way to hold the base that fits, and the largest batch of an adapter with it. `with the flags`: the
+estimate of the Fisher information, or its diagonal, does not fit, and the batch is that with `--fisher_on_cpu
+--fisher_form rows_by_columns`. Stable Diffusion 3 and 3.5 do not fit 12 GB for their T5, in 16 bits; `--no_t5` leaves
+it out.
 """
 IN_USE = """\
 Text encoders and autoencoder rest on the CPU and are on the GPU only while prompts are embedded (once, before training)
@@ -108,9 +111,9 @@ where the GPU has it. Samples, Fisher information and trained weights of one pre
 
 Fisher information is computed in float32 sums and kept so on disk; `--fisher_dtype bfloat16` holds it in half as much
 memory while training, and `--fisher_on_cpu` in the CPU's memory, from where each weight's part comes to the GPU at
-every step; its estimate then takes once as much as it beside the weights, in place of twice. The last has not been run
-on a GPU yet. `fisher_config.json` says in what precision the passes ran and the weights were held
-(`precision`, `weights_dtype`), and report and card say both.
+every step; its estimate then takes one weight's gradient beside the weights, and in the CPU's memory twice as much as
+it. The last has not been run on a GPU yet. `fisher_config.json` says in what precision the passes ran and the weights
+were held (`precision`, `weights_dtype`), and report and card say both.
 """
 
 
@@ -218,13 +221,13 @@ def adapter_row(name: str, held: str) -> list[str]:
 
 
 def holding(rows: Mapping[str, list[str]], size: int) -> str:
-    """The first way to hold a base that fits a GPU: all of it, or but for the Fisher information."""
+    """The first way to hold a base that fits a GPU: all of it, or with the Fisher information elsewhere."""
     place = GPUS.index(size)
     for fisher, column in ((True, -3), (False, -1)):
         for held, cells in rows.items():
             count = cells[column].split(" / ")[place]
             if count != "-" and (not fisher or float(cells[5]) <= (1 - LEFT) * size):
-                return f"{held}, batch {count}" + ("" if fisher else ", Fisher information given or left out")
+                return f"{held}, batch {count}" + ("" if fisher else ", with the flags")
     return "-"
 
 

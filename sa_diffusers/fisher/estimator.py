@@ -75,8 +75,9 @@ class FisherEstimator:
         seed: Seed of timesteps, noise and signs. Each sample has a stream of its own, whatever the number of processes.
         accelerator: Processes that share the samples, and the precision of the forward pass. Default: this one.
         kind: `"gradient"` or `"jacobian"`. The EWC weight of one means nothing to the other.
-        on_cpu: Whether the squares are added up on the CPU, so that the device holds one sample's gradients alone. It
-            changes rounding and speed only.
+        on_cpu: Whether gradients and their squares are added up on the CPU, which then holds twice as many float32
+            numbers as are selected, and the device one parameter's gradient at a time. It changes rounding and speed
+            only.
 
     Raises:
         ValueError: `timesteps` or `batch_size` is out of range, the selection matches nothing, or the model is of an
@@ -147,8 +148,7 @@ class FisherEstimator:
         if isinstance(samples, SampleSet) and not len(samples):
             raise ValueError("Fisher information needs at least one sample")
         module, device = self.objective.module, self.objective.device
-        values = {name: torch.zeros(shape_of(p), device="cpu" if self.on_cpu else p.device)
-                  for name, p in self.parameters.items()}  # fmt: skip
+        values = {name: torch.zeros(shape_of(p), device=self._place(p)) for name, p in self.parameters.items()}
         with evaluating(module, *self._others):
             samples = self._sample_set(taken("samples", samples), settings)
             recorded = dict(identity or {})
@@ -228,8 +228,7 @@ class FisherEstimator:
                 conditions = conditions or self._read(samples, mine[done - 1 :][:_READ])
                 gradient = self._gradient_that_fits(samples, group, conditions.pop(0), device)
                 for value, part in zip(values.values(), gradient, strict=True):
-                    there = part.to(value.device)
-                    value.addcmul_(there, there)
+                    value.addcmul_(part, part)
                 bar.update(len(group))
                 began = time.monotonic()
                 stopping = stop_requested() is not None
@@ -239,6 +238,10 @@ class FisherEstimator:
                 if stopping:
                     check_stop()
         return passes
+
+    def _place(self, parameter: torch.Tensor) -> torch.device:
+        """Where what belongs to a parameter is added up."""
+        return torch.device("cpu") if self.on_cpu else parameter.device
 
     def _read(self, samples: SampleSet, groups: list[range]) -> list[Conditions]:
         """The conditions of some squares, on the CPU."""
@@ -266,7 +269,7 @@ class FisherEstimator:
         signs = {index: generator_of("fisher signs", self.seed, index) for index in group}
         timesteps = torch.cat([objective.path.strata(self.timesteps, generators[index]) for index in group])
         rows = torch.arange(group.start, group.stop).repeat_interleave(self.timesteps)
-        total = [torch.zeros(shape_of(p), device=p.device) for p in self.parameters.values()]
+        total = [torch.zeros(shape_of(p), device=self._place(p)) for p in self.parameters.values()]
         inputs = list(self._inputs.values())
         for part, places in zip(timesteps.split(self.batch_size), rows.split(self.batch_size), strict=True):
             given = samples.samples[places].to(device)
@@ -320,7 +323,7 @@ def _adding_gradients(inputs: list[torch.Tensor], sums: list[torch.Tensor]) -> I
 
     def add(accumulated: torch.Tensor, value: torch.Tensor) -> None:
         assert value.grad is not None
-        accumulated += value.grad.float()
+        accumulated += value.grad.to(accumulated.device).float()
         value.grad = None
 
     handles = [value.register_post_accumulate_grad_hook(functools.partial(add, accumulated))

@@ -40,8 +40,9 @@ class Memory:
             counted.
         rows: Rows of that pass.
         step: What the optimiser's step takes meanwhile.
-        estimating: What estimating Fisher information takes beside the weights, before: a sum of squares and one
-            sample's gradients summed over timesteps, of all selected weights, and one weight's gradient at a time.
+        estimating: What estimating Fisher information takes beside the weights, before: one weight's gradient at a
+            time, and, unless that is on the CPU, a sum of squares and one sample's gradients summed over timesteps, of
+            all selected weights.
         encoding: Text encoders, while they are in use.
         decoding: The autoencoder and what it makes of one image, while it is in use.
         draws: Whether images are sampled while it trains; else these two are in use before, beside the weights alone.
@@ -146,7 +147,7 @@ def training_memory(
     largest = max(parameter.numel() for parameter in parameters.values())
     # On a CPU it is no other place.
     elsewhere = config.fisher_on_cpu and on_cuda
-    sums = selected if elsewhere else 2 * selected
+    sums = 0 if elsewhere else 2 * selected
     estimated = _FLOAT * (sums + largest) * (config.consolidates and config.fisher is None)
     small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
     if config.adapter is not None:
