@@ -33,10 +33,12 @@ STREAMS = {
     "evaluation": Stream(1_000_000, 9_000_000),
     "replay": Stream(10_000_000, 10_000_000),
     "concept": Stream(20_000_000, 10_000_000),
-    "probe": Stream(30_000_000, 1_000_000),
-    # What an evaluation samples for no row of its report: for an attack, and to choose names.
-    "attack": Stream(31_000_000, 1_000_000),
+    # Probes; of neighbours from the third eighth on, what a training looks at from the middle on, and noise as a
+    # surrogate in the last quarter.
+    "probe": Stream(30_000_000, 2_000_000),
+    # What an evaluation samples for no row of its report: to choose names, and for an attack.
     "neighbour": Stream(32_000_000, 1_000_000),
+    "attack": Stream(33_000_000, 500_000),
     # Noise of the training, a seed a step; orders of its samples, a seed an epoch.
     "training": Stream(975_588_761, 100_000_000),
     "surrogate order": Stream(1_756_852_019, 10_000_000),

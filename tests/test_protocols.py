@@ -222,7 +222,7 @@ def test_the_robustness_protocol_attacks_base_erased_and_control(tmp_path, clip_
     # The attacker's images share no noise with those that are scored.
     kept = [SampleSet.load(folder) for folder in (tmp_path / "drawn").iterdir()]
     attackers = {seed for made in kept for seed in made.seeds if made.sources == ["a photo of brad pitt"] * 2}
-    assert {seed for seed in attackers if seed >= 30_000_000} == {31_000_000, 31_000_001}
+    assert {seed for seed in attackers if seed >= 30_000_000} == {33_000_000, 33_000_001}
     scored = {seed for entry in report["robustness"] for first, last in entry["seeds"] for seed in (first, last)}
     assert min(scored) == 1_000_000
     assert max(scored) < 10_000_000

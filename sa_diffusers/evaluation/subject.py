@@ -103,7 +103,7 @@ class Subject:
 
 
 # Streams of seeds of their own: what an attack or a choice of names is drawn with is in no row of a report, and in no
-# training. Each has room for the seeds of a million images.
+# training.
 ATTACK_SEEDS, NEIGHBOUR_SEEDS = STREAMS["attack"].first, STREAMS["neighbour"].first
 
 
@@ -113,7 +113,7 @@ def stream_seeds(stream: int, first_seed: int, count: int) -> tuple[int, ...]:
     Args:
         stream: `ATTACK_SEEDS` or `NEIGHBOUR_SEEDS`.
         first_seed: Of the evaluated images.
-        count: Images, fewer than 500,000.
+        count: Images, fewer than 250,000.
     """
     first = stream + first_seed % (STREAMS["attack"].length // 2)
     return tuple(range(first, first + count))

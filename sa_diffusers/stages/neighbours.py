@@ -32,7 +32,7 @@ class Neighbourhood:
 
     def probes(self, prompts: Sequence[str]) -> list[ProbeSet]:
         count, stream = self._each, STREAMS["probe"]
-        start = first_seed("probe", self.subject.config.seed) + stream.length // 4
+        start = first_seed("probe", self.subject.config.seed) + 3 * stream.length // 8
         texts = [prompt for prompt in prompts for _ in range(count)]
         seeds = list(range(start, start + len(texts)))
         generator = self.subject.generator

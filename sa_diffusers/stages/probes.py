@@ -195,7 +195,7 @@ class ProbeStage(Stage):
             subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
             max(subject.config.sample_batch_size, subject.config.train_batch_size),
         )  # fmt: skip
-        start = self._first + STREAMS["probe"].length // 3
+        start = self._first + STREAMS["probe"].length // 2
         checked = [
             CheckedConcept(
                 pair.concept, *by_role[pair.concept, "concept"], by_role.get((pair.concept, "surrogate"), (None,))[0],
@@ -236,7 +236,8 @@ class ProbeStage(Stage):
         template = self._templates(pair)[0]
         prompt = fill_template(template, pair.concept)
         if pair.surrogate.kind == "noise":
-            seeds = list(range(self._first + STREAMS["probe"].length // 2, self._first + STREAMS["probe"].length))
+            length = STREAMS["probe"].length
+            seeds = list(range(self._first + 3 * length // 4, self._first + length))
             noise = self.subject.generator.from_pixels(
                 [pair] * self._each, [prompt] * self._each, seeds[: self._each], self.subject.settings
             )  # fmt: skip
