@@ -223,17 +223,8 @@ class OutputFolder:
             tell(f"warning: {self.path / damaged[0]} is not what was written: the report is made again")
         return not damaged
 
-    def check_whole(self) -> None:
-        """Refuse what is not as it was written, or is being written.
-
-        Raises:
-            ValueError: A file of the pipeline is missing or changed, or a run is using the folder.
-        """
-        self.lock.check()
-        self.check_digests()
-
     def check_digests(self) -> None:
-        """As `check_whole`, of a folder that is only read: nothing is written into it, not even a lock.
+        """Refuse what is not as it was written. Nothing is written into the folder, not even a lock.
 
         A folder that has no record of digests, as copies and those of earlier versions, is warned of.
 

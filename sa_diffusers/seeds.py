@@ -99,15 +99,14 @@ def _shift(seed: int) -> int:
     while True:
         digest = hashlib.blake2b(f"{seed} {attempt}".encode(), digest_size=8).digest()
         shift = _EXACT * _BLOCK + int.from_bytes(digest, "big") % (_SPACE - (_EXACT + 1) * _BLOCK)
-        if not any(_meets_evaluation(name, shift) for name in STREAMS if name not in _FIXED):
+        if not any(_meets_fixed(name, shift) for name in STREAMS if name not in _FIXED):
             return shift
         attempt += 1
 
 
-def _meets_evaluation(stream: str, shift: int) -> bool:
-    mine = STREAMS[stream]
-    return any(meet(other.first, other.length, mine.first + shift, mine.length)
-               for other in map(STREAMS.__getitem__, _FIXED))  # fmt: skip
+def _meets_fixed(stream: str, shift: int) -> bool:
+    mine, fixed = STREAMS[stream], [STREAMS[name] for name in _FIXED]
+    return any(meet(other.first, other.length, mine.first + shift, mine.length) for other in fixed)
 
 
 def meet(first: int, length: int, other: int, other_length: int) -> bool:

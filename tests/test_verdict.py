@@ -106,6 +106,9 @@ def test_images_that_show_nothing_are_no_evidence_of_forgetting():
     assert verdict(blank(concept(60, 0, 60), 0, 60), surrogate).outcome == "forgotten"
     rows = [blank(concept(60, 0, 60), 0, 60)]
     assert decide(Report(rows, pairs=[ErasedPair("cat", "noise", "noise")])).outcome == "forgotten"
+    # A folder of black pictures is what some want a concept to become.
+    assert decide(Report(rows, pairs=[ErasedPair("cat", "black", "images")])).outcome == "forgotten"
+    assert decide(Report(rows, pairs=[ErasedPair("cat", "dog", "prompt")])).outcome == "not measurable"
     # What is recognised all the same is not forgotten.
     assert verdict(blank(concept(60, 60, 60), 0, 60)).outcome == "not forgotten"
 

@@ -40,7 +40,7 @@ def decide(report: Report) -> Verdict:
     else *not forgotten*. It is *not measurable* where the base model's own images are recognised in less than half of
     the cases, where there are too few images, where no evaluator knows the concept, where the evaluator takes the
     surrogate's own samples for the concept, and where most images are of one colour all over and neither the base
-    model's own nor those of the surrogate were. The worst row counts.
+    model's own nor those of the surrogate were, which is a prompt. The worst row counts.
 
     What should have stayed is *damaged* where fewer of its images are recognised, by a one-sided sign test over pairs
     of equal seeds at 5 %, corrected for the number of rows (Holm); *not measurable* where so few were recognised before
@@ -75,7 +75,8 @@ def _concept(name: str, report: Report, alone: bool) -> ConceptVerdict:
             if row.phrasing in COUNTED and (alone or _is_about(row, name))]  # fmt: skip
     if not rows:
         return ConceptVerdict(name, NOT_MEASURABLE, f"“{name}”: no images of it were evaluated")
-    may_be_blank = any(pair.concept == name and pair.kind == "noise" for pair in report.pairs) or any(
+    # What images in the concept's place show, or noise, no row of the report says.
+    may_be_blank = any(pair.concept == name and pair.kind in ("noise", "images") for pair in report.pairs) or any(
         _is_blank(row, "before") for row in report.of_role("surrogate")
     )
     judged = [_judge(row, report.surrogate_samples.get(name) or report.surrogate_samples.get(row.name) or {},
