@@ -28,10 +28,10 @@ def sampled(objective):
     return {name: objective.sample([f"a {name}"] * 8, SEEDS, SETTINGS).cpu() for name in ("sneaker", "dress")}
 
 
-def check_of(objective, classifier, sampled, asked="a sneaker", count=8, **changes) -> SampledCheck:
+def check_of(objective, classifier, sampled, asked="a sneaker", count=8, last=None, **changes) -> SampledCheck:
     values = {"surrogates": sampled["dress"], "fresh": 500, **changes}
     concept = CheckedConcept("sneaker", sampled["sneaker"], [asked] * 8, SEEDS, **values)
-    return SampledCheck(objective, SETTINGS, classifier, Accelerator(cpu=True), [concept], count)
+    return SampledCheck(objective, SETTINGS, classifier, Accelerator(cpu=True), [concept], count, last)
 
 
 @pytest.mark.parametrize("knows", [True, False])
@@ -66,6 +66,19 @@ def test_a_classifier_looks_at_other_images_each_time(objective, classifier, sam
     assert len(set(used)) == 60 and not set(used) & set(SEEDS)
 
 
+def test_before_a_training_stops_more_images_are_looked_at(objective, classifier, sampled, monkeypatch):
+    seen = []
+    sample = objective.sample
+    monkeypatch.setattr(objective, "sample", lambda prompts, seeds, s: seen.append(seeds) or sample(prompts, seeds, s))
+    check = check_of(objective, classifier, sampled, count=4, last=12)
+    assert [check(turn, turn == 1)[1] for turn in range(3)] == [4, 12, 4]
+    used = [seed for seeds in seen for seed in seeds]
+    assert len(set(used)) == 20 and not set(used) & set(SEEDS)
+    # Without a classifier those at hand are compared, as many as there are.
+    check = check_of(objective, None, sampled, count=4, last=12)
+    assert [check(0)[1], check(1, True)[1]] == [4, 8]
+
+
 def test_as_many_as_the_classifier_takes_the_surrogate_for_the_concept_are_not_counted(objective, classifier, sampled):
     mixed = torch.cat([sampled["sneaker"][:1], sampled["dress"][:7]])
     assert check_of(objective, classifier, sampled, surrogates=None, shown=mixed)(0) == (7, 8)
@@ -74,6 +87,18 @@ def test_as_many_as_the_classifier_takes_the_surrogate_for_the_concept_are_not_c
     check = check_of(objective, classifier, sampled, surrogates=None, shown=mixed)
     assert check.parts[0].label is None and check.parts[0].centres is None
     assert check(0) == (8, 8)
+
+
+def test_a_share_of_the_surrogate_that_few_images_show_is_measured_on_as_many_as_are_looked_at(
+    objective, classifier, sampled
+):
+    mixed = torch.cat([sampled["sneaker"][:1], sampled["dress"][:7]])
+    # One of eight, but none of what its prompts sample then.
+    check = check_of(objective, classifier, sampled, surrogates=mixed, wanted=["a dress"] * 8, last=12)
+    assert check.parts[0].mistaken == 0
+    assert check(0) == (8, 8)
+    check = check_of(objective, classifier, sampled, surrogates=mixed, wanted=["a dress", *["a sneaker"] * 3], last=12)
+    assert check.parts[0].mistaken == 9 / 12
 
 
 def test_what_the_base_model_does_not_seem_to_know_is_said_beforehand(objective, classifier, sampled, capsys):

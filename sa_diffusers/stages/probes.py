@@ -26,9 +26,10 @@ from .subject import Subject, describe, reused
 # No training is told of these, and the evaluation has others.
 PROBE_TEMPLATES = ("a view of {}", "there is {} here", "{} as it looks today", "look, {}")
 _NEIGHBOURS = 5
-# Images of the check, and the passes for which there may be more of them: a VAE samples in one.
-_CHECKED, _MOST_CHECKED = 20, 200
-_CHECK_PASSES = 400
+# Images of the check, times as many where the training would stop by them, and the passes for which there may be more
+# of them: a VAE samples in one. Of one in twenty none of 20 is seen every third time, none of 60 every twentieth.
+_CHECKED, _TIMES_LAST, _MOST_CHECKED = 20, 3, 200
+_CHECK_PASSES = 800
 # Seeds for the checks of a concept.
 _CHECK_SEEDS = 10_000
 
@@ -198,13 +199,20 @@ class ProbeStage(Stage):
         start = self._first + STREAMS["probe"].length // 2
         checked = [
             CheckedConcept(
-                pair.concept, *by_role[pair.concept, "concept"], by_role.get((pair.concept, "surrogate"), (None,))[0],
+                pair.concept, *by_role[pair.concept, "concept"],
+                *by_role.get((pair.concept, "surrogate"), (None, []))[:2],
                 self._shown(pair, inputs[0]), start + number * _CHECK_SEEDS,
             )
             for number, pair in enumerate(subject.pairs)
         ]  # fmt: skip
         check = SampledCheck(
-            subject.objective, subject.settings, subject.classifier, subject.accelerator, checked, self._checked
+            subject.objective,
+            subject.settings,
+            subject.classifier,
+            subject.accelerator,
+            checked,
+            self._checked,
+            min(_MOST_CHECKED, _TIMES_LAST * self._checked),
         )
         near = None if subject.config.naive else Neighbourhood(subject, len(self._replay.prompts), self._few)
         return probes, check, near

@@ -1,7 +1,7 @@
 """A few images before a training stops: do they agree with the probes?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -54,6 +54,7 @@ class CheckedConcept:
         prompts: One for each.
         seeds: One for each.
         surrogates: Samples of the surrogate at the same seeds; None where no prompt samples it.
+        wanted: Prompts of the surrogate, one for each of its samples; empty where no prompt samples it.
         shown: Samples that look as the surrogate does; None where there are none.
         fresh: First of the seeds that nothing else is sampled at.
         label: The classifier's of the concept, where it tells the concept from its surrogate.
@@ -67,6 +68,7 @@ class CheckedConcept:
     prompts: list[str]
     seeds: list[int]
     surrogates: torch.Tensor | None
+    wanted: list[str] = field(default_factory=list)
     shown: torch.Tensor | None = None
     fresh: int = 0
     label: int | None = None
@@ -116,6 +118,7 @@ class SampledCheck:
         accelerator: Processes and precision.
         concepts: What is looked for.
         count: Images, over all concepts, where a classifier decides; else of the samples at hand as many as there are.
+        last: As many where a training would stop by them.
     """
 
     def __init__(
@@ -126,13 +129,33 @@ class SampledCheck:
         accelerator: Accelerator,
         concepts: Sequence[CheckedConcept],
         count: int = 20,
+        last: int | None = None,
     ) -> None:
         self.objective, self.settings, self.classifier = objective, settings, classifier
         self.accelerator = accelerator
         self.each = max(4, count // len(concepts))
-        self.parts = [concept.first(self.each).labelled(classifier, objective) for concept in concepts]
+        self.last = max(self.each, (last or count) // len(concepts))
+        self.parts = [self._counted(concept.first(self.last).labelled(classifier, objective)) for concept in concepts]
         for part in self.parts:
             self._say_if_unknown(part)
+
+    def _counted(self, part: CheckedConcept) -> CheckedConcept:
+        """With the share that is mistaken of as many images as are looked at in the end: one of few says little."""
+        if part.label is None or not part.mistaken or not part.wanted:
+            return part
+        samples = self._sampled(part, part.wanted, 0, self.last)
+        return replace(part, mistaken=_called(self.classifier, self.objective, samples, part.label) / self.last)
+
+    @torch.no_grad()
+    def _sampled(self, part: CheckedConcept, prompts: list[str], turn: int, count: int) -> torch.Tensor:
+        """So many samples at seeds of their own, the prompts in turn."""
+        first = part.fresh + turn * self.last
+        return self._samples([prompts[place % len(prompts)] for place in range(count)], range(first, first + count))
+
+    @torch.no_grad()
+    def _samples(self, prompts: list[str], seeds: Sequence[int]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return sampled(self.objective, prompts, list(seeds), self.settings).float().cpu()
 
     def _say_if_unknown(self, part: CheckedConcept) -> None:
         """Say so before the training where its verdict can only be that nothing is measurable."""
@@ -147,21 +170,19 @@ class SampledCheck:
                 "for it, or another classifier"
             )
 
-    @torch.no_grad()
-    def __call__(self, turn: int) -> tuple[int, int]:
+    def __call__(self, turn: int, is_last: bool = False) -> tuple[int, int]:
         """How many images still show a concept, and of how many; the same on all processes.
 
         Args:
             turn: How many times it was asked before.
+            is_last: Whether the training would stop by them.
         """
-        showing = count = 0
-        for part in self.parts:
-            prompts, seeds = part.prompts, part.seeds
+        each, showing, count = self.last if is_last else self.each, 0, 0
+        for part in (part.first(each) for part in self.parts):
             if part.label is not None or part.centres is not None:
-                prompts = [prompts[place % len(prompts)] for place in range(self.each)]
-                seeds = list(range(part.fresh + turn * self.each, part.fresh + (turn + 1) * self.each))
-            with self.accelerator.autocast():
-                samples = sampled(self.objective, prompts, seeds, self.settings).float().cpu()
+                samples = self._sampled(part, part.prompts, turn + 1, each)
+            else:
+                samples = self._samples(part.prompts, part.seeds)
             count += len(samples)
             if part.label is not None:
                 hits = _called(self.classifier, self.objective, samples, part.label)

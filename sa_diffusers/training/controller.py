@@ -20,11 +20,11 @@ _PASSES = 2
 # Images are looked at after so many steps at the latest, and again when there are so many times as many.
 _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
-# The share of them that may show the concept, none of 20, in so many looks in a row.
-_SHOWING = 0.02
+# The share of them that may show the concept, none of 60, in so many looks in a row.
+_SHOWING = 0.01
 _LOOKS = 3
-# With each of them what protects weighs so many times heavier, as long as more is forgotten than the target asks: what
-# went along comes back.
+# With each of them what protects weighs so many times heavier, as long as more is forgotten than the target asks and
+# the rest has drifted: what went along comes back. Where the concept did too, it is the root of that from then on.
 _GIVEN_BACK = 8.0
 # A surrogate may ask for so many times what a prompt changes. Where it asks for more, as noise does of a diffusion
 # model that a class changes little, all that protects weighs as much more from the first step on.
@@ -91,6 +91,7 @@ class Control:
         look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
         agreed: Looks in a row in which no image, or next to none, showed the concept.
         usual: What `balance` was before the first of them.
+        given_back: What it is multiplied by with each of them.
         least: The least drift at the heaviest weight so far.
         at_bound: Steps in a row at the heaviest weight in which it has not become less.
         most: The most that was forgotten, to within what counts as more.
@@ -113,6 +114,7 @@ class Control:
     look: int = 0
     agreed: int = 0
     usual: float = 1.0
+    given_back: float = _GIVEN_BACK
     least: float | None = None
     at_bound: int = 0
     most: float | None = None
@@ -136,7 +138,7 @@ class Controller:
         probes: What is measured.
         config: Settings of the training.
         check: Samples a few images and says how many still show a concept, and of how many, given how many times it has
-            been asked before; None leaves it out.
+            been asked before and whether the training would stop by them; None leaves it out.
         step_cost: Network evaluations of a step, backward passes counted twice.
 
     Attributes:
@@ -147,7 +149,7 @@ class Controller:
         self,
         probes: Probes,
         config: SelectiveAmnesiaConfig,
-        check: Callable[[int], tuple[int, int]] | None,
+        check: Callable[[int, bool], tuple[int, int]] | None,
         step_cost: int,
     ) -> None:
         self.probes = probes
@@ -257,7 +259,7 @@ class Controller:
         state.passes = state.passes + 1 if forgotten and kept else 0
         is_content = state.passes >= _PASSES
         looks = self.check is not None and kept and (step >= state.look or state.agreed > 0)
-        if (is_content or looks) and self._images_agree(step, reading.worst_forgotten, is_content):
+        if (is_content or looks) and self._images_agree(step, reading, is_content):
             self.verdict = Verdict(
                 True,
                 f"forgotten {reading.worst_forgotten:.2f} (target {state.target:g}), drift {reading.worst_drift:.3f} "
@@ -357,22 +359,23 @@ class Controller:
         else:
             state.stalled += self.every
 
-    def _images_agree(self, step: int, forgotten: float, is_content: bool) -> bool:
+    def _images_agree(self, step: int, reading: Reading, is_content: bool) -> bool:
         if self.check is None:
             return True
-        state = self.state
-        showing, count = self.check(len(state.checks))
+        state, forgotten = self.state, reading.worst_forgotten
+        showing, count = self.check(len(state.checks), state.agreed == _LOOKS - 1)
         seen = {"step": step, "showing": showing, "images": count}
         state.checks.append(seen)
         state.look = math.ceil(_NEXT_LOOK * step)
         if not _still_shows(seen):
             state.usual = state.usual if state.agreed else state.balance
-            if self._balances and forgotten >= state.target:
-                state.balance = min(state.balance * _GIVEN_BACK, _HEAVIEST)
+            has_drifted = reading.worst_drift > _NEAR * self.config.drift_tolerance
+            if self._balances and has_drifted and forgotten >= state.target:
+                state.balance = min(state.balance * state.given_back, _HEAVIEST)
             state.agreed += 1
             return state.agreed >= _LOOKS
         if state.agreed:
-            state.balance = min(state.balance, state.usual)
+            state.balance, state.given_back = min(state.balance, state.usual), math.sqrt(state.given_back)
         if is_content or (state.agreed and forgotten >= state.target):
             # The probes were too easily content: half of what is left must go.
             state.target = max(state.target, forgotten)
