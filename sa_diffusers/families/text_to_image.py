@@ -191,10 +191,16 @@ class TextToImageObjective(ScheduledObjective):
         raise NotImplementedError
 
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = _ENCODED_PROMPTS) -> Conditions:
-        starts = range(0, len(prompts), batch_size)
+        # Each once, such as the empty prompt beside every other: text encoders may be as large as what is trained.
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        distinct = list(rows)
         with self.reading(), self._told():
-            parts = [self.encode(list(prompts[start : start + batch_size])) for start in starts]
-        return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+            starts = range(0, len(distinct), batch_size)
+            parts = [self.encode(distinct[start : start + batch_size]) for start in starts]
+        read = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+        if len(distinct) == len(prompts):
+            return read
+        return {name: values[[rows[prompt] for prompt in prompts]] for name, values in read.items()}
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

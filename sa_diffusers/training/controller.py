@@ -20,7 +20,8 @@ _PASSES = 2
 # Images are looked at after so many steps at the latest, and again when there are so many times as many.
 _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
-# The share of them that may show the concept, none of 60, in so many looks in a row.
+# The share of them that may show the concept, none of 60, in the last of so many looks in a row. In those before one
+# image may: else what stays at one in fifty is looked at for ever.
 _SHOWING = 0.01
 _LOOKS = 3
 # With each of them what protects weighs so many times heavier, as long as more is forgotten than the target asks and
@@ -89,7 +90,7 @@ class Control:
         passes: Readings in a row for which both wishes held.
         target: Of forgetting; it rises when images disagree with the probes.
         look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
-        agreed: Looks in a row in which no image, or next to none, showed the concept.
+        agreed: Looks in a row in which no image showed the concept, or one.
         usual: What `balance` was before the first of them.
         given_back: What it is multiplied by with each of them.
         least: The least drift at the heaviest weight so far.
@@ -363,14 +364,15 @@ class Controller:
         if self.check is None:
             return True
         state, forgotten = self.state, reading.worst_forgotten
-        showing, count = self.check(len(state.checks), state.agreed == _LOOKS - 1)
+        is_last = state.agreed == _LOOKS - 1
+        showing, count = self.check(len(state.checks), is_last)
         seen = {"step": step, "showing": showing, "images": count}
         state.checks.append(seen)
         state.look = math.ceil(_NEXT_LOOK * step)
-        if not _still_shows(seen):
+        if not _still_shows(seen) or (showing == 1 and not is_last):
             state.usual = state.usual if state.agreed else state.balance
             has_drifted = reading.worst_drift > _NEAR * self.config.drift_tolerance
-            if self._balances and has_drifted and forgotten >= state.target:
+            if self._balances and has_drifted and not showing and forgotten >= state.target:
                 state.balance = min(state.balance * state.given_back, _HEAVIEST)
             state.agreed += 1
             return state.agreed >= _LOOKS
