@@ -1,5 +1,5 @@
-# Every command sets everything up by itself: `make demo`, `make test`, `make lint`, `make torture`, `make bench`,
-# `make test-lowest`.
+# Every command sets everything up by itself: `make demo`, `make test`, `make test-long`, `make lint`, `make torture`,
+# `make bench`, `make test-lowest`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ CONCEPT ?= sneaker
 SURROGATE ?= dress
 METHOD ?= full
 
-.PHONY: bench demo lint test torture test-lowest format clean
+.PHONY: bench demo lint test test-long torture test-lowest format clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -24,7 +24,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadscope
+	$(BIN)/pytest -n 2 --dist loadscope -m "not long"
+
+# Whole erasures, pages, benchmarks and attacks, and trainings of hundreds of steps.
+test-long: $(INSTALLED)
+	$(BIN)/pytest -n 2 --dist loadscope -m long
 
 # The lowest versions that setup.py declares, as uv finds them there: first without eval-unlearn and torchao, which
 # need newer libraries than the rest, then with eval-unlearn. They take as long and as much disk as two installations.

@@ -369,6 +369,7 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "model"), EXPERIMENTS.items())
 def test_the_experiments_run_as_their_files_say(name, model, tmp_path, monkeypatch):
     """All of a file's settings but the sizes, on models that were never trained."""
@@ -631,6 +632,7 @@ def test_built_in_configurations_are_the_papers():
         build_class_pipeline("cifar", ["0"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["cifar10", "stl10"])
 def test_the_papers_sizes_take_a_step_of_training_of_fisher_and_of_forgetting(model):
     torch.manual_seed(0)

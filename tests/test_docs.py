@@ -105,6 +105,7 @@ def run_blocks(page: Path, world: Path, folder: Path, commands=(), **sizes) -> s
     return forked_code(RUN, folder, environment, given, imported=LIBRARIES)
 
 
+@pytest.mark.long
 def test_the_python_of_the_readme_runs_and_forgets(world, tmp_path):
     result = run_blocks(
         REPOSITORY / "README.md", world, tmp_path, num_surrogate_images=64, num_replay_images=200,
@@ -123,6 +124,7 @@ def test_the_python_of_the_page_on_reports_runs(world, tmp_path):
     assert result.stdout.splitlines()[-1] == "not measurable []"
 
 
+@pytest.mark.long
 def test_the_python_of_the_page_on_python_runs(world, tmp_path):
     result = run_blocks(
         REPOSITORY / "docs" / "python.md", world, tmp_path, num_surrogate_images=16, num_replay_images=32,
@@ -139,6 +141,7 @@ def test_the_python_of_the_page_on_python_runs(world, tmp_path):
         assert (tmp_path / file).is_file(), file
 
 
+@pytest.mark.long
 def test_the_python_of_the_page_on_adapters_runs(world, tmp_path):
     result = run_blocks(REPOSITORY / "docs" / "adapters.md", world, tmp_path)
     assert result.returncode == 0, result.stderr

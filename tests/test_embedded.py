@@ -85,6 +85,7 @@ def test_garments_are_recognised_in_phrasings_held_out_from_training_and_vary(cl
     assert spread.min() > 0.1
 
 
+@pytest.mark.long
 def test_a_garment_is_erased_and_the_others_stay(tmp_path):
     """Half of the demo's samples, another concept than the demo's, the demo's other settings."""
     base = str(embedded_pipeline())
@@ -128,6 +129,7 @@ def test_a_plan_says_where_the_classifier_has_no_label_for_a_concept(tmp_path, c
     assert ('which has no label for "quokka", and cannot say whether that is forgotten' in erasure.plan()) is told
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
     variants = ["default", "without replay", "without EWC", "without both"]
     script = REPOSITORY / "benchmarks" / "embedded_erasure.py"
@@ -148,6 +150,7 @@ def test_the_benchmark_measures_goes_on_and_prints_a_table(tmp_path):
     assert [line for line in again.stdout.splitlines() if line.startswith("| bag → ")] == table[-4:]
 
 
+@pytest.mark.long
 def test_the_acid_test_runs_goes_on_and_takes_other_settings(tmp_path):
     base = f"garments, in two steps={embedded_pipeline()}"
     flags = ["--base", base, "--pairs", "bag:sandal", "--methods", "xattn", "--images", "4", "--work_dir", "work",
@@ -181,6 +184,7 @@ def benchmark(name: str):
         sys.path.remove(str(REPOSITORY / "benchmarks"))
 
 
+@pytest.mark.long
 def test_the_curves_of_cost_are_measured_drawn_and_kept(tmp_path, monkeypatch, capsys):
     """Two recipes in two steps."""
     pytest.importorskip("matplotlib")
@@ -282,6 +286,7 @@ def test_an_adapter_is_as_small_as_its_page_says(tmp_path):
     assert f"rank 4, 8 and 16 take {shares}" in page
 
 
+@pytest.mark.long
 def test_the_adapters_benchmark_measures_goes_on_and_prints_tables(tmp_path):
     flags = ["--parts", "ranks", "strengths", "--concepts", "sneaker", "--methods", "xattn", "--kinds",
              "rank 8", "--images", "2", "--rest", "1", "--work_dir", "work", "--output", "adapters.json",

@@ -558,6 +558,7 @@ def same_weights(first: Path, second: Path) -> None:
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.mark.long
 def test_what_is_pushed_is_what_loads_by_name(erased, tmp_path):
     """Large files in parts, into a private repository; then again, when there is nothing new."""
     assert (erased / "checkpoint-2").is_dir() and (erased / "runs").is_dir()
@@ -660,6 +661,7 @@ def test_a_folder_of_logs_that_is_the_folder_itself_leaves_nothing_out(tmp_path)
         assert {path.name for path in published_files(tmp_path)} == {"model_index.json", "selective_amnesia.json"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("fault", "succeeds"), FAULTS.values(), ids=FAULTS)
 def test_a_failed_upload_says_how_to_repeat_it_and_the_repetition_works(erased_once, tmp_path, fault, succeeds):
     coming = replace(fault)

@@ -106,6 +106,7 @@ def test_a_run_with_one_prompt_to_remember_has_no_neighbours_to_probe():
     assert training._neighbours.asked == [training.controller.state.near]
 
 
+@pytest.mark.long
 def test_a_resumed_run_replays_and_probes_the_same(tmp_path):
     whole = near(tmp_path / "whole", max_train_steps=20)
     whole.train()

@@ -86,6 +86,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_run_decides_is_the_same_where_it_died_in_the_search_for_its_settings(
     tiny_folder, tmp_path, images, case
@@ -257,6 +258,7 @@ def test_a_run_without_probes_is_silent_and_leaves_no_ending_of_an_earlier_one(l
     assert "TRAINING" not in "".join([*told(folder / "out"), (folder / "out" / "README.md").read_text()])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "how"),
     [({"max_train_steps": 4}, "limit"), ({"forget_target": 0.01, "drift_tolerance": 900.0}, "done")],

@@ -353,6 +353,7 @@ def test_what_protects_is_weighed_by_how_many_times_too_far_the_rest_has_drifted
     assert max(balances(tiny_objective, [(0.1, 9.0)] * 9, [])) == 32
 
 
+@pytest.mark.long
 def test_a_run_is_the_same_whatever_the_limit_of_its_steps():
     """No schedule depends on it: it is not known to be reached."""
     found = []
@@ -474,6 +475,7 @@ def test_the_learning_rate_falls_where_drift_goes_on_and_not_where_it_comes_back
     assert pace(0.3, 0.12) == 1
 
 
+@pytest.mark.long
 def test_consolidation_eases_while_nothing_drifts_and_the_concept_is_still_there():
     """Where EWC holds the concept too, no learning rate moves it (a digit of a VAE: 1,200 steps in place of 400)."""
     loose, tight, given = (controlled(forget_target=1.0, max_train_steps=30, **settings) for settings in (
@@ -497,6 +499,7 @@ def test_what_is_left_to_forget_is_all_that_is_not_forgotten_while_images_show_i
     assert not controller._is_slow()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["frozen", "noise"])
 def test_a_training_stops_when_both_wishes_hold_and_images_agree(target, monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 30)
@@ -522,6 +525,7 @@ def test_a_training_stops_when_both_wishes_hold_and_images_agree(target, monkeyp
     assert steps == sorted(set(steps)) and steps[-1] == history[-1]["step"]
 
 
+@pytest.mark.long
 def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_FIRST_LOOK", 10)
     seen = []
@@ -545,6 +549,7 @@ def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
     assert "none of 60 images shows it" in training.controller.verdict.sentence
 
 
+@pytest.mark.long
 def test_a_run_whose_images_still_show_the_concept_says_so_at_its_limit():
     def check(turn, is_last):
         return 3, 20
@@ -565,6 +570,7 @@ def test_no_image_is_looked_at_while_the_rest_has_drifted_too_far(monkeypatch):
     assert not training.controller.state.checks and not training.controller.verdict.done
 
 
+@pytest.mark.long
 def test_wishes_that_cannot_both_be_had_end_in_a_sentence_before_the_limit(monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_PATIENCE", 30)
     monkeypatch.setattr(sa_diffusers.training.controller, "_HEAVIEST", 4.0)
@@ -576,6 +582,7 @@ def test_wishes_that_cannot_both_be_had_end_in_a_sentence_before_the_limit(monke
     assert "larger drift_tolerance" in training.controller.verdict.sentence
 
 
+@pytest.mark.long
 def test_a_run_that_forgets_no_more_ends_in_a_sentence_before_the_limit(monkeypatch):
     monkeypatch.setattr(sa_diffusers.training.controller, "_PATIENCE", 60)
     monkeypatch.setattr(sa_diffusers.training.controller, "_FASTEST", 0.5)
@@ -595,6 +602,7 @@ def test_the_step_limit_says_what_was_open():
     assert "more steps (max_train_steps)" in sentence
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings", [{}, {"target": "noise", "use_ema": False}, {"mixed_precision": "bf16", "ewc_weight": 1e-3}]
 )

@@ -76,6 +76,7 @@ def runs(tiny_folder, tmp_path_factory):
     return results
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_same_steps_in_any_number_of_processes(runs, count, tiny_folder):
     for folder, result in (runs[1], runs[count]):
@@ -213,6 +214,7 @@ def stopped_after_a_checkpoint(command: list[str], folder) -> str:
     return output
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_another_number_of_processes(runs, tiny_folder, tmp_path):
     """Two processes are asked to stop, with a checkpoint at the same step; one ends what they began."""
     settings = {**STEPS, "max_train_steps": 400, "lr_scheduler": "constant", "output_dir": "out"}
@@ -264,6 +266,7 @@ def controls(folder) -> dict[int, dict]:
             for step in (10, 20)}  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folder):
     first, second = controls(probed[1]), controls(probed[2])
     assert first[20]["checks"] == [{"step": 20, "showing": 8, "images": 8}]
@@ -281,6 +284,7 @@ def test_a_run_measures_and_decides_the_same_in_two_processes(probed, tiny_folde
     assert endings[0] == endings[1]
 
 
+@pytest.mark.long
 def test_two_processes_go_on_from_a_checkpoint_as_if_nothing_had_been(probed, tiny_folder, tmp_path):
     command = [sys.executable, *torchrun(2), SCRIPT, *probed_flags(tiny_folder, 2)]
     output = stopped_after_a_checkpoint(command, tmp_path)
@@ -320,6 +324,7 @@ main(build_objective=build)
 """
 
 
+@pytest.mark.long
 def test_a_signal_that_reaches_one_process_alone_stops_all_in_the_search_for_the_settings(
     probed, tiny_folder, tmp_path
 ):
@@ -336,6 +341,7 @@ def test_a_signal_that_reaches_one_process_alone_stops_all_in_the_search_for_the
     assert_same_run(probed[2], tmp_path)
 
 
+@pytest.mark.long
 def test_a_configuration_of_gpus_joins_the_processes_of_a_machine_without(tiny_folder, tmp_path):
     (tmp_path / "config.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nnum_machines: 1\n"

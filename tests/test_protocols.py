@@ -412,6 +412,7 @@ def test_of_two_evaluations_into_one_folder_the_second_is_refused(tmp_path, eras
     assert not (tmp_path / "drawn").exists()
 
 
+@pytest.mark.long
 def test_two_processes_make_the_report_of_one(tmp_path, clip_folder, tiny_folder):
     """Neighbours that are chosen and a token that is learned are the same in both, and only one of them scores."""
     classifier = EMBEDDED / "classifier"

@@ -94,6 +94,7 @@ def test_an_adapter_is_trained_and_loads_onto_either_base(settings, kind, tiny_f
     assert f"| base quantization | {kind} |" in (tmp_path / "erased" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_adapters_are_fused_before_or_after_the_base_is_quantised(settings, kind, tiny_folder, tmp_path):
     """In diffusers alone, and by the setting; the sum is rounded to the bits that there are."""
     Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 0.0, "learning_rate": 0.1})).run()
@@ -143,6 +144,7 @@ def test_it_is_merged_with_the_base_in_its_own_precision_alone(settings, kind, t
                                           "overwrite_output_dir": True}))  # fmt: skip
 
 
+@pytest.mark.long
 def test_it_is_evaluated_on_the_base_that_it_was_trained_on(settings, kind, tiny_folder, tmp_path, capsys):
     """Unless another is asked for, which is said; weights that it was merged into are none that it was trained on."""
     own = Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 0.0})).run().report

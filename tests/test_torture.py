@@ -52,6 +52,7 @@ def attacks(tmp_path_factory):
     return results
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "attack", ["kills", "renames", "processes", "signals", "damage", "settings", "together", "disk"]
 )

@@ -93,6 +93,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_the_bare_command(tmp_path):
     """Nothing but concept and surrogate; the default base model comes from the Hub's cache, offline."""
     commit = lay_out_hub_cache(build_tiny_pipeline(safety_checker=True), tmp_path / "hub")
@@ -161,6 +162,7 @@ def test_several_pairs_from_yaml_then_reuse_and_another_erasure_in_the_same_fold
     assert (output / "selective_amnesia.json").stat().st_mtime > (output / "checkpoint-2").stat().st_mtime
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_where_an_unbroken_one_does(tiny_folder, tmp_path):
     """The same command again; samples and Fisher information are reused, training goes on at the checkpoint."""
     flags = {"max_train_steps": 60, "checkpointing_steps": 10, "resume_from_checkpoint": "latest", "use_ema": True}
@@ -332,6 +334,7 @@ def test_unknown_models(tmp_path):
         assert "neither a folder nor a name on the Hub" in result.stderr
 
 
+@pytest.mark.long
 def test_an_unreachable_hub_falls_back_to_the_cache_or_says_how_to_get_the_model(tmp_path):
     """A server that takes connections and never answers: the worst kind of unreachable."""
     import socket

@@ -69,6 +69,7 @@ def nursery(hub):
         yield started
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_ends_in_a_pipeline_that_plain_diffusers_loads(name, hub, nursery, tmp_path):
     family = FAMILIES[name]
