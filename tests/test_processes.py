@@ -76,7 +76,6 @@ def runs(tiny_folder, tmp_path_factory):
     return results
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_same_steps_in_any_number_of_processes(runs, count, tiny_folder):
     for folder, result in (runs[1], runs[count]):
