@@ -385,11 +385,11 @@ def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
     assert balances[0] == 1 and balances == sorted(balances) and balances[-1] > 1
 
 
-def balances(objective, readings, shows, **settings) -> list[float]:
-    """Those after readings of `(forgotten, drift)`, while so many of 20 images show the concept."""
+def balances(objective, readings, shows, count=20, **settings) -> list[float]:
+    """Those after readings of `(forgotten, drift)`, while so many of 20 images, or of `count`, show the concept."""
     showing = iter(shows)
     config = SelectiveAmnesiaConfig(forget_target=0.5, drift_tolerance=0.1, **settings)
-    controller = Controller(probes_for(objective), config, lambda turn, is_last: (next(showing), 20), 100)
+    controller = Controller(probes_for(objective), config, lambda turn, is_last: (next(showing), count), 100)
     found = []
     for number, (forgotten, drift) in enumerate(readings, 1):
         reading = Reading(forgotten={"cat": forgotten}, neighbours={"a hen": drift})
@@ -411,8 +411,10 @@ def test_what_is_forgotten_beyond_need_is_given_back_while_images_agree(tiny_obj
     # Drift had made it heavier before.
     found = balances(tiny_objective, [(0.9, 0.9)] * 3 + [enough] * 3, [0, 20])
     assert found[5] == pytest.approx(found[4] / 8) and found[5] > 1
-    # One image that shows it holds nothing up before the last look, but nothing is given back for it.
-    assert balances(tiny_objective, [enough] * 4, [1, 0, 1]) == [1, 1, 8, 1]
+    # One in forty holds nothing up before the last look, but nothing is given back for it.
+    assert balances(tiny_objective, [enough] * 4, [1, 0, 1], 40) == [1, 1, 8, 1]
+    assert balances(tiny_objective, [enough] * 4, [1, 0, 1], 60) == [1, 1, 8, 8]
+    assert balances(tiny_objective, [enough] * 3, [1, 0], 39) == [1, 1, 1]
     # Where hardly anything went along, there is nothing to come back but the concept.
     assert balances(tiny_objective, [(0.9, 0.04)] * 4, [0, 0, 0]) == [1, 1, 1, 1]
     # Given weights stay.
@@ -497,6 +499,25 @@ def test_what_is_left_to_forget_is_all_that_is_not_forgotten_while_images_show_i
     assert controller._is_slow()
     controller.state.checks[0]["showing"] = 0
     assert not controller._is_slow()
+    # Where next to all is forgotten, a higher rate would only break it: one that did took a drift of .03 to 1.4.
+    controller.state.readings = [{"forgotten": 0.96}, {"forgotten": 0.96}]
+    controller.state.checks[0]["showing"] = 15
+    assert not controller._is_slow()
+
+
+@pytest.mark.parametrize("drift, stalled", [(0.05, True), (0.2, False)])
+def test_a_run_that_is_nearly_done_and_forgets_no_more_waits_no_longer_than_one_at_the_highest_rate(
+    tiny_objective, drift, stalled
+):
+    config = SelectiveAmnesiaConfig(forget_target=0.5, drift_tolerance=0.1)
+    controller = Controller(probes_for(tiny_objective), config, lambda turn, is_last: (20, 20), 100)
+    reading = Reading(forgotten={"cat": 0.97}, neighbours={"a hen": drift})
+    controller.probes.read = lambda module: reading
+    steps = range(controller.every, 400, controller.every)
+    ends = [controller.after(step, tiny_objective.module, None, False) for step in steps]
+    assert any(ends) == stalled
+    if stalled:
+        assert "as no more is forgotten: 20 of 20 images still showed it" in controller.verdict.sentence
 
 
 @pytest.mark.long
@@ -533,8 +554,8 @@ def test_images_decide_where_the_probes_never_reach_their_target(monkeypatch):
     def check(turn, is_last):
         assert turn == len(seen)
         seen.append(is_last)
-        # Two agreements may be chance. One image may show it, but for the last time.
-        return {1: 2, 2: 2, 3: 1, 4: 2, 6: 1, 7: 1}.get(len(seen), 0), 20
+        # Two agreements may be chance.
+        return (1 if len(seen) in (1, 2, 4, 7) else 0), 20
 
     training = controlled(forget_target=1.0, drift_tolerance=900, max_train_steps=400, check=check)
     training.train()

@@ -20,9 +20,9 @@ _PASSES = 2
 # Images are looked at after so many steps at the latest, and again when there are so many times as many.
 _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
-# The share of them that may show the concept, none of 60, in the last of so many looks in a row. In those before one
-# image may: else what stays at one in fifty is looked at for ever.
-_SHOWING = 0.01
+# So many looks in a row have to agree. In the last one of 60 images may show the concept, in those before one of 40:
+# with none, what stays at one in a hundred would be looked at for ever.
+_ONE_OF, _ONE_OF_EARLIER = 60, 40
 _LOOKS = 3
 # With each of them what protects weighs so many times heavier, as long as more is forgotten than the target asks and
 # the rest has drifted: what went along comes back. Where the concept did too, it is the root of that from then on.
@@ -40,8 +40,9 @@ _LESS = 0.95
 # As many at the highest learning rate in which no more is forgotten than so much of what is left.
 _GAIN = 0.05
 _FEWEST_BETWEEN = 10
-# What is left to forget is to be forgotten in so many steps, or the learning rate rises.
-_WISHED_STEPS = 75
+# What is left to forget is to be forgotten in so many steps, or the learning rate rises, unless it is as little as
+# this: no rate makes that less in time, and a high one broke a model that was nearly done.
+_WISHED_STEPS, _LITTLE = 75, 0.05
 # What the rate that Prodigy finds is multiplied by, at first and at the most. At the whole of it neighbours of a taxi
 # drifted in the first fifty steps by what hundreds did not bring back.
 _FIRST_PACE, _FASTEST = 0.5, 8.0
@@ -90,7 +91,7 @@ class Control:
         passes: Readings in a row for which both wishes held.
         target: Of forgetting; it rises when images disagree with the probes.
         look: The step from which images are looked at, whatever is forgotten, if the rest has not drifted.
-        agreed: Looks in a row in which no image showed the concept, or one.
+        agreed: Looks in a row in which no image, or next to none, showed the concept.
         usual: What `balance` was before the first of them.
         given_back: What it is multiplied by with each of them.
         least: The least drift at the heaviest weight so far.
@@ -256,7 +257,7 @@ class Controller:
         kept = reading.worst_drift <= tolerate
         self._weigh(reading.worst_drift / tolerate, forgotten)
         self._hurry(reading.worst_drift / tolerate)
-        self._wait(reading.worst_forgotten)
+        self._wait(reading.worst_forgotten, kept)
         state.passes = state.passes + 1 if forgotten and kept else 0
         is_content = state.passes >= _PASSES
         looks = self.check is not None and kept and (step >= state.look or state.agreed > 0)
@@ -272,8 +273,8 @@ class Controller:
                                                               "heaviest, both cannot be had"))  # fmt: skip
             return True
         if state.stalled >= _PATIENCE and not last:
-            self.verdict = Verdict(False, self._open(reading, f"after step {step}, as with the highest learning rate "
-                                                              "no more is forgotten"))  # fmt: skip
+            rate = "with the highest learning rate " if state.pace >= _FASTEST else ""
+            self.verdict = Verdict(False, self._open(reading, f"after step {step}, as {rate}no more is forgotten"))
             return True
         if last:
             self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps"))
@@ -349,13 +350,15 @@ class Controller:
         # Where images still show the concept, the target is known to be too low.
         shows = bool(state.checks) and _still_shows(state.checks[-1])
         left = (1.0 if shows else state.target) - now
-        return left > 0 and (now - before) * _WISHED_STEPS < left * self.every
+        return left > _LITTLE and (now - before) * _WISHED_STEPS < left * self.every
 
-    def _wait(self, forgotten: float) -> None:
-        """Count the steps in which nothing more is forgotten, though the learning rate is as high as it may be."""
+    def _wait(self, forgotten: float, kept: bool) -> None:
+        """Count the steps in which nothing more is forgotten, though the learning rate is as high as it may be, or so
+        little is left that it does not rise."""
         state = self.state
         is_more = state.most is None or 1 - forgotten < (1 - _GAIN) * (1 - state.most)
-        if is_more or state.pace < _FASTEST or self.config.learning_rate is not None:
+        is_nearly_done = kept and 1 - forgotten <= _LITTLE
+        if is_more or not (state.pace >= _FASTEST or is_nearly_done) or self.config.learning_rate is not None:
             state.most, state.stalled = max(forgotten, forgotten if state.most is None else state.most), 0
         else:
             state.stalled += self.every
@@ -369,7 +372,7 @@ class Controller:
         seen = {"step": step, "showing": showing, "images": count}
         state.checks.append(seen)
         state.look = math.ceil(_NEXT_LOOK * step)
-        if not _still_shows(seen) or (showing == 1 and not is_last):
+        if showing <= count // (_ONE_OF if is_last else _ONE_OF_EARLIER):
             state.usual = state.usual if state.agreed else state.balance
             has_drifted = reading.worst_drift > _NEAR * self.config.drift_tolerance
             if self._balances and has_drifted and not showing and forgotten >= state.target:
@@ -407,4 +410,4 @@ def _farthest(reading: Mapping[str, float]) -> float:
 
 
 def _still_shows(check: Mapping[str, float]) -> bool:
-    return check["showing"] > _SHOWING * check["images"]
+    return check["showing"] > check["images"] // _ONE_OF
