@@ -446,6 +446,11 @@ def test_sizes_of_no_picture_and_scales_of_no_number_are_refused_before_weights(
         ("unet", "in_channels", [None, "x"]),
         ("vae", "scaling_factor", [None, 0, "x"]),
         ("vae", "latent_channels", [None, "x"]),
+        ("unet", "norm_eps", [None, "x", [1]]),
+        ("unet", "freq_shift", [None, "x"]),
+        ("unet", "downsample_padding", [None, "x", True]),
+        ("unet", "norm_num_groups", ["x"]),
+        ("vae", "shift_factor", ["x", [1]]),
     ):
         file = folder / part / "config.json"
         whole = json.loads(file.read_text())[name]

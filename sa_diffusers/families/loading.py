@@ -1,6 +1,7 @@
 """From a name or a folder to the pipeline in it."""
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,9 @@ from .single_file import (
 )
 from .trained import check_base, holds_trained, load_trained, read_trained
 from .weight_files import chosen_files, lacking, list_files, only_variant
+
+# Numbers of a network that no list and no null stands for, and one that may be null.
+_NUMBERS, _OR_NULL = ("norm_eps", "freq_shift", "downsample_padding"), ("shift_factor",)
 
 
 def load_pipeline(
@@ -192,6 +196,7 @@ def _load(name_or_path: str, place: dict[str, Any], asked: _Asked) -> DiffusionP
 
         family.check_parts(_place(named), parts, read)
         _check_stored(family, _place(named), parts, read)
+        _check_numbers(_place(named), parts, read)
         if asked.undistilled:
             check_undistilled(distilled(family, [named, index.get("_name_or_path")], read), _place(named))
     if asked.file:
@@ -308,6 +313,27 @@ def _check_stored(family: type[Family], place: str, parts: Mapping[str, list], r
             f"{place}: its {part} is stored quantised ({shown(method)}), and this takes the weights themselves: give "
             "the model in its own precision (base_quantization quantises it while it is loaded, for an adapter)"
         )
+
+
+def _check_numbers(place: str, parts: Mapping[str, list], read: Any) -> None:
+    """Refuse what is no number where a network of diffusers takes one: it would be an error of torch's in the first
+    batch."""
+    for part, (library, kind) in parts.items():
+        network = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+        if not (isinstance(network, type) and issubclass(network, diffusers.ModelMixin)):
+            continue
+        found = read(part)
+        for name, taken in inspect.signature(network).parameters.items():
+            value, wrong = found.get(name, taken.default), (str, dict)
+            if name in _NUMBERS + _OR_NULL:
+                wrong = (str, dict, list, bool, *((type(None),) if name in _NUMBERS else ()))
+            elif type(taken.default) not in (int, float):
+                continue
+            if isinstance(value, wrong):
+                raise ValueError(
+                    f"{place}: {part}/config.json says {name}={shown(value)}, which is no number: correct it, or "
+                    "download or save the pipeline again"
+                )
 
 
 @contextlib.contextmanager
