@@ -201,6 +201,14 @@ def no_failure_of_the_machine():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What other versions have sampled lies in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SA_DIFFUSERS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_heap():
     """What is there before a module's tests stays: to walk through it takes a collection a third of a second, and a
