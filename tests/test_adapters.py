@@ -471,6 +471,7 @@ def test_one_call_gives_a_pipeline_with_the_adapter(settings, tiny_folder):
     assert np.array_equal(images(pipeline), base)
 
 
+@pytest.mark.long
 def test_probes_calibrate_the_penalty_and_the_excursion_is_undone(settings):
     """The learning rate and the weight of the penalty are found, on steps of which nothing is left."""
     more = {"learning_rate": None, "ewc_weight": None, "num_probe_images": 8, "forget_target": None, "use_ema": True}

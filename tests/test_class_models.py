@@ -455,6 +455,7 @@ def test_a_class_that_becomes_noise_is_taught_noise_on_its_own_samples(pipeline,
     assert seen["probability"] == pytest.approx(probabilities[:, 1].mean().item(), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_report_says_what_the_classifier_makes_of_the_surrogate_itself(pipeline, tmp_path):
     """The floor of forgetting: no model turned into noise looks less like the class than noise does."""
     pipeline.save_pretrained(tmp_path / "base")

@@ -169,6 +169,7 @@ def test_what_goes_wrong_is_one_sentence_and_exit_code_1(tmp_path, words):
 # What the commands do
 
 
+@pytest.mark.long
 def test_an_erasure_and_its_evaluation_without_the_optional_packages(tmp_path):
     """They are said to be missing where they are needed, before the work; the rest works."""
     tiny_vae().save_pretrained(tmp_path / "base")

@@ -117,6 +117,7 @@ def test_the_python_of_the_readme_runs_and_forgets(world, tmp_path):
     assert (tmp_path / "no-brad-pitt" / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_the_python_of_the_page_on_reports_runs(world, tmp_path):
     erase = ["erase", "--concept", "Brad Pitt", "--surrogate", "a middle aged man", "--report_to", "none"]
     result = run_blocks(REPOSITORY / "docs" / "evaluation.md", world, tmp_path, [erase])

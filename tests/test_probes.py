@@ -251,6 +251,7 @@ class Hundredfold(DiscretePath):
         return torch.full((len(timesteps),), 100.0)
 
 
+@pytest.mark.long
 def test_a_loss_a_hundred_times_as_large_gives_the_same_run():
     first, second = controlled(), controlled(path=Hundredfold)
     before = weights(first)
@@ -307,6 +308,7 @@ def test_readings_take_no_more_than_their_share(tiny_objective, target):
     assert 660 / (every * step) <= 0.15 < 660 / ((every - 1) * step)
 
 
+@pytest.mark.long
 def test_a_unit_of_fisher_information_means_nothing():
     runs = [controlled() for _ in range(2)]
     before = weights(runs[0])
@@ -378,6 +380,7 @@ def test_the_naive_objective_is_read_and_neither_refused_nor_stopped():
     assert training.controller.state.readings[-1]["drift"] > 0
 
 
+@pytest.mark.long
 def test_what_protects_is_weighed_heavier_while_the_rest_drifts_too_far():
     training = controlled(drift_tolerance=1e-9, max_train_steps=40)
     training.train()

@@ -165,6 +165,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_one_process_scores_and_uploads_and_no_other_waits_for_it(runs, tiny_folder, tmp_path):
     """To leave the group is a collective of NCCL's too, which holds whoever comes first."""
     folder, _ = runs[2]
@@ -399,6 +400,7 @@ def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
         pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_a_run_with_one_line_and_a_code_of_its_own(tiny_folder, tmp_path, name):
     command = [sys.executable, SCRIPT, *quick(tiny_folder, max_train_steps=400, output_dir="out")]
@@ -416,6 +418,7 @@ def test_a_signal_ends_a_run_with_one_line_and_a_code_of_its_own(tiny_folder, tm
     assert f"stopped: {name}" in output and "Traceback" not in output
 
 
+@pytest.mark.long
 def test_a_launcher_that_vanishes_takes_its_run_with_it(tiny_folder, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT,

@@ -159,6 +159,7 @@ def test_a_batch_fits_into_free_memory(tiny_objective):
     assert large.batch_size == 1
 
 
+@pytest.mark.long
 def test_the_concept_protocol_tells_the_concept_from_its_neighbours_and_repeats(tmp_path, clip_folder):
     pipeline = str(EMBEDDED / "pipeline")
     (tmp_path / "evoking.txt").write_text("what a runner wears\n")

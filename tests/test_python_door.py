@@ -463,6 +463,7 @@ def test_what_is_no_configuration_is_refused(tiny_folder, wrong):
         SelectiveAmnesiaTrainer(str(tiny_folder), wrong)
 
 
+@pytest.mark.long
 def test_processes_that_were_given_different_samples_are_refused(tiny_folder, place):
     """They trained on a mixture, and then one waited for ever for what the other would not write."""
     script = (

@@ -245,6 +245,7 @@ def test_variant_and_parts_left_out_are_the_base_s(tmp_path):
     assert sampled(drawn).isfinite().all()
 
 
+@pytest.mark.long
 def test_it_is_published_and_loads_by_name(tiny_folder, tmp_path):
     """The base model is on the Hub too: the card's snippet is all that a user needs."""
     flags = as_flags({**TRAINED, "pretrained_model_name_or_path": "tester/base", "output_dir": "no-brad",
