@@ -570,6 +570,19 @@ def test_weights_in_half_precision_are_trained_and_saved_so(family, base):
     assert report["mixed_precision"] == "bf16"
 
 
+def test_text_encoders_read_each_prompt_once(family, monkeypatch):
+    """What is said twice is the same twice, and each row that of a prompt alone, to rounding."""
+    objective, read = objective_for(family.build()), []
+    encode = objective.encode
+    monkeypatch.setattr(objective, "encode", lambda prompts: read.extend(prompts) or encode(prompts))
+    prompts = ["brad pitt", "", "a man", "", "brad pitt"]
+    found = objective.encode_prompts(prompts)
+    assert read == ["brad pitt", "", "a man"]
+    for row, prompt in enumerate(prompts):
+        for name, value in objective.encode_prompts([prompt]).items():
+            torch.testing.assert_close(found[name][row], value[0], rtol=1e-3, atol=1e-4)
+
+
 def test_attacks_reach_every_text_encoder(family):
     objective = objective_for(family.build())
     handles = objective.text_encoders()

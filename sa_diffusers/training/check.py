@@ -144,7 +144,8 @@ class SampledCheck:
         if part.label is None or not part.mistaken or not part.wanted:
             return part
         samples = self._sampled(part, part.wanted, 0, self.last)
-        return replace(part, mistaken=_called(self.classifier, self.objective, samples, part.label) / self.last)
+        mistaken = _called(self.classifier, self.objective, samples, part.label) / self.last
+        return replace(part, mistaken=mistaken, label=part.label if mistaken <= _TELLS else None)
 
     @torch.no_grad()
     def _sampled(self, part: CheckedConcept, prompts: list[str], turn: int, count: int) -> torch.Tensor:
