@@ -31,14 +31,16 @@ test-long: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadscope -m long
 
 # The lowest versions that setup.py declares, as uv finds them there: first without eval-unlearn and torchao, which
-# need newer libraries than the rest, then with eval-unlearn. They take as long and as much disk as two installations.
+# need newer libraries than the rest, then with them. They take as long and as much disk as two installations.
 test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/pip install uv
 	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[test]"
-	$(LOWEST)/bin/pytest -n 2 --dist loadscope --ignore tests/test_eval_unlearn.py --ignore tests/test_quantization.py
-	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[test,eval-unlearn]"
+	$(LOWEST)/bin/pytest -n 2 --dist loadscope -m "not quantized" --ignore tests/test_eval_unlearn.py
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct \
+		-e ".[test,eval-unlearn,quantization]"
 	$(LOWEST)/bin/pytest tests/test_eval_unlearn.py
+	$(LOWEST)/bin/pytest -n 2 --dist loadscope -m quantized
 
 # What an erasure costs, as curves: a table, and benchmarks/results/curves.png.
 bench: $(INSTALLED)

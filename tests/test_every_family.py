@@ -239,6 +239,7 @@ def test_an_adapter_loads_in_diffusers_alone_and_is_switched_on_and_off(family, 
     assert np.array_equal(pictures(pipeline, family, output_type="np"), plain)
 
 
+@pytest.mark.quantized
 @pytest.mark.parametrize("bits", ["int8", "fp8"])
 def test_an_adapter_is_trained_on_a_quantised_base(family, base, tmp_path, bits):
     """And loads onto that as diffusers quantises it."""

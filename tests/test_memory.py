@@ -29,8 +29,8 @@ CASES = [
 ADAPTERS = [
     {},
     {"weights_dtype": "bfloat16"},
-    {"base_quantization": "int8"},
-    {"base_quantization": "fp8"},
+    pytest.param({"base_quantization": "int8"}, marks=pytest.mark.quantized),
+    pytest.param({"base_quantization": "fp8"}, marks=pytest.mark.quantized),
 ]
 
 
@@ -91,8 +91,6 @@ def test_a_training_takes_what_was_said(family, settings):
 @pytest.mark.parametrize("settings", ADAPTERS, ids=str)
 @pytest.mark.parametrize("name", ["stable diffusion", "FLUX"])
 def test_a_training_of_an_adapter_does_too(name, settings):
-    if "base_quantization" in settings:
-        pytest.importorskip("torchao")
     compare(FAMILIES[name], config_of(adapter="lora", lora_rank=4, **settings))
 
 

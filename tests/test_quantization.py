@@ -50,6 +50,8 @@ from .test_identity import digests
 from .test_processes import launch
 from .tiny_families import FAMILIES
 
+pytestmark = pytest.mark.quantized
+
 CLASSIFIER = embedded_pipeline().parent / "classifier"
 KINDS = ("int8", "fp8")
 
