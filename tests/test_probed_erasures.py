@@ -264,17 +264,27 @@ def test_a_run_without_probes_is_silent_and_leaves_no_ending_of_an_earlier_one(l
     [({"max_train_steps": 4}, "limit"), ({"forget_target": 0.01, "drift_tolerance": 900.0}, "done")],
 )
 def test_a_run_that_is_stopped_right_at_its_end_takes_no_further_step(tmp_path, settings, how):
-    settings = {"max_train_steps": 400, "learning_rate": 1e-3, "ewc": 0, **settings}
+    settings = {"max_train_steps": 400, "learning_rate": 1e-3, "ewc": 0, "logging_steps": 7, **settings}
     whole = controlled(tmp_path / "whole", **settings)
     steps = whole.train()[-1]["step"]
     assert (whole.ending.how, whole.ending.step) == (how, steps)
     stopping = controlled(tmp_path / "broken", **settings)
-    stopping.callbacks = [lambda state: os.kill(os.getpid(), signal.SIGTERM) if state.step == steps else None]
+    seen = []
+
+    def stop(state):
+        seen.append((state.surrogate_loss, state.replay_loss))
+        if state.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping.callbacks = [stop]
     with pytest.raises(Interrupted, match=f"SIGTERM after step {steps}"), watching():
         stopping.train()
     again = controlled(tmp_path / "broken", **settings)
     again.train()
     assert again.ending == whole.ending
+    # The last step's losses are on record, although it is no seventh.
+    assert steps % 7 and again.history == whole.history
+    assert tuple(whole.history[-1][name] for name in ("surrogate_loss", "replay_loss")) == seen[-1]
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
     if how == "limit":
         # With a later one it goes on, and says how that ends.

@@ -171,7 +171,7 @@ class Loop:
             disable=not self.accelerator.is_main_process,
         )
         for step in bar:
-            state = self._step(step, bar)
+            state, losses = self._step(step, bar)
             for callback in self.callbacks:
                 callback(state)
             done = step + 1
@@ -180,6 +180,11 @@ class Loop:
             ends = controlled or state.stop
             interrupted, ends, due = self._agree(stop_requested() is not None, ends, is_part and pace.due())
             due = due or done % config.checkpointing_steps == 0
+            if ends and done < config.max_train_steps and done % config.logging_steps:
+                # The last step is on record, whichever it is, also where the run is stopped right after it.
+                if not self.callbacks:
+                    losses = self.accelerator.reduce(losses, reduction="mean")
+                self.progress.log(done, losses, self.ewc.penalty() if self.ewc else None, state.learning_rate, bar)
             if interrupted or (due and done < config.max_train_steps and not ends):
                 began = time.monotonic()
                 folder = self._save_checkpoint(done)
@@ -193,10 +198,6 @@ class Loop:
             if ends and done < config.max_train_steps:
                 self.stopped = done
                 self.stopped_by_caller = state.stop or not controlled
-                if done % config.logging_steps:
-                    # The last step is on record, whichever it is.
-                    losses = torch.tensor([state.surrogate_loss, state.replay_loss])
-                    self.progress.log(done, losses, self.ewc.penalty() if self.ewc else None, state.learning_rate, bar)
                 break
         bar.close()
         if self.average:
@@ -207,7 +208,8 @@ class Loop:
                 "rate, or the EWC weight"
             )
 
-    def _step(self, step: int, bar: tqdm) -> StepState:
+    def _step(self, step: int, bar: tqdm) -> tuple[StepState, torch.Tensor]:
+        """Take a step; what callbacks see of it, and its losses `[2]`: over all processes where anyone is told them."""
         config, accelerator, progress, ewc = self.config, self.accelerator, self.progress, self.ewc
         if ewc and self.controller:
             ewc.weight = self.controller.ewc_weight
@@ -236,7 +238,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         seen = losses.tolist() if self.callbacks else (0.0, 0.0)
-        return StepState(step + 1, *seen, rate, not finite, self.trainable.parameters)
+        return StepState(step + 1, *seen, rate, not finite, self.trainable.parameters), losses
 
     def _prepared_gradient(self, consolidates: bool) -> torch.Tensor:
         """Unscale the gradient, add the EWC term's, and clip; returns the norm."""
