@@ -523,6 +523,55 @@ def test_a_run_that_is_nearly_done_and_forgets_no_more_waits_no_longer_than_one_
         assert "as no more is forgotten: 20 of 20 images still showed it" in controller.verdict.sentence
 
 
+def looked_at(objective, reading, shows) -> Controller:
+    """After readings alike; of 20 images so many show the concept in the looks, the last of them from then on."""
+    showing = iter(shows)
+    config = SelectiveAmnesiaConfig(forget_target=0.5, drift_tolerance=0.1)
+    controller = Controller(probes_for(objective), config, lambda turn, is_last: (next(showing, shows[-1]), 20), 100)
+    controller.probes.read = lambda module: reading
+    for step in range(controller.every, 400, controller.every):
+        if controller.after(step, objective.module, None, False):
+            break
+    return controller
+
+
+def test_where_forgetting_cannot_be_told_images_alone_end_a_run(tiny_objective):
+    """Or of one concept it cannot, of which nothing says that no more is forgotten."""
+    for forgotten in ({}, {"cat": 0.97}):
+        unknown = Reading(forgotten=forgotten, forgotten_surrogate={"cow": math.nan}, drift_p90=0.05)
+        assert looked_at(tiny_objective, unknown, [20]).verdict is None
+        assert looked_at(tiny_objective, unknown, [20, 20, 20, 0]).verdict.done
+
+
+@pytest.mark.parametrize("forgotten", [math.nan, 1.0, 1.2])
+def test_probes_that_can_tell_no_more_leave_it_to_the_steps_when_images_are_looked_at(tiny_objective, forgotten):
+    reading = Reading(forgotten_surrogate={"cow": forgotten}, drift_p90=0.05)
+    steps = [check["step"] for check in looked_at(tiny_objective, reading, [20]).state.checks]
+    assert len(steps) > 3
+    assert all(later >= 1.5 * earlier for earlier, later in zip(steps, steps[1:], strict=False))
+
+
+def test_a_run_that_forgot_more_than_all_and_no_more_gives_up_too(tiny_objective):
+    """As where pictures in the concept's place have become easier for the model than samples of its own."""
+    reading = Reading(forgotten_surrogate={"cow": 1.2}, drift_p90=0.05)
+    assert "as no more is forgotten" in looked_at(tiny_objective, reading, [20]).verdict.sentence
+
+
+@pytest.mark.parametrize("showing, looks", [(0, 3), (1, 1)])
+def test_no_run_gives_up_while_images_agree(tiny_objective, showing, looks):
+    controller = Controller(
+        probes_for(tiny_objective), SelectiveAmnesiaConfig(), lambda turn, is_last: (showing, 20), 100
+    )
+    controller.probes.read = lambda module: Reading(forgotten={"cat": 0.97}, drift_p90=0.05)
+    # This reading is the one at which it would, and at which images are looked at again.
+    controller.state.most, controller.state.stalled, controller.state.look = 0.97, 300 - controller.every, 0
+    ends = [
+        controller.after(turn * controller.every, tiny_objective.module, None, False) for turn in range(1, looks + 1)
+    ]
+    assert ends == [False] * (looks - 1) + [True]
+    assert controller.verdict.done == (showing == 0)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("target", ["frozen", "noise"])
 def test_a_training_stops_when_both_wishes_hold_and_images_agree(target, monkeypatch):

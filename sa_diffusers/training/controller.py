@@ -37,7 +37,8 @@ _BALANCE_STEPS = 50
 # Steps in a row at the heaviest weight in which drift does not become less, until the wishes are given up.
 _PATIENCE = 300
 _LESS = 0.95
-# As many at the highest learning rate in which no more is forgotten than so much of what is left.
+# As many in which no more is forgotten than so much of what is left, though the learning rate is the highest, or does
+# not rise as next to nothing is left.
 _GAIN = 0.05
 _FEWEST_BETWEEN = 10
 # What is left to forget is to be forgotten in so many steps, or the learning rate rises, unless it is as little as
@@ -97,7 +98,7 @@ class Control:
         least: The least drift at the heaviest weight so far.
         at_bound: Steps in a row at the heaviest weight in which it has not become less.
         most: The most that was forgotten, to within what counts as more.
-        stalled: Steps in a row at the highest learning rate in which no more was forgotten.
+        stalled: Steps in a row in which no more was forgotten, at the highest learning rate or with next to all gone.
         norms: Gradient norms of the last steps.
         readings: For every reading its step and figures.
         checks: For every sampled check its step, and how many of its images still showed a concept.
@@ -257,9 +258,10 @@ class Controller:
         kept = reading.worst_drift <= tolerate
         self._weigh(reading.worst_drift / tolerate, forgotten)
         self._hurry(reading.worst_drift / tolerate)
-        self._wait(reading.worst_forgotten, kept)
+        self._wait(reading.worst_forgotten, kept and reading.tells_of_all)
         state.passes = state.passes + 1 if forgotten and kept else 0
-        is_content = state.passes >= _PASSES
+        # With all forgotten that they can tell of, and images that disagree, they have no more to say on when to look.
+        is_content = state.passes >= _PASSES and not (state.checks and state.target >= 1)
         looks = self.check is not None and kept and (step >= state.look or state.agreed > 0)
         if (is_content or looks) and self._images_agree(step, reading, is_content):
             self.verdict = Verdict(
@@ -272,7 +274,7 @@ class Controller:
             self.verdict = Verdict(False, self._open(reading, f"after step {step} with all that protects at its "
                                                               "heaviest, both cannot be had"))  # fmt: skip
             return True
-        if state.stalled >= _PATIENCE and not last:
+        if state.stalled >= _PATIENCE and not last and not (kept and state.agreed):
             rate = "with the highest learning rate " if state.pace >= _FASTEST else ""
             self.verdict = Verdict(False, self._open(reading, f"after step {step}, as {rate}no more is forgotten"))
             return True
@@ -352,12 +354,13 @@ class Controller:
         left = (1.0 if shows else state.target) - now
         return left > _LITTLE and (now - before) * _WISHED_STEPS < left * self.every
 
-    def _wait(self, forgotten: float, kept: bool) -> None:
+    def _wait(self, forgotten: float, may_be_done: bool) -> None:
         """Count the steps in which nothing more is forgotten, though the learning rate is as high as it may be, or so
         little is left that it does not rise."""
         state = self.state
-        is_more = state.most is None or 1 - forgotten < (1 - _GAIN) * (1 - state.most)
-        is_nearly_done = kept and 1 - forgotten <= _LITTLE
+        # Where images stand in the concept's place, more than all may be forgotten.
+        is_more = state.most is None or max(1 - forgotten, 0.0) < (1 - _GAIN) * max(1 - state.most, 0.0)
+        is_nearly_done = may_be_done and 1 - forgotten <= _LITTLE
         if is_more or not (state.pace >= _FASTEST or is_nearly_done) or self.config.learning_rate is not None:
             state.most, state.stalled = max(forgotten, forgotten if state.most is None else state.most), 0
         else:

@@ -92,6 +92,11 @@ class Reading:
         return 1.0 if least is None else least
 
     @property
+    def tells_of_all(self) -> bool:
+        """Whether something can be said of every concept."""
+        return not any(map(math.isnan, {**self.forgotten_surrogate, **self.forgotten}.values()))
+
+    @property
     def worst_drift(self) -> float:
         """The largest of what must not drift: nine of ten remembered prompts, and each neighbour."""
         return max([self.drift_p90, *self.neighbours.values()])
