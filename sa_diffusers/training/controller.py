@@ -287,7 +287,7 @@ class Controller:
         wishes, advice = [], []
         if not reading.worst_forgotten >= config.forget_target:
             wishes.append(f"forgotten is {reading.worst_forgotten:.2f}, {config.forget_target:.2f} was asked for")
-        if checks and _still_shows(checks[-1]):
+        if self._disagree:
             seen = checks[-1]
             wishes.append(f"{seen['showing']} of {seen['images']} images still showed it after step {seen['step']}")
         if wishes:
@@ -350,8 +350,7 @@ class Controller:
             return False
         before, now = (reading["forgotten"] for reading in state.readings[-2:])
         # Where images still show the concept, the target is known to be too low.
-        shows = bool(state.checks) and _still_shows(state.checks[-1])
-        left = (1.0 if shows else state.target) - now
+        left = (1.0 if self._disagree else state.target) - now
         return left > _LITTLE and (now - before) * _WISHED_STEPS < left * self.every
 
     def _wait(self, forgotten: float, may_be_done: bool) -> None:
@@ -393,6 +392,11 @@ class Controller:
             say(f"after step {step} {showing} of {count} images still show the concept: on")
         return False
 
+    @property
+    def _disagree(self) -> bool:
+        """Whether too many images showed the concept when they were last looked at."""
+        return bool(self.state.checks) and not self.state.agreed
+
     def _seen(self) -> str:
         checks = self.state.checks
         if not checks:
@@ -410,7 +414,3 @@ class Controller:
 def _farthest(reading: Mapping[str, float]) -> float:
     """The largest of what must not drift, of a reading's figures."""
     return max(reading.get("drift_p90", 0.0), reading.get("drift_neighbours", 0.0))
-
-
-def _still_shows(check: Mapping[str, float]) -> bool:
-    return check["showing"] > check["images"] // _ONE_OF
