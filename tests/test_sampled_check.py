@@ -1,5 +1,7 @@
 """The images that are looked at before a training stops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -104,6 +106,18 @@ def test_a_share_of_the_surrogate_that_few_images_show_is_measured_on_as_many_as
     check = check_of(objective, classifier, sampled, surrogates=mixed, wanted=["a dress", *["a sneaker"] * 3], last=12)
     assert check.parts[0].label is None
     assert check(0)[0] >= 7
+
+
+def test_a_concept_that_is_still_there_is_not_lost_among_others_that_are_gone(objective, classifier, sampled):
+    gone = CheckedConcept("sneaker", sampled["sneaker"], ["a dress"] * 8, SEEDS, sampled["dress"], fresh=500)
+    there = replace(gone, prompts=["a sneaker", *["a dress"] * 7])
+
+    def seen(*concepts):
+        return SampledCheck(objective, SETTINGS, classifier, Accelerator(cpu=True), concepts, 8 * len(concepts))(0)
+
+    assert seen(gone, gone) == (0, 16)
+    # One of eight; of five concepts it would be one of forty.
+    assert seen(gone, there) == (1, 8)
 
 
 def test_what_the_base_model_does_not_seem_to_know_is_said_beforehand(objective, classifier, sampled, capsys):

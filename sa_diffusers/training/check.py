@@ -18,6 +18,8 @@ _ALIKE = 0.5
 # An image of the surrogate is so many times nearer to the surrogate's than to the concept's. Of those that were not
 # yet, a classifier took every second one for the concept (coat into pullover).
 _NEARER = 1.5
+# Of several concepts one that shows in more of its own images than this is not lost in what all may show.
+_MOST_OF_ONE = 0.05
 # A classifier that takes more of the surrogate for the concept does not tell them apart.
 _TELLS = 0.25
 
@@ -174,35 +176,41 @@ class SampledCheck:
     def __call__(self, turn: int, is_last: bool = False) -> tuple[int, int]:
         """How many images still show a concept, and of how many; the same on all processes.
 
+        They are those of all concepts together, but where one shows in more than a twentieth of its own: those of the
+        one that shows most.
+
         Args:
             turn: How many times it was asked before.
             is_last: Whether the training would stop by them.
         """
-        each, showing, count = self.last if is_last else self.each, 0, 0
+        each, tallies = self.last if is_last else self.each, []
         for part in (part.first(each) for part in self.parts):
             if part.label is not None or part.centres is not None:
                 samples = self._sampled(part, part.prompts, turn + 1, each)
             else:
                 samples = self._samples(part.prompts, part.seeds)
-            count += len(samples)
             if part.label is not None:
                 hits = _called(self.classifier, self.objective, samples, part.label)
-                showing += max(0, hits - int(part.mistaken * len(samples)))
+                showing = max(0, hits - int(part.mistaken * len(samples)))
             elif part.centres is not None:
                 features = _scored(self.classifier, self.objective, samples).features.float()
-                showing += int(_shows(features, part.centres).sum())
+                showing = int(_shows(features, part.centres).sum())
             elif part.surrogates is not None:
                 own, other = ((samples - those).flatten(1).norm(dim=1) for those in (part.samples, part.surrogates))
-                showing += int((own < _NEARER * other).sum())
+                showing = int((own < _NEARER * other).sum())
             else:
                 first, second = ((value - value.mean(0)).flatten(1) for value in (samples, part.samples))
                 alike = torch.nn.functional.cosine_similarity(first, second) > _ALIKE
-                showing += int(alike.sum())
+                showing = int(alike.sum())
+            tallies.append((showing, len(samples)))
+        showing, count = max(tallies, key=lambda tally: tally[0] / tally[1])
+        if showing <= _MOST_OF_ONE * count:
+            showing, count = (sum(numbers) for numbers in zip(*tallies, strict=True))
         if self.accelerator.num_processes > 1:
             # All sample the same; the main process's word holds.
-            own_word = torch.tensor(float(showing if self.accelerator.is_main_process else 0),
-                                    device=self.accelerator.device)  # fmt: skip
-            showing = int(self.accelerator.reduce(own_word, reduction="sum").item())
+            own_word = torch.tensor([showing, count], dtype=torch.float32, device=self.accelerator.device)
+            own_word *= self.accelerator.is_main_process
+            showing, count = map(int, self.accelerator.reduce(own_word, reduction="sum").tolist())
         return showing, count
 
 
