@@ -19,6 +19,7 @@ from sa_diffusers import SelectiveAmnesiaConfig, embedded_pipeline, objective_fo
 from sa_diffusers.commands.erase import main as erase
 from sa_diffusers.commands.evaluate import main as evaluate
 from sa_diffusers.erasure import Erasure
+from sa_diffusers.passes import counted
 from sa_diffusers.processes import Interrupted, watching
 from sa_diffusers.results.figures import significant
 
@@ -176,6 +177,29 @@ def test_images_in_a_concepts_place_are_measured_by_what_the_model_errs_on_them(
     assert reading.worst_forgotten == pytest.approx(0, abs=1e-5)
     # Nothing is forgotten: every image is like what the base model samples at its seed.
     assert check(0) == (8, 8)
+
+
+def test_a_plan_counts_the_images_that_are_looked_at(tiny_folder, tmp_path):
+    erasure = Erasure(config_of(tiny_folder, tmp_path, max_train_steps=2000))
+    _, check, _ = erasure.probe_stage.run(erasure.surrogates())
+    with counted(erasure.objective.module) as passes:
+        # After 120, 180, 270, 405, 608, 912 and 1,368 steps, and twice more if those of the last one agree.
+        for turn in range(8):
+            check(turn)
+        check(8, True)
+    whole, unasked = (Erasure(config_of(tiny_folder, tmp_path, max_train_steps=2000, **settings)).costs()["training"]
+                      for settings in ({}, {"forget_target": None}))  # fmt: skip
+    assert whole.forward - unasked.forward == passes.forward == 9 * 8 * 2 * 2
+    # What a checkpoint is gone on from has been looked at.
+    looks = erasure.probe_stage.looks
+    assert looks(range(120, 2000)).forward == 8 * 8 * 2 * 2
+    assert looks(range(2000, 2000)).forward == 0
+
+
+def test_a_plan_counts_further_replay_images_at_the_guidance_of_the_replayed(tiny_folder, tmp_path):
+    few, many = (Erasure(config_of(tiny_folder, tmp_path, num_neighbour_images=count, replay_guidance_scale=1))
+                 for count in (4, 104))  # fmt: skip
+    assert many.probe_stage.cost().forward - few.probe_stage.cost().forward == 100 * 2
 
 
 # How it ended

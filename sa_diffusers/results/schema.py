@@ -269,8 +269,8 @@ class Ending:
     """How a training ended that measured itself.
 
     Attributes:
-        how: `"done"`, where what was asked for held; `"limit"`, at its last step; `"given up"`, where it could not all
-            be had.
+        how: `"done"`, where images agreed and the rest had not drifted; `"limit"`, at its last step; `"given up"`,
+            where it could not all be had.
         sentence: What held, what did not, and what to try.
         step: Its last step.
     """

@@ -14,7 +14,7 @@ from ..identity import Identity
 from ..passes import Passes
 from ..seeds import STREAMS, first_seed
 from ..training.check import CheckedConcept, SampledCheck
-from ..training.controller import step_cost, steps_between
+from ..training.controller import scheduled_looks, step_cost, steps_between
 from ..training.neighbours import comparisons
 from ..training.probes import Probes, ProbeSet
 from ..training.settings import global_batch
@@ -134,8 +134,9 @@ class ProbeStage(Stage):
         requests = self._requests()
         images = sum(len(texts) for _, _, texts, _ in requests)
         if not subject.config.naive:
-            images += _NEIGHBOURS * self._few + self._near
+            images += _NEIGHBOURS * self._few
         passes = subject.sampling(images, subject.settings)
+        passes.add(subject.sampling(self._near, subject.replay_settings))
         passes.forward += comparisons(len(requests[-1][2])) + comparisons(len(self._replay.prompts))
         return passes
 
@@ -159,6 +160,18 @@ class ProbeStage(Stage):
         guided = sets * (2 if subject.objective.unconditional else 1) + 2 * _NEIGHBOURS * self._few
         batch = global_batch(config, subject.accelerator.num_processes) * (2 if self._replay.prompts else 1)
         return guided * (1 + steps // steps_between(guided, step_cost(config, batch)))
+
+    def looks(self, steps: range) -> Passes:
+        """About what the images that are looked at meanwhile take, the last of three looks that agree at the end."""
+        subject = self.subject
+        if not (subject.config.stops and steps):
+            return Passes()
+        count = max(scheduled_looks(steps.start + 1, steps.stop), 1)
+        # Without a classifier they are samples at hand.
+        most = _MOST_CHECKED if subject.classifier else self._each * len(subject.pairs)
+        images = (count + 1) * min(self._checked, most) + min(self._checked_last, most)
+        # Each process samples all of them.
+        return subject.sampling(images * subject.accelerator.num_processes, subject.settings)
 
     def run(self, *inputs: Any) -> tuple[Probes, SampledCheck, Neighbourhood | None] | None:
         """The probes, the check, and what samples the concept's neighbours; None where there are none.
@@ -212,7 +225,7 @@ class ProbeStage(Stage):
             subject.accelerator,
             checked,
             self._checked,
-            min(_MOST_CHECKED, _TIMES_LAST * self._checked),
+            self._checked_last,
         )
         near = None if subject.config.naive else Neighbourhood(subject, len(self._replay.prompts), self._few)
         return probes, check, near
@@ -222,6 +235,11 @@ class ProbeStage(Stage):
         """Images of a check."""
         subject = self.subject
         return min(_MOST_CHECKED, max(_CHECKED, _CHECK_PASSES // max(1, subject.sampling(1, subject.settings).forward)))
+
+    @property
+    def _checked_last(self) -> int:
+        """Images of the check by which the training would stop."""
+        return min(_MOST_CHECKED, _TIMES_LAST * self._checked)
 
     def _shown(self, pair: ErasurePair, surrogates: SampleSet) -> torch.Tensor | None:
         """Surrogates that no prompt samples, as far as the model can show them."""

@@ -199,6 +199,7 @@ class TrainingStage(Stage):
         rows = len(steps) * (batch + replayed)
         taught = len(steps) * (batch * self._surrogates.taught + replayed) if config.target == "frozen" else 0
         passes = Passes(rows + round(taught) + self._probes.readings(len(steps)), rows)
+        passes.add(self._probes.looks(steps))
         if config.validation_prompts and steps:
             times = {step + 1 for step in steps if (step + 1) % config.validation_steps == 0} | {config.max_train_steps}
             images = len(times) * len(config.validation_prompts) * config.num_validation_images

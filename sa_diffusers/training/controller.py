@@ -62,6 +62,15 @@ def step_cost(config: SelectiveAmnesiaConfig, rows: int) -> int:
     return rows * (4 if config.target == "frozen" else 3)
 
 
+def scheduled_looks(first: int, last: int) -> int:
+    """How often images are looked at after these steps, as long as they disagree."""
+    count, step = 0, _FIRST_LOOK
+    while step <= last:
+        count += step >= first
+        step = math.ceil(_NEXT_LOOK * step)
+    return count
+
+
 def steps_between(predictions: int, step_cost: int) -> int:
     """Steps between two readings of the probes, so that they take no more than their share of a run."""
     return max(_FEWEST_BETWEEN, math.ceil(predictions / (_PROBED_SHARE * step_cost)))
@@ -72,7 +81,7 @@ class Verdict:
     """What a run says of itself when it ends.
 
     Attributes:
-        done: Whether both wishes held, and images agreed.
+        done: Whether the rest had not drifted and images agreed; without a check, whether both wishes held.
         sentence: What held, what did not, and what to try.
     """
 
