@@ -108,6 +108,17 @@ def test_a_share_of_the_surrogate_that_few_images_show_is_measured_on_as_many_as
     assert check(0)[0] >= 7
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_samples_that_are_not_finite_are_no_sign_that_a_concept_is_gone(
+    objective, classifier, sampled, monkeypatch, knows
+):
+    check = check_of(objective, classifier if knows else None, sampled)
+    sample = objective.sample
+    monkeypatch.setattr(objective, "sample", lambda *arguments: sample(*arguments) * torch.nan)
+    with pytest.raises(FloatingPointError, match='samples of "a sneaker" are not finite'):
+        check(0)
+
+
 def test_a_concept_that_is_still_there_is_not_lost_among_others_that_are_gone(objective, classifier, sampled):
     gone = CheckedConcept("sneaker", sampled["sneaker"], ["a dress"] * 8, SEEDS, sampled["dress"], fresh=500)
     there = replace(gone, prompts=["a sneaker", *["a dress"] * 7])

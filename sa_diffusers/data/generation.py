@@ -306,15 +306,7 @@ class SampleGenerator:
             return torch.cat(pieces)
 
         samples = shrinking(sample, settings.batch_size, "sample_batch_size")
-        if not torch.isfinite(samples).all():
-            precision = precision_in_use(self.accelerator)
-            cause = (
-                f"the precision in use is {precision}: sample with --mixed_precision no, or bf16 in place of fp16"
-                if precision != "no"
-                else f"precision is not the cause; look at the model's weights and at --sampler {settings.sampler}, "
-                "which may not suit the model's noise schedule"
-            )
-            raise FloatingPointError(f'samples of "{prompts[0]}" are not finite, and none is kept. {cause}')
+        check_finite(samples, prompts[0], precision_in_use(self.accelerator), settings)
         return samples
 
     def from_pixels(self, pairs: Sequence[ErasurePair], conditions: Sequence[str], seeds: Sequence[int],
@@ -427,6 +419,23 @@ def sampled(
         return objective.sample(prompts, seeds, replace(settings, batch_size=size))
 
     return shrinking(sample, min(settings.batch_size, len(prompts)), "sample_batch_size")
+
+
+def check_finite(samples: torch.Tensor, prompt: str, precision: str, settings: SamplingSettings) -> None:
+    """Refuse samples that are not finite.
+
+    Raises:
+        FloatingPointError: One is not.
+    """
+    if torch.isfinite(samples).all():
+        return
+    cause = (
+        f"the precision in use is {precision}: sample with --mixed_precision no, or bf16 in place of fp16"
+        if precision != "no"
+        else f"precision is not the cause; look at the model's weights and at --sampler {settings.sampler}, which may "
+        "not suit the model's noise schedule"
+    )
+    raise FloatingPointError(f'samples of "{prompt}" are not finite, and none is kept. {cause}')
 
 
 def count_black(pictures: Sequence[Image.Image]) -> int:

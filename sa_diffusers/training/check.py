@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..data.generation import sampled
+from ..data.generation import check_finite, sampled
+from ..environment import precision_in_use
 from ..families.base import Objective, SamplingSettings
 from ..processes import say
 from ..results.verdict import LEAST_KNOWN
@@ -158,7 +159,10 @@ class SampledCheck:
     @torch.no_grad()
     def _samples(self, prompts: list[str], seeds: Sequence[int]) -> torch.Tensor:
         with self.accelerator.autocast():
-            return sampled(self.objective, prompts, list(seeds), self.settings).float().cpu()
+            samples = sampled(self.objective, prompts, list(seeds), self.settings).float().cpu()
+        # Of what is no number nothing is near to anything: it would show no concept.
+        check_finite(samples, prompts[0], precision_in_use(self.accelerator), self.settings)
+        return samples
 
     def _say_if_unknown(self, part: CheckedConcept) -> None:
         """Say so before the training where its verdict can only be that nothing is measurable."""
