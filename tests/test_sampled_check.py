@@ -143,16 +143,27 @@ def test_what_the_base_model_does_not_seem_to_know_is_said_beforehand(objective,
 
 
 class Confused:
-    """A classifier that has one name for sneakers and dresses; its features are as they are."""
+    """A classifier that takes another thing for sneakers; its features are as they are."""
 
-    def __init__(self, classifier) -> None:
-        self.classifier = classifier
+    def __init__(self, classifier, called="dress") -> None:
+        self.classifier, self.called = classifier, called
 
     def __call__(self, pictures):
         return self.classifier(pictures)
 
     def label_of(self, text):
-        return self.classifier.label_of("dress")
+        return self.classifier.label_of(self.called)
+
+
+def test_a_classifier_that_does_not_know_the_concept_does_not_say_that_it_is_gone(objective, classifier, sampled):
+    """A coat was done after 64 steps by one, with 38 of 100 coats left."""
+    blind = Confused(classifier, "bag")
+    assert check_of(objective, blind, sampled)(0) == (8, 8)
+    assert check_of(objective, blind, sampled, "a dress")(0) == (0, 8)
+    # Without a prompt for the surrogate its features may still tell.
+    check = check_of(objective, blind, sampled, surrogates=None, shown=sampled["dress"])
+    assert check.parts[0].label is None and check.parts[0].centres is not None
+    assert check(0) == (8, 8)
 
 
 def test_where_labels_do_not_tell_features_decide(objective, classifier, sampled):

@@ -60,7 +60,7 @@ class CheckedConcept:
         wanted: Prompts of the surrogate, one for each of its samples; empty where no prompt samples it.
         shown: Samples that look as the surrogate does; None where there are none.
         fresh: First of the seeds that nothing else is sampled at.
-        label: The classifier's of the concept, where it tells the concept from its surrogate.
+        label: The classifier's of the concept, where it knows it and tells it from its surrogate.
         mistaken: The share of what looks as the surrogate does that it takes for the concept.
         centres: Where no prompt samples the surrogate and the labels do not tell the two apart, but the classifier's
             features do: the means `[2, d]` of the concept's and of the surrogate's.
@@ -84,9 +84,15 @@ class CheckedConcept:
         return replace(self, samples=self.samples[:count], prompts=self.prompts[:count], seeds=self.seeds[:count],
                        surrogates=surrogates)  # fmt: skip
 
+    def is_known(self, classifier: Classifier | None, objective: Objective, label: int) -> bool:
+        """Whether a classifier recognises what the base model makes of it: else that it sees none says nothing."""
+        return _called(classifier, objective, self.samples, label) >= LEAST_KNOWN * len(self.samples)
+
     def labelled(self, classifier: Classifier | None, objective: Objective) -> "CheckedConcept":
         """With the classifier's label, or what its features say, if either tells the concept from its surrogate."""
         label = None if classifier is None else classifier.label_of(self.concept)
+        if label is not None and not self.is_known(classifier, objective, label):
+            label = None
         shown = self.surrogates if self.shown is None else self.shown
         if classifier is None or shown is None:
             return replace(self, label=label)
@@ -107,8 +113,8 @@ class CheckedConcept:
 class SampledCheck:
     """Samples each concept from the model in training, and counts the images that still show it.
 
-    Where a classifier is given and tells the concept from its surrogate, it decides, each time on other images; as many
-    as it takes the surrogate itself for the concept are not counted. Where its labels do not tell and no prompt samples
+    Where a classifier is given, knows the concept and tells it from its surrogate, it decides, each time on other
+    images; as many as it takes the surrogate itself for the concept are not counted. Where its labels do not tell and no prompt samples
     the surrogate, its features decide, if they do: an image shows the concept unless they are one and a half times
     nearer to the surrogate's mean than to the concept's. Else an image shows the concept unless, as a sample, it is one
     and a half times nearer to the base model's image of the surrogate at the same seed than to that of the concept
