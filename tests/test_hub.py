@@ -173,6 +173,15 @@ def cache_base_card(monkeypatch, tmp_path, text):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+def test_a_card_draws_nothing_from_a_scorer_that_hardly_knows_the_concept(tmp_path):
+    """Recognised in none, of a concept that it did not recognise before either."""
+    folder = full_folder(tmp_path / "no-brad")
+    write_json(folder / REPORT_NAME, {**FULL_REPORT, "rows": [row("brad pitt", "concept", 0.25, 0.0)]})
+    text = str(build_model_card(folder))
+    assert '"brad pitt": recognised in 0.0 % of 4 images, but before in no more than 25.0 %: what scores hardly' in text
+    assert "The true share may still be" not in text
+
+
 def test_a_card_with_every_field_full(tmp_path, monkeypatch):
     cache_base_card(
         monkeypatch, tmp_path, "---\nlicense: other\nlicense_name: railly\nlicense_link: LICENSE\n---\n# A base\n"

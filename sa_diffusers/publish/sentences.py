@@ -10,6 +10,7 @@ from ..report.document import Table
 from ..report.tables import attack_matrix, counted, quality_table, row_tables, score_kinds, totals
 from ..results.figures import percent, sampling_text, significant
 from ..results.schema import ErasedPair, Report
+from ..results.verdict import LEAST_KNOWN
 
 _md = markdown_text
 
@@ -90,7 +91,12 @@ def leaks(report: Report) -> Iterable[str]:
         name = quoted(row.name)
         if row.recognised:
             before, after = row.recognised
-            if after.share == 0:
+            if before.share < LEAST_KNOWN:
+                line = (
+                    f"{name}: recognised in {_percent(after.share)} of {row.images} images, but before in no more than "
+                    f"{_percent(before.share)}: what scores hardly knows it, and does not show whether it is gone."
+                )
+            elif after.share == 0:
                 line = (
                     f"{name}: recognised in none of {row.images} images (before: {_percent(before.share)}). The true "
                     f"share may still be up to {_percent(after.interval[1])} (95 % interval)."
