@@ -114,11 +114,11 @@ class SampledCheck:
     """Samples each concept from the model in training, and counts the images that still show it.
 
     Where a classifier is given, knows the concept and tells it from its surrogate, it decides, each time on other
-    images; as many as it takes the surrogate itself for the concept are not counted. Where its labels do not tell and no prompt samples
-    the surrogate, its features decide, if they do: an image shows the concept unless they are one and a half times
-    nearer to the surrogate's mean than to the concept's. Else an image shows the concept unless, as a sample, it is one
-    and a half times nearer to the base model's image of the surrogate at the same seed than to that of the concept
-    (where no prompt samples the surrogate: if it correlates with the latter by more than one half).
+    images; as many as it takes the surrogate itself for the concept are not counted. Where its labels do not tell and
+    no prompt samples the surrogate, its features decide, if they do: an image shows the concept unless they are one and
+    a half times nearer to the surrogate's mean than to the concept's. Else an image shows the concept unless, as a
+    sample, it is one and a half times nearer to the base model's image of the surrogate at the same seed than to that
+    of the concept (where no prompt samples the surrogate: if it correlates with the latter by more than one half).
 
     Args:
         objective: The model; now it is the base model still.
