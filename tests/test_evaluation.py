@@ -366,6 +366,19 @@ def test_a_classifier_that_is_not_whole_is_told_in_one_sentence(classifier_folde
     assert "run from" not in capsys.readouterr().out
 
 
+def test_a_classifier_whose_answers_are_not_finite_says_nothing(classifier_folder, tmp_path):
+    """Every picture would be of its first label, and the scoring ended in an error of torch."""
+    folder = shutil.copytree(classifier_folder, tmp_path / "classifier")
+    weights = folder / "model.safetensors"
+    state = load_file(weights)
+    for name in state:
+        if "classifier" in name:
+            state[name].fill_(float("nan"))
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="not finite: its weights are damaged"):
+        ImageClassifier(folder)([Image.new("RGB", (16, 16))])
+
+
 def test_damaged_reference_features_are_told_in_one_sentence(classifier_folder, tmp_path):
     path = tmp_path / "reference.safetensors"
     whole = {"mean": torch.zeros(2, 4), "covariance": torch.zeros(2, 4, 4)}

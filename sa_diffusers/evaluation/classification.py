@@ -88,10 +88,21 @@ class Classification:
     Attributes:
         probabilities: `[n, labels]`.
         features: `[n, d]`, what its last linear layer sees.
+
+    Raises:
+        ValueError: A number is not finite.
     """
 
     probabilities: torch.Tensor
     features: torch.Tensor
+
+    def __post_init__(self) -> None:
+        # Such pictures would all be taken for the first label.
+        if not (self.probabilities.isfinite().all() and self.features.isfinite().all()):
+            raise ValueError(
+                "what is to say what images show gives numbers that are not finite: its weights are damaged; copy the "
+                "classifier (or the CLIP) anew, or give another"
+            )
 
 
 class ImageClassifier:
