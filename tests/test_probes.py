@@ -494,6 +494,21 @@ def test_consolidation_eases_while_nothing_drifts_and_the_concept_is_still_there
     assert given.controller.ewc_weight == 7.0
 
 
+def test_a_reading_that_is_not_finite_says_nothing(tiny_objective):
+    """It would weigh what protects by NaN from then on, and no checkpoint could hold it."""
+    config = SelectiveAmnesiaConfig(forget_target=0.5, drift_tolerance=0.1)
+    controller = Controller(probes_for(tiny_objective), config, None, 100)
+    said = [Reading(forgotten={"cat": 0.9}, drift_p90=drift, neighbours={"a hen": 0.01})
+            for drift in (0.01, math.nan, 0.01, math.inf)]  # fmt: skip
+    for number, reading in enumerate(said, 1):
+        controller.probes.read = lambda module, reading=reading: reading
+        assert not controller.after(number * controller.every, tiny_objective.module, 0.5, number == 4), number
+    state = controller.state_dict()
+    json.dumps(state, allow_nan=False)
+    assert len(state["readings"]) == 2 and state["balance"] == 1 and state["passes"] == 0
+    assert not controller.verdict.done and controller.verdict.sentence.endswith("is not finite")
+
+
 def test_what_is_left_to_forget_is_all_that_is_not_forgotten_while_images_show_it(tiny_objective):
     controller = Controller(probes_for(tiny_objective), SelectiveAmnesiaConfig(forget_target=0.5), None, 100)
     controller.state.readings = [{"forgotten": 0.45}, {"forgotten": 0.49}]

@@ -257,6 +257,12 @@ class Controller:
         """
         state, config = self.state, self.config
         reading = self.probes.read(module)
+        if not all(map(math.isfinite, reading.values().values())):
+            # Half precision may overflow for once; the gradient tells of a model that is broken.
+            state.passes = 0
+            if last and config.stops:
+                self.verdict = Verdict(False, f"at the limit of {step} steps: what the model predicts is not finite")
+            return False
         if penalty is not None:
             self._calibrate(reading, penalty)
         state.readings.append({"step": step, **reading.values(), "balance": state.balance})

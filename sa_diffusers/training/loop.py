@@ -326,7 +326,9 @@ class Loop:
             module.train()
         if verdict := controller.verdict:
             self.ending = Ending(DONE if verdict.done else LIMIT if last else GIVEN_UP, verdict.sentence, done)
-        self.progress.read(done, {k: v for k, v in controller.state.readings[-1].items() if k != "step"}, bar)
+        reading = controller.state.readings[-1] if controller.state.readings else {}
+        if reading.get("step") == done:
+            self.progress.read(done, {k: v for k, v in reading.items() if k != "step"}, bar)
         return ends
 
     def backward(self, step: int) -> torch.Tensor:
