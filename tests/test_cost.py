@@ -16,9 +16,10 @@ from sa_diffusers.families import SamplingSettings
 from sa_diffusers.fisher import estimator as fisher_estimator
 from sa_diffusers.passes import Passes, counted
 from sa_diffusers.processes import Interrupted
+from sa_diffusers.report.cost import cost_sentence
 from sa_diffusers.report.view import view
 from sa_diffusers.results import Report
-from sa_diffusers.training import checkpoints
+from sa_diffusers.training import checkpoints, controller
 from sa_diffusers.training.trainable import FullWeights
 
 from .conftest import build_tiny_pipeline
@@ -115,6 +116,39 @@ def test_other_settings_are_planned_as_they_are_counted(tiny_settings, changes):
     found = figures(erasure.run().report.cost)
     for name, titles in STAGES.items():
         assert plan.get(name, (0, 0)) == summed(found, titles), name
+
+
+PROBED = {
+    "learning_rate": None, "ewc_weight": None, "replay_weight": None, "max_grad_norm": None, "num_probe_images": 8,
+    "num_neighbour_images": 4, "num_eval_images": 1, "max_train_steps": 20, "drift_tolerance": 900,
+    "forget_target": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", [{}, {"replay_weight": 0, "concept": ["cat", "dog"]}])
+def test_a_training_that_measures_itself_is_planned_as_it_is_counted(tiny_settings, monkeypatch, changes):
+    """About: what is read, looked at and found to lie near hangs on the run; the steps that are undone do not."""
+    monkeypatch.setattr(controller, "_FIRST_LOOK", 10)
+    monkeypatch.setattr(controller, "_PROBED_SHARE", 100.0)
+    erasure = erasure_of(tiny_settings, **{**PROBED, **changes})
+    plan = planned(erasure)
+    found = figures(erasure.run().report.cost)
+    assert plan["samples"] == summed(found, (*STAGES["samples"], "probe samples"))
+    assert plan["training"][1] == found["training"][1]
+    assert plan["training"][0] == pytest.approx(found["training"][0], rel=0.1)
+    # What was made for it is told of the next one, which takes less.
+    again = erasure_of(tiny_settings, **{**PROBED, **changes, "output_dir": tiny_settings["output_dir"] + "-again"})
+    assert "samples" not in planned(again)
+    report = again.run().report
+    assert report.cost["probe samples"].forward == 0
+    assert made(report.cost)["probe samples"] == found["probe samples"]
+    assert "With what earlier runs had made for it" in cost_sentence(report)
+
+
+def test_images_are_looked_at_again_where_there_are_half_as_many_steps_more():
+    assert [controller.scheduled_looks(1, last) for last in (119, 120, 179, 180, 269, 270, 2000)] == [0, 1, 1, 2, 2, 3, 7]
+    assert controller.scheduled_looks(121, 2000) == 6
 
 
 def test_a_count_within_a_count_ends_by_itself():

@@ -21,6 +21,7 @@ from sa_diffusers.commands import COMMANDS
 from sa_diffusers.commands.erase import parse_config
 from sa_diffusers.commands.evaluate import parse_args
 from sa_diffusers.configuration import flags_of
+from sa_diffusers.erasure import Erasure
 from sa_diffusers.stages import DEPENDENCIES
 
 from .conftest import REPOSITORY, build_tiny_pipeline
@@ -44,6 +45,20 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_plan_in_the_page_is_what_the_command_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    (printed,) = [text for _, text in blocks(REPOSITORY / "docs" / "concepts.md") if text.startswith("forget ")]
+    concept, surrogate = re.findall(r'"(\w+)"', printed.splitlines()[0])
+    config = parse_config([
+        "--pretrained_model_name_or_path", "sa_diffusers/models/embedded/pipeline", "--concept", concept, "--surrogate",
+        surrogate, "--output_dir", "outputs/demo", "--artifacts_dir", str(tmp_path),
+    ])  # fmt: skip
+    plan = Erasure(config).plan().replace(f"{REPOSITORY}{os.sep}", "")
+    # What memory is free is the machine's own.
+    free = re.compile(r", of [\d.]+ GB that are free")
+    assert free.sub("", plan) == free.sub("", printed.rstrip())
 
 
 # Python

@@ -199,7 +199,7 @@ def test_a_plan_counts_the_images_that_are_looked_at(tiny_folder, tmp_path):
 def test_a_plan_counts_further_replay_images_at_the_guidance_of_the_replayed(tiny_folder, tmp_path):
     few, many = (Erasure(config_of(tiny_folder, tmp_path, num_neighbour_images=count, replay_guidance_scale=1))
                  for count in (4, 104))  # fmt: skip
-    assert many.probe_stage.cost().forward - few.probe_stage.cost().forward == 100 * 2
+    assert many.costs()["training"].forward - few.costs()["training"].forward == 100 * 2
 
 
 # How it ended

@@ -1,5 +1,6 @@
 """The probes of a training: held-out samples, and the small sampled check before it stops."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from ..data.phrasings import fill_template
 from ..data.sample_set import MANIFEST_NAME, SampleSet
 from ..families import Objective
 from ..identity import Identity
-from ..passes import Passes
+from ..passes import Passes, counted, over_processes, together
 from ..seeds import STREAMS, first_seed
 from ..training.check import CheckedConcept, SampledCheck
 from ..training.controller import scheduled_looks, step_cost, steps_between
@@ -131,14 +132,7 @@ class ProbeStage(Stage):
         folder = self._samples().folder(subject.config.resolved_artifacts_dir)
         if not self.is_needed or (folder / MANIFEST_NAME).is_file():
             return Passes()
-        requests = self._requests()
-        images = sum(len(texts) for _, _, texts, _ in requests)
-        if not subject.config.naive:
-            images += _NEIGHBOURS * self._few
-        passes = subject.sampling(images, subject.settings)
-        passes.add(subject.sampling(self._near, subject.replay_settings))
-        passes.forward += comparisons(len(requests[-1][2])) + comparisons(len(self._replay.prompts))
-        return passes
+        return subject.sampling(sum(len(texts) for _, _, texts, _ in self._requests()), subject.settings)
 
     @property
     def _near(self) -> int:
@@ -151,15 +145,32 @@ class ProbeStage(Stage):
         """Images of each neighbour."""
         return max(8, self._each // 4)
 
-    def readings(self, steps: int) -> int:
-        """About how many passes the probes of so many steps take."""
+    @property
+    def searches(self) -> bool:
+        """Whether a training begins with some steps that are undone."""
+        config = self.subject.config
+        is_weighed = config.ewc_weight is not None or not config.consolidates
+        return self.is_needed and not (config.naive and is_weighed and config.learning_rate is not None)
+
+    def taken(self, steps: range) -> Passes:
+        """About what measuring these steps takes: readings, looks at images, what the first steps show to lie near."""
         subject, config = self.subject, self.subject.config
         if not self.is_needed:
-            return 0
-        sets = sum(len(texts) * (2 if role == "surrogate" else 1) for _, role, texts, _ in self._requests())
-        guided = sets * (2 if subject.objective.unconditional else 1) + 2 * _NEIGHBOURS * self._few
+            return Passes()
+        requests = self._requests()
+        sets = sum(len(texts) * (2 if role == "surrogate" else 1) for _, role, texts, _ in requests)
+        near = 0 if config.naive else _NEIGHBOURS * self._few
+        guided = (sets + near) * (2 if subject.objective.unconditional else 1)
         batch = global_batch(config, subject.accelerator.num_processes) * (2 if self._replay.prompts else 1)
-        return guided * (1 + steps // steps_between(guided, step_cost(config, batch)))
+        passes = Passes(guided * (1 + math.ceil(len(steps) / steps_between(guided, step_cost(config, batch)))))
+        passes.add(self.looks(steps))
+        if steps.start == 0 and self.searches:
+            passes.forward += guided
+            passes.add(subject.sampling(near, subject.settings))
+            passes.add(subject.sampling(self._near, subject.replay_settings))
+            if not config.naive:
+                passes.forward += comparisons(len(requests[-1][2])) + comparisons(len(self._replay.prompts))
+        return passes
 
     def looks(self, steps: range) -> Passes:
         """About what the images that are looked at meanwhile take, the last of three looks that agree at the end."""
@@ -218,15 +229,17 @@ class ProbeStage(Stage):
             )
             for number, pair in enumerate(subject.pairs)
         ]  # fmt: skip
-        check = SampledCheck(
-            subject.objective,
-            subject.settings,
-            subject.classifier,
-            subject.accelerator,
-            checked,
-            self._checked,
-            self._checked_last,
-        )
+        with counted(subject.objective.module) as looked:
+            check = SampledCheck(
+                subject.objective,
+                subject.settings,
+                subject.classifier,
+                subject.accelerator,
+                checked,
+                self._checked,
+                self._checked_last,
+            )
+        self.made = together([self.made, over_processes(looked, subject.accelerator)])
         near = None if subject.config.naive else Neighbourhood(subject, len(self._replay.prompts), self._few)
         return probes, check, near
 
@@ -252,10 +265,9 @@ class ProbeStage(Stage):
     def _sampled(self, requests: Sequence[tuple[list[str], list[int]]], name: str) -> list[torch.Tensor]:
         prompts = [text for texts, _ in requests for text in texts]
         seeds = [seed for _, own in requests for seed in own]
-        samples = self.subject.generator.drawn(
-            name, prompts, prompts, seeds, self.subject.settings, preview=False
-        ).samples  # fmt: skip
-        return list(samples.split([len(texts) for texts, _ in requests]))
+        drawn = self.subject.generator.drawn(name, prompts, prompts, seeds, self.subject.settings, preview=False)
+        self.made = drawn.passes
+        return list(drawn.samples.split([len(texts) for texts, _ in requests]))
 
     def _unsampled(self, pair: ErasurePair, surrogates: SampleSet) -> SampleSet:
         """Surrogates that no prompt samples: noise of other seeds, the user's images."""

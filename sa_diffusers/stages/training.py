@@ -18,6 +18,7 @@ from ..passes import Passes
 from ..processes import finishing, say
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
+from ..training.loop import EXCURSION
 from ..training.memory import memory_plan
 from ..training.progress import tracker_errors
 from ..training.settings import (
@@ -196,10 +197,11 @@ class TrainingStage(Stage):
         steps = range(choice.step, config.max_train_steps)
         batch = global_batch(config, self.subject.accelerator.num_processes)
         replayed = batch if config.replays and self._replay.prompts else 0
-        rows = len(steps) * (batch + replayed)
-        taught = len(steps) * (batch * self._surrogates.taught + replayed) if config.target == "frozen" else 0
-        passes = Passes(rows + round(taught) + self._probes.readings(len(steps)), rows)
-        passes.add(self._probes.looks(steps))
+        taken = len(steps) + (EXCURSION if self._probes.searches and not choice.step else 0)
+        rows = taken * (batch + replayed)
+        taught = taken * (batch * self._surrogates.taught + replayed) if config.target == "frozen" else 0
+        passes = Passes(rows + round(taught), rows)
+        passes.add(self._probes.taken(steps))
         if config.validation_prompts and steps:
             times = {step + 1 for step in steps if (step + 1) % config.validation_steps == 0} | {config.max_train_steps}
             images = len(times) * len(config.validation_prompts) * config.num_validation_images
@@ -273,7 +275,8 @@ class TrainingStage(Stage):
                 # What came before the checkpoint counts too.
                 subject.passes[self.title] = training.progress.passes
                 subject.made |= training.made
-                titles = (self._surrogates.title, self._replay.title, FisherStage.title, self.title)
+                stages = (self._surrogates, self._replay, FisherStage, self._probes, self)
+                titles = [stage.title for stage in stages]
                 training.made = {title: subject.made[title] for title in titles if title in subject.made}
                 with subject.timed("saving"):
                     training.save(self.output.path)

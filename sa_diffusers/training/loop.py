@@ -48,7 +48,7 @@ _MICRO_BATCHES = 4096
 _WRITING_SECONDS = 600.0
 _ENDING = "ending"
 # Steps in which the learning rate and the EWC term's weight are found.
-_EXCURSION = 20
+EXCURSION = 20
 # Prompts whose drift is told for each, and the share of the replayed samples that is near.
 _PROBED = 5
 _NEAR_SHARE = 0.5
@@ -260,7 +260,7 @@ class Loop:
         is_weighed = self.ewc is None or config.ewc_weight is not None
         if controller is None or (is_weighed and config.learning_rate is not None and self.neighbours is None):
             return
-        for step in range(_EXCURSION):
+        for step in range(EXCURSION):
             self.backward(step)
             norm = self._prepared_gradient(consolidates=False)
             if torch.isfinite(norm):
