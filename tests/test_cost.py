@@ -147,7 +147,8 @@ def test_a_training_that_measures_itself_is_planned_as_it_is_counted(tiny_settin
 
 
 def test_images_are_looked_at_again_where_there_are_half_as_many_steps_more():
-    assert [controller.scheduled_looks(1, last) for last in (119, 120, 179, 180, 269, 270, 2000)] == [0, 1, 1, 2, 2, 3, 7]
+    until = (119, 120, 179, 180, 269, 270, 2000)
+    assert [controller.scheduled_looks(1, last) for last in until] == [0, 1, 1, 2, 2, 3, 7]
     assert controller.scheduled_looks(121, 2000) == 6
 
 

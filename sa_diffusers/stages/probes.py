@@ -173,16 +173,14 @@ class ProbeStage(Stage):
         return passes
 
     def looks(self, steps: range) -> Passes:
-        """About what the images that are looked at meanwhile take, the last of three looks that agree at the end."""
+        """About what the images that are looked at meanwhile take, where the training does not stop before."""
         subject = self.subject
-        if not (subject.config.stops and steps):
+        if not subject.config.stops:
             return Passes()
-        count = max(scheduled_looks(steps.start + 1, steps.stop), 1)
-        # Without a classifier they are samples at hand.
-        most = _MOST_CHECKED if subject.classifier else self._each * len(subject.pairs)
-        images = (count + 1) * min(self._checked, most) + min(self._checked_last, most)
-        # Each process samples all of them.
-        return subject.sampling(images * subject.accelerator.num_processes, subject.settings)
+        # Without a classifier they are samples at hand. Each process samples all of them.
+        each = self._checked if subject.classifier else min(self._checked, self._each * len(subject.pairs))
+        count = scheduled_looks(steps.start + 1, steps.stop) * subject.accelerator.num_processes
+        return subject.sampling(count * each, subject.settings)
 
     def run(self, *inputs: Any) -> tuple[Probes, SampledCheck, Neighbourhood | None] | None:
         """The probes, the check, and what samples the concept's neighbours; None where there are none.
