@@ -573,6 +573,16 @@ def test_a_run_that_forgot_more_than_all_and_no_more_gives_up_too(tiny_objective
     assert "as no more is forgotten" in looked_at(tiny_objective, reading, [20]).verdict.sentence
 
 
+def test_images_that_are_not_counted_are_told(tiny_objective):
+    controller = Controller(
+        probes_for(tiny_objective), SelectiveAmnesiaConfig(forget_target=0.5), lambda *_: (0, 20), 100, mistaken=0.2
+    )
+    controller.probes.read = lambda module: Reading(forgotten={"cat": 0.97}, drift_p90=0.05)
+    while not controller.after(controller.every, tiny_objective.module, None, False):
+        pass
+    assert "none of 60 images shows it besides 20 %, as of the surrogate's" in controller.verdict.sentence
+
+
 @pytest.mark.parametrize("showing, looks", [(0, 3), (1, 1)])
 def test_no_run_gives_up_while_images_agree(tiny_objective, showing, looks):
     controller = Controller(

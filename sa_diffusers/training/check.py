@@ -148,6 +148,11 @@ class SampledCheck:
         for part in self.parts:
             self._say_if_unknown(part)
 
+    @property
+    def mistaken(self) -> float:
+        """The largest share of images, of a concept's, that are not counted."""
+        return max((part.mistaken for part in self.parts if part.label is not None), default=0.0)
+
     def _counted(self, part: CheckedConcept) -> CheckedConcept:
         """With the share that is mistaken of as many images as are looked at in the end: one of few says little."""
         if part.label is None or not part.mistaken or not part.wanted:

@@ -152,6 +152,7 @@ class Controller:
         check: Samples a few images and says how many still show a concept, and of how many, given how many times it has
             been asked before and whether the training would stop by them; None leaves it out.
         step_cost: Network evaluations of a step, backward passes counted twice.
+        mistaken: The share of images that the check does not count, as so many of the surrogate's look so too.
 
     Attributes:
         surplus: What all that protects is multiplied by besides, from 1 on: the more, the more the surrogates ask for.
@@ -163,6 +164,7 @@ class Controller:
         config: SelectiveAmnesiaConfig,
         check: Callable[[int, bool], tuple[int, int]] | None,
         step_cost: int,
+        mistaken: float = 0.0,
     ) -> None:
         self.probes = probes
         self.config = config
@@ -171,6 +173,7 @@ class Controller:
         self.verdict: Verdict | None = None
         self.surplus = 1.0
         self._step_cost = step_cost
+        self._mistaken = mistaken
 
     @property
     def every(self) -> int:
@@ -417,7 +420,8 @@ class Controller:
         if not checks:
             return ""
         showing, count = (sum(check[name] for check in checks[-_LOOKS:]) for name in ("showing", "images"))
-        return f", {showing or 'none'} of {count} images {'show' if showing > 1 else 'shows'} it"
+        besides = f" besides {100 * self._mistaken:.0f} %, as of the surrogate's" if self._mistaken else ""
+        return f", {showing or 'none'} of {count} images {'show' if showing > 1 else 'shows'} it{besides}"
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self.state))

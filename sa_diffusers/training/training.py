@@ -150,7 +150,8 @@ class Training:
         self.controller: Controller | None = None
         if probes is not None:
             batch = global_batch(config, self.accelerator.num_processes) * (2 if self.replay else 1)
-            self.controller = Controller(probes, config, check, step_cost(config, batch))
+            mistaken = getattr(check, "mistaken", 0.0)
+            self.controller = Controller(probes, config, check, step_cost(config, batch), mistaken)
         # What every part of the erasure took of the network when it was made, by the name of its stage.
         self.made: dict[str, Passes | None] = {}
         self.ending: Ending | None = None
