@@ -402,6 +402,7 @@ def write_classifier(folder, labels=("airplane", "cat", "dog")):
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_the_original_on_its_way(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     write_classifier(tmp_path / "classifier")

@@ -48,12 +48,14 @@ def prose(page: Path) -> str:
 
 
 def test_the_plan_in_the_page_is_what_the_command_prints(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
+    # Where nothing has been erased yet.
+    monkeypatch.chdir(tmp_path)
     (printed,) = [text for _, text in blocks(REPOSITORY / "docs" / "concepts.md") if text.startswith("forget ")]
     concept, surrogate = re.findall(r'"(\w+)"', printed.splitlines()[0])
+    base = str(REPOSITORY / "sa_diffusers" / "models" / "embedded" / "pipeline")
     config = parse_config([
-        "--pretrained_model_name_or_path", "sa_diffusers/models/embedded/pipeline", "--concept", concept, "--surrogate",
-        surrogate, "--output_dir", "outputs/demo", "--artifacts_dir", str(tmp_path),
+        "--pretrained_model_name_or_path", base, "--concept", concept, "--surrogate", surrogate,
+        "--output_dir", "outputs/demo", "--artifacts_dir", str(tmp_path),
     ])  # fmt: skip
     plan = Erasure(config).plan().replace(f"{REPOSITORY}{os.sep}", "")
     # How much memory is free, and so how much is said of it, is the machine's own.

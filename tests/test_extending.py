@@ -177,6 +177,7 @@ def test_a_model_of_classes_is_refused_before_its_weights_are_loaded(tmp_path, m
     assert f"error: the {protocol} protocol needs a model that takes prompts" in result.stderr
 
 
+@pytest.mark.long
 def test_detectors_and_networks_are_imported_where_they_are_used():
     code = (
         "import sys, sa_diffusers.evaluation.command_line\n"

@@ -567,6 +567,7 @@ def same_weights(first: Path, second: Path) -> None:
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.mark.long
 def test_what_is_pushed_is_what_loads_by_name(erased, tmp_path):
     """Large files in parts, into a private repository; then again, when there is nothing new."""
     assert (erased / "checkpoint-2").is_dir() and (erased / "runs").is_dir()

@@ -88,6 +88,7 @@ def expected(name: str) -> set[str]:
     return {artefact for artefact, settings in DEPENDENCIES.items() if name in settings}
 
 
+@pytest.mark.long
 def test_a_setting_changes_the_artefacts_that_depend_on_it_and_no_other(plain, before):
     from accelerate.state import AcceleratorState
 
