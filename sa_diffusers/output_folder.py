@@ -105,8 +105,14 @@ class OutputFolder:
 
     def _refuse(self, differing: list[str]) -> None:
         if differing and not self.overwrite:
+            # Other hardware must not keep a run from going on.
+            batch = (
+                "global_batch is train_batch_size times gradient_accumulation_steps times processes: with as many as "
+                "before the run goes on. Else choose"
+            )
+            advice = batch if any(words.startswith("global_batch=") for words in differing) else "Choose"
             raise ValueError(
-                f"output_dir={self.path} holds another erasure: {', '.join(differing)}. Choose another folder with "
+                f"output_dir={self.path} holds another erasure: {', '.join(differing)}. {advice} another folder with "
                 "--output_dir, or replace it with --overwrite_output_dir"
             )
 

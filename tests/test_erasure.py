@@ -327,6 +327,7 @@ def test_other_settings_do_not_overwrite_a_finished_erasure(tiny_folder, tmp_pat
     assert other.returncode == 1
     name = "global_batch" if "train_batch_size" in change else next(iter(change))
     assert f"holds another erasure: {name}=" in other.stderr
+    assert ("times gradient_accumulation_steps times processes" in other.stderr) == (name == "global_batch")
     assert {path: path.read_bytes() for path in before} == before
 
 
