@@ -35,7 +35,7 @@ from .families.digests import fingerprint_module
 from .families.trained import told_variant
 from .files import check_writable, new_folder, write_json
 from .hub import adapter_header, drop_local_names
-from .output_folder import check_written
+from .output_folder import check_written, write_digests
 from .publish import write_model_card
 from .version import __version__
 
@@ -108,6 +108,7 @@ def merge_adapter(
         # It may be published: no folder of this machine is named.
         write_json(staging / MERGED_NAME, {"adapter": Path(name).resolve().name if Path(name).is_dir() else name})
         write_model_card(staging, output_dir.resolve().name)
+        write_digests(staging)
 
 
 def extract_adapter(
@@ -163,6 +164,7 @@ def extract_adapter(
         # The erasure was one of weights, and is repeated so.
         _tell(staging, {**settings, "lora_rank": rank}, output_dir)
         write_model_card(staging, output_dir.resolve().name)
+        write_digests(staging)
     return extracted
 
 

@@ -29,6 +29,8 @@ STATE_FOLDER = ".selective_amnesia"
 VALIDATION_NAME = "validation"
 _RUN_NAME, _REPORTED_NAME = "run.json", "reported.json"
 FINISHED = f"{STATE_FOLDER}/finished.json"
+# As it, of what no training wrote: what was merged, extracted or copied.
+WRITTEN = f"{STATE_FOLDER}/written.json"
 LOCK = f"{STATE_FOLDER}/lock"
 # What says that a report is of the weights beside it; it goes with them.
 REPORTED = f"{STATE_FOLDER}/{_REPORTED_NAME}"
@@ -86,7 +88,7 @@ class OutputFolder:
                 earlier["pretrained_model_name_or_path"] = Path(base).resolve().name
             known = {name: value for name, value in settings.items() if name in earlier}
             differing = Identity("erasure", known).differences({name: earlier[name] for name in known})
-            missing = f"it was written by an earlier version, or copied without its hidden folder {STATE_FOLDER}"
+            missing = f"it was merged, extracted or copied, or written by an earlier version (no {FINISHED})"
             self._refuse(differing or [f"{missing}, so that what it depends on is not known"])
 
     def check_identity(self, identity: Identity) -> None:
@@ -232,28 +234,29 @@ class OutputFolder:
     def check_digests(self) -> None:
         """Refuse what is not as it was written. Nothing is written into the folder, not even a lock.
 
-        A folder that has no record of digests, as copies and those of earlier versions, is warned of.
+        A folder that has no record of digests, as those of earlier versions, is warned of.
 
         Raises:
             ValueError: A file of the pipeline, or the record, is missing or changed.
         """
-        values = read_record(self._finished_file, FORMAT_VERSION)
-        if values is not None:
-            # Settings may say by hand where it goes.
-            damaged = self._damaged({name: digest for name, digest in values["files"].items() if name != CONFIG_NAME})
-        elif self._finished_file.is_file():
-            damaged = [FINISHED]
-        else:
-            damaged = []
+        record = next((name for name in (FINISHED, WRITTEN) if (self.path / name).is_file()), None)
+        if record is None:
             if self.holds_weights() and leads():
                 warn_once(
-                    f"{self.path} has no {FINISHED}, like a copy, what was merged or extracted, and folders of earlier "
-                    "versions: whether its files are what the run wrote cannot be told"
+                    f"{self.path} has no {FINISHED}, like what came from elsewhere and folders of earlier versions: "
+                    "whether its files are what a run wrote cannot be told"
                 )
+            return
+        values = read_record(self.path / record, FORMAT_VERSION)
+        # Settings may say by hand where it goes.
+        damaged = [record] if values is None else self._damaged(
+            {name: digest for name, digest in values["files"].items() if name != CONFIG_NAME}
+        )  # fmt: skip
         if damaged:
+            place = "" if record == FINISHED else " in an empty folder"
             raise ValueError(
-                f"{self.path / damaged[0]} is not what the run wrote: the same command as before makes it again. To "
-                f"take the folder as it is, delete {self.state}"
+                f"{self.path / damaged[0]} is not what the run wrote: the same command as before makes it again{place}"
+                f". To take the folder as it is, delete {self.state}"
             )
 
     def save_settings(self, config: SelectiveAmnesiaConfig) -> None:
@@ -315,6 +318,11 @@ def check_written(name: str | Path) -> None:
         folder.check_digests()
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run took a folder for its output, rather than that something was merged, extracted or copied there."""
+    return any(entry != folder / WRITTEN for entry in (folder / STATE_FOLDER).glob("*"))
+
+
 def model_files(folder: Path) -> list[str]:
     """Entries of a folder that an erased model in it consists of: parts of a pipeline, or an adapter."""
     return [*(name for name in (ADAPTER_FILE, KOHYA_FILE) if (folder / name).is_file()), *of_a_pipeline(folder)]
@@ -334,3 +342,15 @@ def write_finished(staging: Path, identity: Identity, made: Mapping[str, Passes 
     told = {title: passes and passes.to_dict() for title, passes in (made or {}).items()}
     values = {"facts": dict(identity.facts), "files": files, "made": told}
     write_record(staging / FINISHED, FORMAT_VERSION, values)
+
+
+def write_digests(staging: Path) -> None:
+    """Record in a folder that no training writes the digests of all that its model consists of.
+
+    Args:
+        staging: The folder, about to take its place.
+    """
+    parts = model_files(staging)
+    files = {name: digest for name, digest in digests_of(staging).items() if Path(name).parts[0] in parts}
+    (staging / STATE_FOLDER).mkdir()
+    write_record(staging / WRITTEN, FORMAT_VERSION, {"files": files})

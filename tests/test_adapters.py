@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import runpy
 import shutil
@@ -37,7 +38,7 @@ from sa_diffusers.families.adapters import (
 )
 from sa_diffusers.merging import extract_adapter, merge_adapter
 from sa_diffusers.output_folder import OutputFolder
-from sa_diffusers.publish import build_model_card
+from sa_diffusers.publish import build_model_card, push_pipeline
 from sa_diffusers.seeds import seed_of
 from sa_diffusers.training.ewc import ElasticWeightConsolidation, RowsByColumns
 from sa_diffusers.training.trainable import AdapterWeights, SwitchedOff
@@ -674,10 +675,19 @@ def test_merge_writes_the_pipeline_that_the_adapter_makes(erased, tiny_folder, t
     result = run_here(main, arguments, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "holds     100.0% of the update" in result.stdout
+    assert "warning" not in result.stderr
     assert_header_tells(tmp_path / "extracted" / ADAPTER_FILE, tiny_folder)
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     pipeline.load_lora_weights(tmp_path / "extracted")
     np.testing.assert_allclose(images(pipeline), expected, atol=1e-3)
+    for file in (ADAPTER_FILE, "unet/diffusion_pytorch_model.safetensors"):
+        folder = tmp_path / ("extracted" if file == ADAPTER_FILE else "merged")
+        OutputFolder(folder).check_digests()
+        with open(folder / file, "r+b") as weights:
+            weights.seek(-1, os.SEEK_END)
+            weights.write(b"\1")
+        with pytest.raises(ValueError, match=f"{file} is not what the run wrote"):
+            push_pipeline(folder, "tester/changed")
 
 
 def assert_snippet_runs_in_diffusers(card, folder, adapter=None):

@@ -219,7 +219,7 @@ def test_a_folder_whose_files_cannot_be_compared_is_refused_or_warned_of(tiny_fo
     shutil.rmtree(record.parent)
     evaluated = run_here(commands, flags, tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert f"warning: {tmp_path / 'out'} has no .selective_amnesia/finished.json, like a copy, " in evaluated.stderr
+    assert f"warning: {tmp_path / 'out'} has no .selective_amnesia/finished.json, like what came" in evaluated.stderr
     shutil.copytree(tiny_folder, tmp_path / "plain")
     OutputFolder(tmp_path / "plain").check_digests()
     assert capsys.readouterr().err == ""
@@ -348,7 +348,7 @@ def test_a_folder_of_an_earlier_version_is_kept_and_its_checkpoint_is_not_unpick
         (checkpoint / name).write_bytes(pickle.dumps(Trap()))
     refused = run_here(main, quick(tiny_folder, output_dir="out"), tmp_path)
     assert refused.returncode == 1
-    assert "it was written by an earlier version, or copied without its hidden folder" in refused.stderr
+    assert "it was merged, extracted or copied, or written by an earlier version" in refused.stderr
     shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
     named = quick(tiny_folder, output_dir="new", resume_from_checkpoint=tmp_path / "checkpoint-2")
     named = run_here(main, named, tmp_path)

@@ -180,6 +180,9 @@ def test_a_card_draws_nothing_from_a_scorer_that_hardly_knows_the_concept(tmp_pa
     text = str(build_model_card(folder))
     assert '"brad pitt": recognised in 0.0 % of 4 images, but before in no more than 25.0 %: what scores hardly' in text
     assert "The true share may still be" not in text
+    told = {(result.dataset_config, result.metric_type) for result in ModelCard(text).data.eval_results}
+    assert ("training/brad pitt", "clip_score") in told
+    assert not {("training/brad pitt", "recognised"), ("training/brad pitt", "probability")} & told
 
 
 def test_a_card_with_every_field_full(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from sa_diffusers.commands.erase import main
 from sa_diffusers.commands.evaluate import main as evaluate
 from sa_diffusers.families import family_in
 from sa_diffusers.families.trained import TRAINED_NAME, place_of_base
+from sa_diffusers.output_folder import OutputFolder
 from sa_diffusers.publish.card import build_model_card
 from sa_diffusers.publish.folder import save_copy
 
@@ -136,6 +137,11 @@ def test_nothing_of_an_earlier_layout_stays(world, tmp_path):
     save_copy(world / "trained", tmp_path / "copy")
     assert not (tmp_path / "copy" / "vae").exists()
     assert files(tmp_path / "copy") == files(world / "trained")
+    OutputFolder(tmp_path / "copy").check_digests()
+    with open(tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors", "ab") as weights:
+        weights.write(b"0")
+    with pytest.raises(ValueError, match="the same command as before makes it again in an empty folder"):
+        OutputFolder(tmp_path / "copy").check_digests()
 
 
 def test_it_is_evaluated(world, clip_folder):

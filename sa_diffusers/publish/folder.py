@@ -16,7 +16,7 @@ from ..configuration import (
 )
 from ..files import new_folder, replacing_folder, write_json
 from ..hub import CARD_NAME, is_own_card, published_files
-from ..output_folder import STATE_FOLDER, VALIDATION_NAME, model_files
+from ..output_folder import VALIDATION_NAME, holds_run, model_files, write_digests
 
 # What is of the weights that an earlier copy held, and goes with them.
 _OF_WEIGHTS = (BASE_DEFAULTS_NAME, ENDING_NAME, *REPORT_FILES, FISHER_CONFIG_NAME,
@@ -55,6 +55,7 @@ def save_copy(source: str | Path, target: str | Path) -> None:
                 write_json(place, inherited_defaults(str(source), target))
             else:
                 shutil.copyfile(file, place)
+        write_digests(staging)
 
 
 def check_target(source: Path, target: Path) -> None:
@@ -70,7 +71,7 @@ def check_target(source: Path, target: Path) -> None:
         raise ValueError(f"{target} is inside of {source} or around it: choose another folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
-    if (target / STATE_FOLDER).exists():
+    if holds_run(target):
         raise ValueError(f"{target} is the output folder of another erasure: choose an empty folder")
     if not (target / CONFIG_NAME).is_file():
         raise ValueError(f"{target} already holds something else (no {CONFIG_NAME} in it): choose an empty folder")

@@ -7,7 +7,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..hub import shown_name
-from ..results.schema import Quality, Row
+from ..results.schema import Quality, Row, Share
+from ..results.verdict import LEAST_KNOWN
 from .facts import Facts
 
 _METRIC_NAMES = {
@@ -20,7 +21,8 @@ _METRIC_NAMES = {
 
 
 def eval_results(facts: Facts) -> Iterable[EvalResult]:
-    """The erased model's own figures, one result for each finite number. Those of the base stay in the tables."""
+    """The erased model's own figures, one result for each finite number. Those of the base stay in the tables, and what
+    was hardly recognised of it too: alone, a share of 0 would read as if it were gone."""
     for title, report in facts.reports.items():
         place = title or "training"
         for row in report.rows:
@@ -36,11 +38,13 @@ def eval_results(facts: Facts) -> Iterable[EvalResult]:
             subject = f"{entry.images} generated images against {entry.reference}, features of {features}"
             key = f"{place}/{features} against {entry.reference}"
             yield from _results(facts, key, subject, vars(entry.after or Quality()))
+        of_base = {attack.attack: attack.recognised for attack in report.robustness if attack.model == "base"}
         for attack in report.robustness:
             if attack.model == "erased":
                 figures = {name: value for name, value in attack.others.items() if isinstance(value, float)}
                 figures |= {name: summary.mean for name, summary in attack.scores.items()}
-                figures["recognised"] = attack.recognised.share if attack.recognised else None
+                if attack.recognised and _is_known(of_base.get(attack.attack)):
+                    figures["recognised"] = attack.recognised.share
                 subject = f"{attack.images or 0} generated images, attack: {attack.attack}"
                 yield from _results(facts, f"{place}/attack {attack.attack}", subject, figures)
 
@@ -49,7 +53,13 @@ def _of_row(row: Row) -> dict[str, Any]:
     figures = {name: getattr(row, name).after if getattr(row, name) else None for name in ("probability", "entropy")}
     for name in ("recognised", "as_surrogate"):
         figures[name] = getattr(row, name).after.share if getattr(row, name) else None
+    if not _is_known(row.recognised and row.recognised.before):
+        figures["recognised"] = figures["probability"] = None
     return {**figures, "change": row.change.relative, **{name: times.after.mean for name, times in row.scores.items()}}
+
+
+def _is_known(before: Share | None) -> bool:
+    return before is None or before.share >= LEAST_KNOWN
 
 
 def _results(facts: Facts, key: str, subject: str, figures: dict[str, Any]) -> Iterable[EvalResult]:
