@@ -59,7 +59,7 @@ setup(
         ]
     },
     install_requires=[
-        "accelerate>=1.10",
+        "accelerate>=1.11",
         "dacite>=1.9.1",
         "datasets>=4.0",
         "diffusers>=0.40",

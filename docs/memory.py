@@ -61,6 +61,7 @@ What is sampled and what the Fisher information takes in batches is cut in half 
 # How a base is held that an adapter of this rank is trained on; of the last three the rest is bfloat16.
 HELD = (*WEIGHTS, "int8", "fp8", "nf4")
 RANK = 8
+TIMESTEPS = SelectiveAmnesiaConfig(concept="a", surrogate="b").fisher_timesteps
 ADAPTERS = f"""\
 ## Adapters
 
@@ -76,17 +77,20 @@ and backward; left to themselves, torchao's layers keep all of them dequantised 
 is saved.
 
 Fisher information has a number for each selected weight, in float32. `to estimate it` is what its estimate takes before
-training: the weights, twice as much as it, and the gradient of one of them. Where that does not fit, `--fisher_on_cpu`
-leaves the weights and the gradient of one alone on the GPU, and what is twice as much as the column `Fisher` in the
-CPU's memory; each backward pass then sends as many numbers there as are selected. `--fisher_form rows_by_columns` holds
-next to nothing of it while training. What another machine has estimated from the same quantised weights can be handed
-in (`--fisher`), and the term be left out (`--ewc 0`).
+training: the weights, twice as much as it, and the gradient of one of them; `rows by columns` beside it is what
+`--fisher_form rows_by_columns` takes: the weights, and twice the gradient of one of them. What the passes hold comes on
+top: half of the column `activations` for each timestep that they hold at once, which is one for the first
+(`--fisher_batch_size` is halved where there is no room), and all of a sample's, {TIMESTEPS}, for the other
+(`--fisher_timesteps`). The training itself then holds next to nothing of it. `--fisher_on_cpu` leaves the weights and
+the gradient of one alone on the GPU, and what is twice as much as the column `Fisher` in the CPU's memory; each
+backward pass then sends as many numbers there as are selected. What another machine has estimated from the same
+quantised weights can be handed in (`--fisher`), and the term be left out (`--ewc 0`).
 """
 FITTING = """\
-The most exact way to hold the base that fits, and the largest batch of an adapter with it. `with the flags`: the
-estimate of the Fisher information, or its diagonal, does not fit, and the batch is that with `--fisher_on_cpu
---fisher_form rows_by_columns`. Stable Diffusion 3 and 3.5 do not fit 12 GB for their T5, in 16 bits; `--no_t5` leaves
-it out.
+The most exact way to hold the base that fits, and the largest batch of an adapter with it. `with the flag`: the
+estimate of the Fisher information, or its diagonal, does not fit, and the batch is that with `--fisher_form
+rows_by_columns`, of which the estimate may need fewer timesteps. Stable Diffusion 3 and 3.5 do not fit 12 GB for their
+T5, in 16 bits; `--no_t5` leaves it out.
 """
 IN_USE = """\
 Text encoders and autoencoder rest on the CPU and are on the GPU only while prompts are embedded (once, before training)
@@ -207,6 +211,7 @@ def adapter_row(name: str, held: str) -> list[str]:
     # What is dequantised for its products is the same, however it is held, and so is Fisher information.
     counted = adapter_memory(name, held if held in WEIGHTS else "int8")
     one = counted
+    sums = adapter_memory(name, held, False, "rows_by_columns").estimating
     if held not in (*WEIGHTS, "int8"):
         one = replace(adapter_memory(name, held, False), activations=counted.activations, decoding=counted.decoding)
     factored = replace(one, fisher=adapter_memory(name, "float32", False, "rows_by_columns").fisher)
@@ -216,23 +221,29 @@ def adapter_row(name: str, held: str) -> list[str]:
         cells += [f"{(each.kept + each.activations) / 1e9:.1f}", batches({"one": each}, each.kept, encoding)]
     matrices = one.gradients // 4
     sizes = [one.weights - 4 * matrices, 4 * matrices + one.gradients + one.optimizer + one.average, one.activations,
-             one.fisher, one.weights + one.estimating]  # fmt: skip
+             one.fisher, one.weights + one.estimating, one.weights + sums]  # fmt: skip
     return [held, *(f"{size / 1e9:.1f}" for size in sizes), *cells]
 
 
 def holding(rows: Mapping[str, list[str]], size: int) -> str:
-    """The first way to hold a base that fits a GPU: all of it, or with the Fisher information elsewhere."""
+    """The first way to hold a base that fits a GPU: with all of the Fisher information, or with rows by columns."""
     place = GPUS.index(size)
-    for fisher, column in ((True, -3), (False, -1)):
+    for diagonal, estimate, column in ((True, 5, -3), (False, 6, -1)):
         for held, cells in rows.items():
             count = cells[column].split(" / ")[place]
-            if count != "-" and (not fisher or float(cells[5]) <= (1 - LEFT) * size):
-                return f"{held}, batch {count}" + ("" if fisher else ", with the flags")
+            # Each image of a batch is two rows.
+            fitting = int(((1 - LEFT) * size - float(cells[estimate])) / (float(cells[3]) / 2))
+            if count == "-" or fitting < 1:
+                continue
+            if diagonal:
+                return f"{held}, batch {count}"
+            fewer = "" if fitting >= TIMESTEPS else f" and `--fisher_timesteps {fitting}`"
+            return f"{held}, batch {count}, with the flag{fewer}"
     return "-"
 
 
 ADAPTER_COLUMNS = [
-    "base held in", "network", "adapter", "activations", "Fisher", "to estimate it", "total",
+    "base held in", "network", "adapter", "activations", "Fisher", "to estimate it", "rows by columns", "total",
     "largest batch at " + " / ".join(map(str, GPUS)) + " GB", "rows by columns: total", "largest batch",
 ]  # fmt: skip
 COLUMNS = ["trained", "weights", "network", "gradients", "optimiser", "average", "theta\\*", "Fisher", "activations",

@@ -112,3 +112,16 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.train(mode)
+
+
+@contextlib.contextmanager
+def recomputing(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing meanwhile, if it is wanted; a module that does so of itself goes on."""
+    begins = wanted and not getattr(module, "is_gradient_checkpointing", False)
+    if begins:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if begins:
+            module.disable_gradient_checkpointing()  # type: ignore[operator]

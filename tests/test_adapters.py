@@ -183,6 +183,12 @@ def test_rows_by_columns_are_what_they_stand_for(adapted):
     torch.testing.assert_close(exact.penalty(), expected.detach(), rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="no Fisher information for conv_in.weight"):
         RowsByColumns(weights, {}, 1.0)
+    # The same from the sums alone.
+    sums = {name: torch.cat([value.flatten(1).sum(1), value.flatten(1).sum(0)]) for name, value in fisher.items()
+            if value.dim() > 1}  # fmt: skip
+    torch.testing.assert_close(RowsByColumns(weights, sums, weight=7.0).penalty(), factored.penalty())
+    with pytest.raises(ValueError, match="Fisher information of conv_in.weight has shape"):
+        RowsByColumns(weights, {name: value[1:] for name, value in sums.items()}, 1.0)
     # A weight that nothing depends on costs nothing.
     still = RowsByColumns(weights, {name: torch.zeros_like(value) for name, value in fisher.items()}, 1.0)
     assert still.penalty() == 0
@@ -394,6 +400,29 @@ def test_fisher_information_is_that_of_the_weights(settings, tmp_path):
     fewer.run()
     history = json.loads((tmp_path / "fewer" / "training_history.json").read_text())
     assert history[-1]["ewc_penalty"] > 0
+
+
+def test_rows_by_columns_are_estimated_as_such_and_both_forms_are_taken(settings, tmp_path):
+    """Nothing as large as the weights is kept; the diagonal, handed in, gives the same training to rounding."""
+    more = {"ewc_weight": 1.0, "fisher_form": "rows_by_columns"}
+    exact = Erasure(SelectiveAmnesiaConfig(**{**settings, "ewc_weight": 1.0})).fisher_stage
+    assert exact.run() is not None
+    erasure = Erasure(SelectiveAmnesiaConfig(**{**settings, **more}))
+    assert any(line.endswith("gradient, rows by columns") for line in erasure.fisher_stage.plan())
+    sizes, folder, diagonal = erasure.subject.layers.sizes, erasure.fisher_stage.folder, exact.folder
+    erasure.run()
+    kept = load_file(folder / "fisher.safetensors")
+    assert {name: len(value) for name, value in kept.items()} == {f"{k}.weight": sum(v) for k, v in sizes.items()}
+    # A rank is no matter of its own.
+    other = {**settings, **more, "lora_rank": 3, "output_dir": str(tmp_path / "other")}
+    assert Erasure(SelectiveAmnesiaConfig(**other)).fisher_stage.folder == folder
+    given = {**settings, **more, "fisher": str(diagonal), "output_dir": str(tmp_path / "given")}
+    Erasure(SelectiveAmnesiaConfig(**given)).run()
+    made, same = (load_file(Path(folder) / ADAPTER_FILE) for folder in (settings["output_dir"], given["output_dir"]))
+    for name, value in made.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-2, atol=1e-4)
+    with pytest.raises(ValueError, match="rows by columns alone, which an adapter's run with"):
+        Erasure(SelectiveAmnesiaConfig(**{**other, "fisher_form": "diagonal", "fisher": str(folder)}))
 
 
 def test_rank_counts_for_an_adapter_and_for_nothing_else(settings):

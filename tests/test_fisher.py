@@ -84,6 +84,33 @@ def test_exact_mode_equals_the_brute_force_loop(objective, samples, batch_size):
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-6 * float(largest))
 
 
+@pytest.mark.parametrize("batch_size", [10, 3], ids=["one pass", "several"])
+@pytest.mark.parametrize("kind", ["gradient", "jacobian"])
+def test_rows_by_columns_are_the_sums_of_the_diagonal(objective, samples, kind, batch_size, tmp_path):
+    """Also where they go on from a part of them."""
+    parameters = select_parameters(objective.module, "full")
+    exact = FisherEstimator(objective, parameters, 5, kind=kind).estimate(samples).values
+    estimator = FisherEstimator(objective, parameters, 5, batch_size, kind=kind, form="rows_by_columns")
+    information = estimator.estimate(samples)
+    assert set(information.values) == {name for name, value in parameters.items() if value.dim() > 1}
+    for name, value in information.values.items():
+        matrix = exact[name].flatten(1)
+        expected = torch.cat([matrix.sum(1), matrix.sum(0)])
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+    information.save_pretrained(tmp_path / "fisher")
+    found = FisherInformation.from_pretrained(tmp_path / "fisher")
+    assert "The sums over rows and over columns of the diagonal of the" in found.model_card("a/b")
+    assert "--adapter lora --fisher_form rows_by_columns" in found.model_card("a/b")
+    with pytest.raises(ValueError, match="rows by columns alone, which an adapter's run with"):
+        found.check({}, found.values)
+    found.check({"fisher_form": "rows_by_columns"}, found.values)
+    with pytest.raises(ValueError, match='form="rows" is not one of "diagonal", "rows_by_columns"'):
+        FisherEstimator(objective, parameters, form="rows")
+    biases = {name: value for name, value in parameters.items() if value.dim() == 1}
+    with pytest.raises(ValueError, match="nothing that is selected has rows and columns"):
+        FisherEstimator(objective, biases, form="rows_by_columns")
+
+
 @pytest.mark.parametrize("kind", ["gradient", "jacobian"])
 def test_subset_of_timesteps_keeps_the_scale(objective, samples, kind):
     parameters = select_parameters(objective.module, "xattn")

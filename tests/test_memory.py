@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sa_diffusers import Erasure, SampleSet, SelectiveAmnesiaConfig, objective_for
 from sa_diffusers.families.digests import fingerprint_module
-from sa_diffusers.fisher import FisherInformation, fisher_identity
+from sa_diffusers.fisher import FisherEstimator, FisherInformation, fisher_identity
 from sa_diffusers.footprint import fits_beside, free_on, peak_bytes, without_values
 from sa_diffusers.quantization import lighten_, quantizable, quantize_, quantized_bytes
 from sa_diffusers.training.memory import Memory, changes_for_less, memory_plan, training_memory
@@ -159,6 +159,60 @@ def test_fisher_information_on_the_cpu_takes_nothing_of_a_gpu():
     assert training_memory(objective, config_of(**settings, **factored), prompt="brad pitt").fisher > 0
 
 
+@pytest.mark.parametrize("batch", [10, 3], ids=["one pass", "several"])
+def test_rows_by_columns_are_estimated_without_the_diagonal(batch):
+    """What an estimate takes less than the diagonal's, measured and told; of several passes their sum is held."""
+    objective = objective_for(FAMILIES["stable diffusion"].build())
+    samples = SampleSet(torch.randn(1, 4, 4, 4), ["cat"], ["cat"], [0], {})
+    told, took = {}, {}
+    for form in ("diagonal", "rows_by_columns"):
+        settings = {"adapter": "lora", "lora_rank": 2, "fisher_form": form, "fisher_batch_size": batch}
+        told[form] = training_memory(objective, config_of(**settings), counts_activations=False).estimating
+        estimator = FisherEstimator(objective, "full", 5, batch, form=form)
+
+        def estimate(done, estimator=estimator):
+            done(None)
+            estimator.estimate(samples, {"trained_module": ""})
+
+        took[form] = measured(estimate)
+    selected = sum(value.numel() for value in objective.select("full").values())
+    less = told["diagonal"] - told["rows_by_columns"]
+    assert less > 4 * selected * (1.5 if batch == 10 else 0.5)
+    assert took["diagonal"] - took["rows_by_columns"] == pytest.approx(less, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_an_estimate_recomputes_activations_as_the_training_does(family):
+    """To the same numbers."""
+    objective = objective_for(family.build())
+    images = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    samples = SampleSet(objective.encode_images(images, 0), ["cat"], ["cat"], [0], {})
+    called, found = {False: 0, True: 0}, {}
+    for wanted in called:
+
+        def count(*_, wanted=wanted):
+            called[wanted] += 1
+
+        handles = [part.register_forward_hook(count) for part in objective.module.modules()]
+        estimator = FisherEstimator(objective, "xattn", 5, gradient_checkpointing=wanted)
+        found[wanted] = estimator.estimate(samples, {"trained_module": ""}).values
+        assert not objective.module.is_gradient_checkpointing
+        for handle in handles:
+            handle.remove()
+    assert called[True] > called[False]
+    for name, value in found[True].items():
+        assert torch.equal(value, found[False][name]), name
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_run_s_estimate_goes_by_its_flag(tiny_settings, wanted):
+    erasure, seen = Erasure(SelectiveAmnesiaConfig(**{**tiny_settings, "gradient_checkpointing": wanted})), set()
+    module = erasure.objective.module
+    module.register_forward_hook(lambda *_: seen.add((torch.is_grad_enabled(), module.is_gradient_checkpointing)))
+    assert erasure.fisher() is not None
+    assert {checkpointed for differentiated, checkpointed in seen if differentiated} == {wanted}
+
+
 def test_of_an_adapter_its_matrices_are_kept_beside_the_weights():
     """Gradient, AdamW's two moments and the average are of its numbers; the teacher is no copy."""
     objective = objective_for(FAMILIES["stable diffusion"].build())
@@ -283,5 +337,6 @@ def test_memory_adds_up():
     assert replace(memory, encoding=0, decoding=0).total == 91
     assert replace(memory, draws=True).total == 120
     assert replace(memory, decoding=120).total == 121
-    assert replace(memory, estimating=130).total == 131
+    assert replace(memory, estimating=130).total == 131 + memory.activations // memory.rows
+    assert replace(memory, estimating=0).before == 0
     assert memory.parts()["activations of 8 rows"] == 70

@@ -252,6 +252,11 @@ def test_fisher_information_is_that_of_the_dequantised_weights(name, kind):
     for key, value in expected.values.items():
         torch.testing.assert_close(found.values[key], value, rtol=2e-3, atol=1e-5 * largest, msg=key)
     assert found.config["weights_dtype"] == f"float32, {kind}"
+    estimator = FisherEstimator(pipeline, "full", timesteps=4, form="rows_by_columns", gradient_checkpointing=True)
+    for key, value in estimator.estimate(samples).values.items():
+        matrix = expected.values[key].flatten(1)
+        sums = torch.cat([matrix.sum(1), matrix.sum(0)])
+        torch.testing.assert_close(value, sums, rtol=2e-3, atol=1e-5 * float(sums.max()), msg=key)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..families.digests import digested_once, fingerprint_module
 from ..files import write_bytes
 from ..messages import shown
 from ..moved import renamed
-from ..parameter_selection import evaluating, only_trainable
+from ..parameter_selection import evaluating, only_trainable, recomputing
 from ..passes import Passes, counted, over_processes
 from ..processes import Pace, check_stop, finishing, shrinking, stop_requested
 from ..quantization import differentiable, kind_of, shape_of
@@ -37,6 +37,7 @@ from ..seeds import first_seed, generator_of
 from .information import FisherInformation
 
 KINDS = ("gradient", "jacobian")
+FORMS = ("diagonal", "rows_by_columns")
 # A square of the Jacobian's holds as many samples as have so many timesteps together; one at the least.
 _SQUARED = 8
 # Squares whose prompts are embedded at once, so that text encoders need not come onto the device for each.
@@ -78,6 +79,11 @@ class FisherEstimator:
         on_cpu: Whether gradients and their squares are added up on the CPU, which then holds twice as many float32
             numbers as are selected, and the device one parameter's gradient at a time. It changes rounding and speed
             only.
+        form: `"diagonal"`, or `"rows_by_columns"`: of each weight of two dimensions or more, taken as a matrix
+            `[rows, columns]`, the sums of its part of the diagonal over columns and over rows, `rows + columns` numbers
+            that `RowsByColumns` takes. Where a square takes one backward pass (`batch_size` is large enough), neither
+            the diagonal nor all gradients are ever in memory; else the gradients' sum is.
+        gradient_checkpointing: Whether activations are computed again in the backward pass. It changes speed only.
 
     Raises:
         ValueError: `timesteps` or `batch_size` is out of range, the selection matches nothing, or the model is of an
@@ -95,7 +101,11 @@ class FisherEstimator:
         accelerator: Accelerator | None = None,
         kind: str = "gradient",
         on_cpu: bool = False,
+        form: str = "diagonal",
+        gradient_checkpointing: bool = False,
     ) -> None:
+        if form not in FORMS:
+            raise ValueError(f'form="{shown(form)}" is not one of "diagonal", "rows_by_columns"')
         objective, pipeline = objective_of(model)
         self._name = pipeline and pipeline_name(pipeline)
         self._others = modules_of(pipeline) if pipeline else []
@@ -109,9 +119,15 @@ class FisherEstimator:
         check_kind(kind, objective)
         self.kind = kind
         self.on_cpu = on_cpu
+        self.form = form
+        self.gradient_checkpointing = gradient_checkpointing
         self.objective = objective
         self._train_method = selection if isinstance(selection, str) else None
         self.parameters = objective.select(selection) if isinstance(selection, str) else dict(selection)
+        if form == "rows_by_columns":
+            self.parameters = {name: value for name, value in self.parameters.items() if len(shape_of(value)) > 1}
+            if not self.parameters:
+                raise ValueError('form="rows_by_columns": nothing that is selected has rows and columns')
         self._inputs: dict[str, torch.Tensor] = self.parameters
         self.timesteps = total if timesteps is None else timesteps
         self.batch_size = batch_size
@@ -148,7 +164,7 @@ class FisherEstimator:
         if isinstance(samples, SampleSet) and not len(samples):
             raise ValueError("Fisher information needs at least one sample")
         module, device = self.objective.module, self.objective.device
-        values = {name: torch.zeros(shape_of(p), device=self._place(p)) for name, p in self.parameters.items()}
+        values = {name: torch.zeros(self._shape(p), device=self._place(p)) for name, p in self.parameters.items()}
         with evaluating(module, *self._others):
             samples = self._sample_set(taken("samples", samples), settings)
             recorded = dict(identity or {})
@@ -157,7 +173,11 @@ class FisherEstimator:
                     own = fisher_identity(self.objective, fingerprint_module(module), self._train_method)
                 recorded = {**({"base_model": self._name} if self._name else {}), **own, **recorded}
             plain = [name for name, value in self.parameters.items() if kind_of(value) is None]
-            with only_trainable(module, plain), differentiable(module, self.parameters) as self._inputs:
+            with (
+                only_trainable(module, plain),
+                recomputing(module, self.gradient_checkpointing),
+                differentiable(module, self.parameters) as self._inputs,
+            ):
                 passes = self._add_squares(values, samples, device, partial_dir and Path(partial_dir))
         for name, parameter in self.parameters.items():
             # Processes reach each other through their devices.
@@ -166,6 +186,7 @@ class FisherEstimator:
         config = {
             **recorded,
             "fisher_kind": self.kind,
+            **({} if self.form == "diagonal" else {"fisher_form": self.form}),
             "timesteps": self.timesteps,
             "num_samples": len(samples),
             "seed": self.seed,
@@ -210,7 +231,7 @@ class FisherEstimator:
         """Add the squared gradients of this process's samples, and say what they took, in earlier runs too."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         # Of the ELBO's gradient, a square is of one sample.
-        size = max(1, _SQUARED // self.timesteps) if self.kind == "jacobian" else 1
+        size = rows_of_a_square(self.kind, self.timesteps) // self.timesteps
         groups = [range(first, min(first + size, len(samples))) for first in range(0, len(samples), size)]
         mine = groups[rank::processes]
         partial = _PartialSum(partial_dir, rank, processes, self.batch_size)
@@ -228,7 +249,7 @@ class FisherEstimator:
                 conditions = conditions or self._read(samples, mine[done - 1 :][:_READ])
                 gradient = self._gradient_that_fits(samples, group, conditions.pop(0), device)
                 for value, part in zip(values.values(), gradient, strict=True):
-                    value.addcmul_(part, part)
+                    value.add_(part) if self.form == "rows_by_columns" else value.addcmul_(part, part)
                 bar.update(len(group))
                 began = time.monotonic()
                 stopping = stop_requested() is not None
@@ -238,6 +259,11 @@ class FisherEstimator:
                 if stopping:
                     check_stop()
         return passes
+
+    def _shape(self, parameter: torch.Tensor) -> torch.Size:
+        """That of a parameter's Fisher information."""
+        shape = shape_of(parameter)
+        return shape if self.form == "diagonal" else torch.Size([shape[0] + shape[1:].numel()])
 
     def _place(self, parameter: torch.Tensor) -> torch.device:
         """Where what belongs to a parameter is added up."""
@@ -263,13 +289,18 @@ class FisherEstimator:
     def _summed_gradient(
         self, samples: SampleSet, group: range, conditions: Conditions, device: torch.device
     ) -> list[torch.Tensor]:
+        """A square's gradient; in rows and columns the sums of its squares."""
         objective = self.objective
         # One draw a timestep, from its sample's own stream: noise and signs do not depend on how they are batched.
         generators = {index: generator_of("fisher", self.seed, index) for index in group}
         signs = {index: generator_of("fisher signs", self.seed, index) for index in group}
         timesteps = torch.cat([objective.path.strata(self.timesteps, generators[index]) for index in group])
         rows = torch.arange(group.start, group.stop).repeat_interleave(self.timesteps)
-        total = [torch.zeros(shape_of(p), device=self._place(p)) for p in self.parameters.values()]
+        # A square of one backward pass is summed over rows and columns layer by layer.
+        at_once = self.form == "rows_by_columns" and len(rows) <= self.batch_size
+        add = _add_sums_of_squares if at_once else _add
+        shape = self._shape if at_once else shape_of
+        total = [torch.zeros(shape(p), device=self._place(p)) for p in self.parameters.values()]
         inputs = list(self._inputs.values())
         for part, places in zip(timesteps.split(self.batch_size), rows.split(self.batch_size), strict=True):
             given = samples.samples[places].to(device)
@@ -278,17 +309,19 @@ class FisherEstimator:
             own = index_conditions(conditions, (places - group.start).to(device))
             with self.accelerator.autocast():
                 loss = self._scalar(given, own, part.to(device), noise, [signs[index] for index in places.tolist()])
-            with _adding_gradients(inputs, total):
+            with _adding_gradients(inputs, total, add):
                 loss.backward(inputs=inputs)
         scale = self.timesteps**-0.5 if self.kind == "jacobian" else objective.num_train_timesteps / self.timesteps
-        for name, accumulated in zip(self.parameters, total, strict=True):
+        for place, (name, accumulated) in enumerate(zip(self.parameters, total, strict=True)):
             if not torch.isfinite(accumulated).all():
                 told = ", ".join(f'{index} ("{samples.conditions[index]}")' for index in group)
                 raise FloatingPointError(
                     f"the gradient of {name} is not finite for sample {told}: compute the Fisher information without "
                     "mixed precision, or in bf16"
                 )
-            accumulated *= scale
+            accumulated *= scale**2 if at_once else scale
+            if self.form == "rows_by_columns" and not at_once:
+                total[place] = _sums_of_squares(accumulated)
         return total
 
     def _scalar(
@@ -315,18 +348,39 @@ class FisherEstimator:
         return ((2 * drawn - 1).to(prediction.device) * roots * prediction).sum()
 
 
+def rows_of_a_square(kind: str, timesteps: int) -> int:
+    """Timesteps of all samples that one square holds: of the ELBO's gradient those of one sample."""
+    return timesteps * (max(1, _SQUARED // timesteps) if kind == "jacobian" else 1)
+
+
+def _sums_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Of a weight's gradient as a matrix, over columns and over rows: `[rows + columns]`."""
+    squares = gradient.float().flatten(1).square()
+    return torch.cat([squares.sum(1), squares.sum(0)])
+
+
+def _add(accumulated: torch.Tensor, gradient: torch.Tensor) -> None:
+    accumulated += gradient.to(accumulated.device).float()
+
+
+def _add_sums_of_squares(accumulated: torch.Tensor, gradient: torch.Tensor) -> None:
+    accumulated += _sums_of_squares(gradient).to(accumulated.device)
+
+
 @contextlib.contextmanager
-def _adding_gradients(inputs: list[torch.Tensor], sums: list[torch.Tensor]) -> Iterator[None]:
+def _adding_gradients(
+    inputs: list[torch.Tensor], sums: list[torch.Tensor], add: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
     """Add each gradient to its sum as soon as a backward pass has it, and let go of it: all of them take as much as the
     sums. Gradients that were there before are there again afterwards."""
     before = [value.grad for value in inputs]
 
-    def add(accumulated: torch.Tensor, value: torch.Tensor) -> None:
+    def take(accumulated: torch.Tensor, value: torch.Tensor) -> None:
         assert value.grad is not None
-        accumulated += value.grad.to(accumulated.device).float()
+        add(accumulated, value.grad)
         value.grad = None
 
-    handles = [value.register_post_accumulate_grad_hook(functools.partial(add, accumulated))
+    handles = [value.register_post_accumulate_grad_hook(functools.partial(take, accumulated))
                for value, accumulated in zip(inputs, sums, strict=True)]  # fmt: skip
     try:
         for value in inputs:

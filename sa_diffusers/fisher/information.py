@@ -55,7 +55,8 @@ class FisherInformation:
     """Diagonal Fisher information `F_i` of named parameters (paper, section 2.2).
 
     Attributes:
-        values: Name and `F_i`, float32, non-negative, in the parameter's shape.
+        values: Name and `F_i`, float32, non-negative, in the parameter's shape; where `config` says `fisher_form:
+            rows_by_columns`, its sums over columns and over rows of the parameter as a matrix, `[rows + columns]`.
         config: What it was computed from: base model and revision, fingerprints of the trained module and of the whole
             model, selection, prediction type, reduction, timesteps, samples, seeds, precision.
         passes: What computing it took of the network, samples made for it alone included; None where that is not on
@@ -116,6 +117,10 @@ class FisherInformation:
             fields["base_model"] = shown_name(base)
         rows = "\n".join(f"| {markdown_code(key)} | {markdown_code(value)} |" for key, value in fields.items())
         command = f"accelerate launch examples/train_sa.py --fisher {shlex.quote(name)} --concept CONCEPT"
+        of = "The diagonal"
+        if "fisher_form" in config:
+            of = "The sums over rows and over columns of the diagonal"
+            command += " --adapter lora --fisher_form rows_by_columns"
         code = "from sa_diffusers import FisherInformation\n\nfisher = FisherInformation.from_pretrained("
         data = ModelCardData(
             library_name="sa_diffusers", tags=_TAGS, **(inherited_licence(base) if base else {})
@@ -128,7 +133,7 @@ class FisherInformation:
 
 # Fisher information of {shown}
 
-The diagonal of the Fisher information of {len(self.values)} parameter tensors
+{of} of the Fisher information of {len(self.values)} parameter tensors
 ({sum(value.numel() for value in self.values.values()):,} numbers), for elastic weight consolidation in
 [Selective Amnesia](https://arxiv.org/abs/2305.10120). It is bound to the weights that it was computed from: a run that
 trains others, or another loss, refuses it.
@@ -214,6 +219,11 @@ The numbers say how much each weight matters to what the model draws, and hold n
             raise ValueError(
                 "this Fisher information belongs to another run; it differs in " + "; ".join(differences) + ". Leave "
                 "the flag fisher out to have it computed again"
+            )
+        if own.get("fisher_form", "diagonal") not in ("diagonal", expected.get("fisher_form")):
+            raise ValueError(
+                "this Fisher information is rows by columns alone, which an adapter's run with "
+                "fisher_form=rows_by_columns takes: give that, or leave the flag fisher out to have it computed again"
             )
         for name, value in self.values.items():
             if not torch.isfinite(value).all() or (value < 0).any():

@@ -1,6 +1,7 @@
 """The Fisher information, and the samples that it is estimated from."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class FisherStage(Stage):
     title = "fisher"
     depends_on = ReplayStage.depends_on | {"concept_templates", "fisher_kind", "num_fisher_samples",
                                            "fisher_timesteps", "fisher_concept_share", "train_method", "snr_gamma",
-                                           "noise_offset"}  # fmt: skip
+                                           "noise_offset", "fisher_form"}  # fmt: skip
 
     def __init__(
         self, subject: Subject, replay: ReplayStage, given: FisherInformation | str | Path | None = None
@@ -48,11 +49,17 @@ class FisherStage(Stage):
         check_kind(subject.config.fisher_kind, subject.objective)
         own = fisher_identity(subject.objective, subject.module, subject.config.train_method, subject.base)
         self.facts = {**own, "fisher_kind": subject.config.fisher_kind}
+        self._parameters: Mapping[str, torch.Tensor] = subject.parameters
+        if subject.layers and subject.config.fisher_form == "rows_by_columns":
+            # The diagonal is the same for weights and adapters; of rows and columns only these have a use.
+            self.facts["fisher_form"] = subject.config.fisher_form
+            names = [f"{name}.weight" for name in subject.layers.sizes]
+            self._parameters = {name: subject.parameters[name] for name in names}
         self.given: FisherInformation | None = None
         self._source = given if given is not None else subject.config.fisher
         if self._source is not None and self.is_needed:
             self.given = self._loaded(self._source)
-            self.given.check(self.facts, subject.parameters)
+            self.given.check(self.facts, self._parameters)
 
     def _loaded(self, source: FisherInformation | str | Path) -> FisherInformation:
         if isinstance(source, FisherInformation):
@@ -148,7 +155,8 @@ class FisherStage(Stage):
         steps = self._timesteps() or self.subject.objective.num_train_timesteps
         note = reused(self.folder, FISHER_CONFIG_NAME)
         config = self.subject.config
-        return [f"fisher    {config.num_fisher_samples} samples x {steps} timesteps, {config.fisher_kind}{note}"]
+        form = ", rows by columns" if "fisher_form" in self.facts else ""
+        return [f"fisher    {config.num_fisher_samples} samples x {steps} timesteps, {config.fisher_kind}{form}{note}"]
 
     def cost(self) -> Passes:
         config = self.subject.config
@@ -195,14 +203,15 @@ class FisherStage(Stage):
         if subject.accelerator.reduce(found, reduction="sum") < subject.accelerator.num_processes:
             information = self._estimated(folder, wanted, *inputs)
         assert information is not None
-        information.check(self.facts, subject.parameters)
+        information.check(self.facts, self._parameters)
         return information
 
     def _estimated(self, folder: Path, identity: Identity, *inputs: Any) -> FisherInformation:
         subject, config = self.subject, self.subject.config
         estimator = FisherEstimator(
-            subject.objective, subject.parameters, self._timesteps(), config.fisher_batch_size, config.seed,
-            subject.accelerator, config.fisher_kind, config.fisher_on_cpu,
+            subject.objective, self._parameters, self._timesteps(), config.fisher_batch_size, config.seed,
+            subject.accelerator, config.fisher_kind, config.fisher_on_cpu, self.facts.get("fisher_form", "diagonal"),
+            config.gradient_checkpointing,
         )  # fmt: skip
         recorded = {"base_model": config.pretrained_model_name_or_path, "revision": subject.revision, **self.facts,
                     "identity": identity.digest}  # fmt: skip

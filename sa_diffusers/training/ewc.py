@@ -80,7 +80,8 @@ class RowsByColumns:
 
     Args:
         trainable: The adapter.
-        fisher: As of `ElasticWeightConsolidation`.
+        fisher: As of `ElasticWeightConsolidation`; or of each weight its sums over columns and over rows, `[rows +
+            columns]`, as `FisherEstimator` gives them.
         weight: Likewise.
 
     Raises:
@@ -92,10 +93,14 @@ class RowsByColumns:
         self.trainable = trainable
         self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, parameter in trainable.weights.items():
-            matrix = _checked(fisher, name, parameter, None).flatten(1)
-            root = matrix.sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-            rows, columns = matrix.sum(1) / root, matrix.sum(0) / root
-            self._sums[name] = rows.to(parameter.device), columns.to(parameter.device)
+            size, given = parameter.shape, fisher.get(name)
+            if given is not None and given.dim() == 1 and len(given) == size[0] + size[1:].numel():
+                rows, columns = given.float().tensor_split([size[0]])
+            else:
+                matrix = _checked(fisher, name, parameter, None).flatten(1)
+                rows, columns = matrix.sum(1), matrix.sum(0)
+            root = rows.sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            self._sums[name] = (rows / root).to(parameter.device), (columns / root).to(parameter.device)
 
     @torch.no_grad()
     def penalty(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..configuration import SelectiveAmnesiaConfig
 from ..families import modules_of
 from ..families.adapters import LowRankAdapter, adapter_layers
 from ..families.base import Conditions, Objective
+from ..fisher.estimator import rows_of_a_square
 from ..footprint import as_in_autocast, bytes_of, checkpointing, fits_beside, peak_bytes, values_between, without_values
 from ..quantization import quantizable, quantized_bytes
 
@@ -41,8 +42,9 @@ class Memory:
         rows: Rows of that pass.
         step: What the optimiser's step takes meanwhile.
         estimating: What estimating Fisher information takes beside the weights, before: one weight's gradient at a
-            time, and, unless that is on the CPU, a sum of squares and one sample's gradients summed over timesteps, of
-            all selected weights.
+            time, and, unless that is on the CPU or taken as rows by columns, a sum of squares and one sample's
+            gradients summed over timesteps, of all selected weights. What its passes hold comes on top.
+        estimating_rows: Rows of those passes.
         encoding: Text encoders, while they are in use.
         decoding: The autoencoder and what it makes of one image, while it is in use.
         draws: Whether images are sampled while it trains; else these two are in use before, beside the weights alone.
@@ -58,6 +60,7 @@ class Memory:
     rows: int
     step: int = 0
     estimating: int = 0
+    estimating_rows: int = 1
     encoding: int = 0
     decoding: int = 0
     draws: bool = False
@@ -73,7 +76,13 @@ class Memory:
         training = self.kept + max(self.activations or 0, self.step, self.decoding if self.draws else 0)
         # The network waits on the CPU where text encoders find no room beside it.
         encoding = self.encoding + (self.kept - self.weights if self.draws else 0)
-        return max(training, encoding, self.weights + max(self.decoding, self.estimating))
+        return max(training, encoding, self.weights + self.decoding, self.before)
+
+    @property
+    def before(self) -> int:
+        """What estimating Fisher information takes, its passes included; 0 without."""
+        passes = (self.activations or 0) // max(self.rows, 1) * self.estimating_rows
+        return self.weights + self.estimating + passes if self.estimating else 0
 
     def parts(self) -> dict[str, int]:
         """What takes memory, in words."""
@@ -144,15 +153,14 @@ def training_memory(
     parameters = blank.select(config.train_method)
     half = getattr(torch, config.weights_dtype)
     selected = trained = sum(parameter.numel() for parameter in parameters.values())
-    largest = max(parameter.numel() for parameter in parameters.values())
     # On a CPU it is no other place.
     elsewhere = config.fisher_on_cpu and on_cuda
-    sums = 0 if elsewhere else 2 * selected
-    estimated = _FLOAT * (sums + largest) * (config.consolidates and config.fisher is None)
     small = sum(value.numel() for value in parameters.values() if value.numel() < _SMALL)
+    sizes = None
     if config.adapter is not None:
         # Its matrices are trained in place of the weights; the teacher is the network without it.
         layers = adapter_layers(blank.module, parameters)
+        sizes = layers.sizes.values() if config.fisher_form == "rows_by_columns" else None
         trained, small = layers.numbers(config.lora_rank), 0
         selected = sum(rows * columns for rows, columns in layers.sizes.values())
         if config.fisher_form == "rows_by_columns":
@@ -186,6 +194,10 @@ def training_memory(
             )  # fmt: skip
         with contextlib.suppress(*_UNCOUNTED):
             encoding, decoding = in_use_bytes(blank, shapes)
+    estimating, estimating_rows = (
+        _estimating(config, parameters, sizes, blank.num_train_timesteps, (activations or 0) // rows, on_cuda)
+        if config.consolidates and config.fisher is None else (0, 1)
+    )  # fmt: skip
     return Memory(
         weights=weights,
         # Processes that train together gather them in as much again.
@@ -197,11 +209,44 @@ def training_memory(
         activations=activations,
         rows=rows,
         step=_FLOAT * trained * steps_at_once,
-        estimating=estimated,
+        estimating=estimating,
+        estimating_rows=estimating_rows,
         draws=bool(config.validation_prompts or (config.stops and config.classifier)),
         encoding=encoding or 0,
         decoding=decoding or 0,
     )
+
+
+def _estimating(
+    config: SelectiveAmnesiaConfig,
+    parameters: Mapping[str, nn.Parameter],
+    sizes: Collection[tuple[int, int]] | None,
+    timesteps: int,
+    of_a_row: int,
+    on_cuda: bool,
+) -> tuple[int, int]:
+    """What estimating Fisher information takes beside the weights, and the rows of its passes, as few as there may be.
+
+    Args:
+        config: The settings.
+        parameters: That are selected.
+        sizes: Rows and columns of those that are taken so; None where the diagonal is.
+        timesteps: Of the model.
+        of_a_row: What a row's passes take.
+        on_cuda: Whether the CPU is another place.
+    """
+    numbers = [value.numel() for value in parameters.values()] if sizes is None else [math.prod(each) for each in sizes]
+    elsewhere = config.fisher_on_cpu and on_cuda
+    if sizes is None:
+        return _FLOAT * (max(numbers) + (0 if elsewhere else 2 * sum(numbers))), 1
+    sums = sum(map(sum, sizes))
+    # The gradients of all are held where the passes of a square find no room together.
+    apart = _FLOAT * (max(numbers) + sums + (0 if elsewhere else sum(numbers))), 1
+    rows = rows_of_a_square(config.fisher_kind, min(config.fisher_timesteps or timesteps, timesteps))
+    if rows > config.fisher_batch_size:
+        return apart
+    together = 2 * _FLOAT * (max(numbers) + sums), rows
+    return min(together, apart, key=lambda way: way[0] + way[1] * of_a_row)
 
 
 # A model that does what shapes alone do not tell cannot be counted; its run goes on.
@@ -389,7 +434,7 @@ def memory_plan(
         lines.append(f"          while they are in use, {_sized(whole.encoding)} for text encoders and "
                      f"{_sized(whole.decoding)} for the autoencoder; else they are on the CPU{waits}")  # fmt: skip
     if whole.estimating:
-        lines.append(f"          before, {_sized(whole.weights + whole.estimating)} to estimate the Fisher information")
+        lines.append(f"          before, {_sized(whole.before)} to estimate the Fisher information")
     if whole.total <= free:
         return lines
     least = whole

@@ -33,7 +33,7 @@ from ..fisher import FisherInformation, fisher_identity
 from ..hub import CARD_NAME, adapter_header, drop_local_names, evaluation_files, is_own_card
 from ..identity import Identity, fingerprint
 from ..output_folder import REPORTED, VALIDATION_NAME, OutputFolder, model_files, write_finished
-from ..parameter_selection import only_trainable
+from ..parameter_selection import only_trainable, recomputing
 from ..passes import Passes, counted
 from ..processes import Interrupted, finishing, is_lost_peer, say, wait_until
 from ..publish import push_pipeline, write_model_card
@@ -221,10 +221,10 @@ class Training:
                 say(note)
         self._has_trained = True
         training, finished = module.training, False
-        checkpointing = getattr(module, "is_gradient_checkpointing", False)
         try:
             # Dropout is seeded step by step; the caller's own generator stays where it was.
             with (self._adapted() as adapter, torch.random.fork_rng(), finishing(),
+                  recomputing(module, config.gradient_checkpointing),
                   in_float32({} if self.layers else self.parameters) as types):  # fmt: skip
                 self._train(choice.folder, adapter, types)
             finished = True
@@ -235,8 +235,6 @@ class Training:
             raise
         finally:
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-            if config.gradient_checkpointing and not checkpointing:
-                module.disable_gradient_checkpointing()
             module.train(training and not finished)
 
     @contextlib.contextmanager
@@ -262,8 +260,6 @@ class Training:
     def _run(self, checkpoint: Path | None, adapter: LowRankAdapter | None, types: Mapping[str, torch.dtype]) -> None:
         module = self.objective.module
         module.train()
-        if self.config.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
         validation = Validation(self.objective, self.config, self.accelerator, self.validation_dir, self.blur)
         loop = Loop(
             self.objective, self.config, self.accelerator, self._trained,
