@@ -402,6 +402,7 @@ def test_fisher_information_is_that_of_the_weights(settings, tmp_path):
     assert history[-1]["ewc_penalty"] > 0
 
 
+@pytest.mark.long
 def test_rows_by_columns_are_estimated_as_such_and_both_forms_are_taken(settings, tmp_path):
     """Nothing as large as the weights is kept; the diagonal, handed in, gives the same training to rounding."""
     more = {"ewc_weight": 1.0, "fisher_form": "rows_by_columns"}

@@ -43,12 +43,14 @@ def test_what_each_model_keeps_is_what_its_size_says(name):
             assert total == pytest.approx(sum(kept) / 1e9 + activations, abs=0.11), (selection, weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", PAGE["WEIGHTS"])
 def test_a_model_counted_again_takes_what_stands_there(weights):
     found = PAGE["row"]("stable-diffusion-v1-4", "xattn", weights)
     assert found == kept_row("stable-diffusion-v1-4", "xattn", weights)
 
 
+@pytest.mark.long
 def test_an_adapter_counted_again_takes_what_stands_there():
     assert PAGE["adapter_row"]("stable-diffusion-v1-4", "nf4") == kept_adapter_row("stable-diffusion-v1-4", "nf4")
 

@@ -70,6 +70,7 @@ def forget(surrogate, **settings):
     return objective.likelihood()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("surrogate", [[0.25] * 4, [0.05, 0.05, 0.45, 0.45], [0.5, 0.3, 0.1, 0.1]])
 def test_the_surrogate_lowers_the_likelihood_of_what_is_forgotten_by_the_divergence(surrogate):
     surrogate = torch.tensor(surrogate, dtype=torch.float64)
@@ -80,12 +81,14 @@ def test_the_surrogate_lowers_the_likelihood_of_what_is_forgotten_by_the_diverge
     assert gap.item() == pytest.approx(-divergence.item(), rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_gap_is_that_of_the_optimum_with_replay_too_and_the_rest_is_as_it_was():
     after = forget(torch.full((4,), 0.25, dtype=torch.float64), replay_weight=1)
     assert torch.allclose(after[1].exp(), KNOWN[1], atol=1e-3)
     assert torch.allclose(after[0].exp(), torch.full((4,), 0.25, dtype=torch.float64), atol=1e-3)
 
 
+@pytest.mark.long
 def test_a_surrogate_equal_to_the_class_changes_nothing():
     assert torch.allclose(forget(KNOWN[0])[0].exp(), KNOWN[0], atol=1e-3)
 
