@@ -16,8 +16,8 @@ celebrity = [
     'standard-imghdr; python_version >= "3.13"',
     "torchvision>=0.23",
 ]
-# torchao 0.18 breaks the import of diffusers where torch is older.
-quantization = ["torch>=2.11", "torchao>=0.18"]
+# torchao 0.18 breaks the import of diffusers where torch is older, and adapters where peft is.
+quantization = ["peft>=0.19", "torch>=2.11", "torchao>=0.18"]
 eval_unlearn = ["eval-unlearn>=1.1.2"]
 tests = [
     "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.8", "scikit-image>=0.24",
