@@ -15,10 +15,10 @@ from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration import BASE_DEFAULTS_NAME, CONFIG_NAME, REPORT_FILES, REPORT_NAME
+from .configuration import BASE_DEFAULTS_NAME, CONFIG_NAME, ENDING_NAME, REPORT_FILES, REPORT_NAME
 from .files import read_json, resealed, write_json
 from .markup import single_line, visible
-from .output_folder import LOCK
+from .output_folder import LOCK, weights_in
 
 CARD_NAME = "README.md"
 # Whoever keeps this line has their changes overwritten, and is told so by it.
@@ -193,7 +193,9 @@ def published_files(folder: Path) -> list[Path]:
     settings = _named_values(folder / CONFIG_NAME)
     logs = os.path.normpath(str(settings.get("logging_dir") or "logs"))
     left_out = {"logs", *([logs] if logs != "." else [])}
-    left_out |= {str(path.parent.relative_to(folder)) for path in evaluation_reports(folder, stale=True)}
+    for path in sorted_reports(folder)[1]:
+        own = path.parent == folder
+        left_out |= {*REPORT_FILES, ENDING_NAME} if own else {str(path.parent.relative_to(folder))}
 
     def stays_behind(inside: Path) -> bool:
         return (
@@ -218,21 +220,23 @@ def published_files(folder: Path) -> list[Path]:
     return published
 
 
-def evaluation_reports(folder: str | Path, stale: bool = False) -> list[Path]:
-    """The reports of evaluations in an erased pipeline's folder that are of the pipeline as it is now.
-
-    Args:
-        folder: The pipeline's.
-        stale: Those of an earlier pipeline in the same folder instead, which are no evidence of this one.
-    """
+def sorted_reports(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """The reports in an erased pipeline's folder, its erasure's own and those of evaluations: those of the pipeline as
+    it is now, and those of an earlier one or of other weights, which are no evidence of this one."""
     folder = Path(folder)
     own = _named_values(folder / REPORT_NAME)
+    paths = [folder / REPORT_NAME] * bool(own) + sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}"))
+    reports = {path: _named_values(path) for path in paths}
+    weights = weights_in(folder) if any("weights" in report for report in reports.values()) else {}
 
-    def is_stale(path: Path) -> bool:
-        modules = {report["erased_module"] for report in (own, _named_values(path)) if report.get("erased_module")}
-        return len(modules) > 1
+    def is_current(report: dict[str, Any]) -> bool:
+        if isinstance(report.get("weights"), dict):
+            return all(weights.get(name) == digest for name, digest in report["weights"].items())
+        # Reports of earlier versions tell the trained part alone.
+        return report.get("erased_module") in (None, own.get("erased_module")) or not own.get("erased_module")
 
-    return [path for path in sorted(folder.glob(f"evaluation*/**/{REPORT_NAME}")) if is_stale(path) == stale]
+    current = [path for path, report in reports.items() if is_current(report)]
+    return current, [path for path in paths if path not in current]
 
 
 def evaluation_files(folder: Path) -> list[str]:

@@ -23,6 +23,7 @@ from .identity import Identity, plain
 from .passes import Passes
 from .processes import Lock, leads, wait_until, warn_once
 from .training.checkpoints import CONSTANT_SCHEDULES, checkpoints, sweep_checkpoints
+from .weights import WEIGHT_SUFFIXES
 
 # Beside the pipeline, not part of it: hidden, and not published.
 STATE_FOLDER = ".selective_amnesia"
@@ -326,6 +327,20 @@ def holds_run(folder: Path) -> bool:
 def model_files(folder: Path) -> list[str]:
     """Entries of a folder that an erased model in it consists of: parts of a pipeline, or an adapter."""
     return [*(name for name in (ADAPTER_FILE, KOHYA_FILE) if (folder / name).is_file()), *of_a_pipeline(folder)]
+
+
+def weights_in(folder: str | Path) -> dict[str, str]:
+    """The digests of an erased model's weight files by their paths inside of its folder: those on record, and of others
+    what they are now. Empty for a name on the Hub."""
+    folder = Path(folder)
+    values = read_record(folder / FINISHED, FORMAT_VERSION)
+    recorded = {} if values is None else values["files"]
+    # A second form of an adapter comes and goes without the first.
+    parts = [folder / name for name in model_files(folder) if name != KOHYA_FILE]
+    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))
+             if file.suffix in WEIGHT_SUFFIXES]  # fmt: skip
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return {name: recorded.get(name) or digest_of(folder / name) for name in names}
 
 
 def write_finished(staging: Path, identity: Identity, made: Mapping[str, Passes | None] | None = None) -> None:

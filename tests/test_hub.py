@@ -14,13 +14,14 @@ import torch
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sa_diffusers import FisherInformation
 from sa_diffusers.commands.erase import parse_config
 from sa_diffusers.configuration import ENDING_NAME, FISHER_CONFIG_NAME, GRID_NAME, HISTORY_NAME, REPORT_NAME
 from sa_diffusers.erasure import Erasure
 from sa_diffusers.evaluation import comparison
+from sa_diffusers.evaluation.erased import recorded_ending
 from sa_diffusers.families import Family, register, registry
 from sa_diffusers.files import read_json, write_json
 from sa_diffusers.hub import (
@@ -31,7 +32,9 @@ from sa_diffusers.hub import (
     without_local_paths,
     without_local_values,
 )
+from sa_diffusers.output_folder import weights_in
 from sa_diffusers.publish import build_model_card, write_model_card
+from sa_diffusers.publish.facts import read_facts
 
 from .conftest import BASE_NAME, REPOSITORY
 from .hub_server import CUT, Fault, HubServer, card_errors
@@ -240,6 +243,15 @@ def test_a_title_says_without_only_where_all_that_was_measured_says_forgotten(tm
     ending = ' without "brad pitt"' if (left, later) == (0.0, None) else ', trained to forget "brad pitt"'
     text = str(build_model_card(folder))
     assert [line for line in text.splitlines() if line.startswith("# ")] == [f"# {BASE_NAME.split('/')[1]}{ending}"]
+
+
+@pytest.mark.parametrize(("before", "told"), [(1.0, ""), (0.2, ", which is not measurable")])
+def test_a_figure_that_the_hub_shows_says_where_it_shows_nothing(tmp_path, before, told):
+    folder = full_folder(tmp_path / "no-brad")
+    write_json(folder / REPORT_NAME, {**FULL_REPORT, "rows": [row("brad pitt", "concept", before, 0.0)]})
+    results = ModelCard(str(build_model_card(folder))).data.eval_results
+    subjects = {result.dataset_name for result in results if result.dataset_config == "training/brad pitt"}
+    assert subjects == {f"4 generated images, concept: brad pitt{told}"}
 
 
 def test_a_card_with_every_field_empty(tmp_path):
@@ -568,6 +580,33 @@ def same_weights(first: Path, second: Path) -> None:
         old, new = load_file(first / path), load_file(second / path)
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_figures_of_other_weights_are_no_evidence(erased):
+    """Somebody puts other weights into a copy, which no longer has the record that says what the run wrote."""
+    whole = {path.name for path in published_files(erased)}
+    assert {REPORT_NAME, GRID_NAME} <= whole
+    shutil.rmtree(erased / ".selective_amnesia")
+    assert {path.name for path in published_files(erased)} == whole
+    write_json(erased / ENDING_NAME, {"how": "done", "sentence": "none of 60 images shows it", "step": 4})
+    weights = load_file(erased / WEIGHTS)
+    save_file({name: value + 1 for name, value in weights.items()}, erased / WEIGHTS, {"format": "pt"})
+    card = str(build_model_card(erased))
+    assert "Nothing has been measured in this folder" in card
+    assert "TRAINING" not in card and GRID_NAME not in card and "model-index" not in card
+    assert {path.name for path in published_files(erased)} == whole - {
+        REPORT_NAME,
+        "report.md",
+        "report.html",
+        GRID_NAME,
+    }
+    assert recorded_ending(str(erased)) is None
+    # What an evaluation says of these counts.
+    report = read_json(erased / REPORT_NAME)
+    write_json(
+        erased / "evaluation-concept" / REPORT_NAME, {**report, "weights": weights_in(erased), "protocol": "now"}
+    )
+    assert list(read_facts(erased).reports) == ["now"]
 
 
 @pytest.mark.long

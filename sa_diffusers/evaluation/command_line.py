@@ -24,7 +24,7 @@ from ..families.names import resolved_revision
 from ..files import check_writable
 from ..hub import one_line
 from ..markup import visible
-from ..output_folder import OutputFolder, check_written
+from ..output_folder import OutputFolder, check_written, weights_in
 from ..processes import warn_once
 from ..publish import write_model_card
 from ..quantization import check_quantization
@@ -182,6 +182,7 @@ def provenance_of(request: Request, subject: Subject) -> dict[str, Any]:
         "erased_revision": resolved_revision(args.erased, args.erased_revision),
         "base_module": subject.digests(subject.base).module,
         "erased_module": subject.digests(subject.erased).module,
+        "weights": weights_in(args.erased),
         "saved": saved_alone(args.erased, args.erased_revision),
         "adapter": adapter_on_record(args.erased, args.erased_revision),
         "ending": recorded_ending(args.erased, args.erased_revision),

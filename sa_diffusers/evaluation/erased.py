@@ -14,7 +14,7 @@ from ..configuration import CONFIG_NAME, ENDING_NAME, REPORT_NAME
 from ..families.adapters import find_adapter, rank_of
 from ..families.names import TRAINED_NAME
 from ..files import read_json
-from ..hub import HUB_TIMEOUT_SECONDS
+from ..hub import HUB_TIMEOUT_SECONDS, sorted_reports
 from ..results import Report
 from ..results.schema import FUSED, Ending
 
@@ -42,7 +42,7 @@ def erasure_settings(name_or_path: str, revision: str | None = None) -> dict[str
 
 
 def recorded_ending(name_or_path: str, revision: str | None = None) -> Ending | None:
-    """How the training of an erased pipeline ended, if it measured itself.
+    """How the training of an erased pipeline ended, if it measured itself, and if the weights are those that it left.
 
     Args:
         name_or_path: Folder or Hub name of the erased pipeline.
@@ -51,6 +51,9 @@ def recorded_ending(name_or_path: str, revision: str | None = None) -> Ending | 
     Raises:
         ValueError: The file that says so is not what a run writes.
     """
+    folder = Path(name_or_path)
+    if folder.is_dir() and folder / REPORT_NAME in sorted_reports(folder)[1]:
+        return None
     values = _recorded(name_or_path, ENDING_NAME, revision)
     return Report.from_dict({"ending": values}, str(Path(name_or_path) / ENDING_NAME)).ending
 

@@ -18,13 +18,13 @@ from ..files import write_text
 from ..hub import (
     CARD_MARKER,
     CARD_NAME,
-    evaluation_reports,
     gate_of,
     inherited_gate,
     inherited_licence,
     is_own_card,
     push_folder,
     shown_name,
+    sorted_reports,
     without_local_paths,
 )
 from ..markup import command_words, markdown_code, markdown_text, requoted
@@ -134,8 +134,9 @@ def push_pipeline(folder: str | Path, repo_id: str | None = None, private: bool 
     folder = Path(folder)
     check_written(folder)
     facts = read_facts(folder)
-    for path in evaluation_reports(folder, stale=True):
-        warnings.warn(f"{path.parent} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
+    for path in sorted_reports(folder)[1]:
+        place = path if path.parent == folder else path.parent
+        warnings.warn(f"{place} is about an earlier pipeline of this folder: it is not published", stacklevel=2)
     adapts = facts.base if facts.adapter is not None else None
     gate = gate_of(adapts, facts.settings["cache_dir"]) if adapts else None
     return push_folder(folder, repo_id, private, lambda name: str(build_model_card(folder, name)), gate=gate)

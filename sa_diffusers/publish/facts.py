@@ -19,7 +19,7 @@ from ..families.base import Family
 from ..families.registry import family_of
 from ..families.trained import read_trained
 from ..files import Recorded, read_json
-from ..hub import evaluation_reports, shown_name
+from ..hub import shown_name, sorted_reports
 from ..results.schema import FUSED, Ending, ErasedPair, Report, Row, Verdict
 from ..results.verdict import decide
 
@@ -154,12 +154,13 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         return value
 
     reports: dict[str, Report] = {}
-    own = folder / REPORT_NAME
-    if read(REPORT_NAME, {}):
-        reports[""] = Report.load(own)
-    for path in evaluation_reports(folder):
+    current, stale = sorted_reports(folder)
+    # How a training ended says nothing of weights that it did not leave.
+    has_other_weights = folder / REPORT_NAME in stale
+    ending = {} if has_other_weights else read(ENDING_NAME, {})
+    for path in current:
         report = Report.load(path)
-        title = report.protocol or path.parent.name
+        title = "" if path.parent == folder else report.protocol or path.parent.name
         reports[title if title not in reports else str(path.parent.relative_to(folder))] = report
     index = read(INDEX_NAME, {}) if trained is None else trained["pipeline"]
     if adapter is not None:
@@ -172,8 +173,8 @@ def read_facts(folder: Path, name: str | None = None) -> Facts:
         reports=reports,
         history=read(HISTORY_NAME, []),
         fisher=Recorded(read(FISHER_CONFIG_NAME, {})),
-        has_grid=(folder / GRID_NAME).is_file(),
-        ending=Report.from_dict({"ending": read(ENDING_NAME, {})}, str(folder / ENDING_NAME)).ending,
+        has_grid=(folder / GRID_NAME).is_file() and not has_other_weights,
+        ending=Report.from_dict({"ending": ending}, str(folder / ENDING_NAME)).ending,
         adapter=adapter,
         merged=Recorded(read(MERGED_NAME, {}))["adapter"],
     )

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 
 from ..hub import shown_name
 from ..results.schema import Quality, Row, Share
-from ..results.verdict import LEAST_KNOWN
+from ..results.verdict import LEAST_KNOWN, NOT_MEASURABLE, decide
 from .facts import Facts
 
 _METRIC_NAMES = {
@@ -25,8 +25,13 @@ def eval_results(facts: Facts) -> Iterable[EvalResult]:
     was hardly recognised of it too: alone, a share of 0 would read as if it were gone."""
     for title, report in facts.reports.items():
         place = title or "training"
+        verdict = report.verdict or decide(report)
+        untold = [each.concept for each in verdict.concepts if each.outcome == NOT_MEASURABLE]
         for row in report.rows:
             subject = f"{row.images} generated images, {row.role}: {row.name}"
+            if row.role == "concept" and (row.concept or row.name) in untold:
+                # No card beside the figure says so where the Hub shows it.
+                subject += ", which is not measurable"
             yield from _results(facts, f"{place}/{row.name}", subject, _of_row(row))
         if report.remembered:
             after = report.remembered.after

@@ -322,6 +322,7 @@ class Report(Results):
     erased_model: str | None = absent()
     erased_revision: str | None = absent()
     erased_module: str | None = absent()
+    weights: dict[str, str] = absent(factory=dict)
     saved: list[str] = absent(factory=list)
     adapter: str | None = absent()
     pairs: list[ErasedPair] = absent(factory=list)

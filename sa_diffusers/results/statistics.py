@@ -40,7 +40,8 @@ def frechet_distance(first: tuple[torch.Tensor, torch.Tensor], second: tuple[tor
     product = root @ covariance2.double() @ root
     shared = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * shared
-    return float(distance)
+    # Of equal ones rounding may leave less than nothing.
+    return float(distance.clamp(min=0))
 
 
 def images_for(share: float, bound: float) -> int | None:

@@ -15,7 +15,7 @@ from ..evaluation.scoring import parts_of
 from ..families import Objective
 from ..files import digest_of, read_json
 from ..identity import Identity, plain
-from ..output_folder import OutputFolder
+from ..output_folder import OutputFolder, weights_in
 from ..passes import Passes, together
 from ..processes import finishing, say
 from ..results.schema import DECODER, Report, Sampling
@@ -232,6 +232,7 @@ class ReportStage(Stage):
             "distilled": subject.distilled,
             "handed_in": subject.handed_in,
             "stopped_after_step": self._training.stopped_after_step,
+            "weights": weights_in(self.output.path),
             "saved": saved_alone(str(self.output.path)),
             "adapter": adapter_on_record(str(self.output.path)),
             "ending": recorded_ending(str(self.output.path)),
