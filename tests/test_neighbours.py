@@ -24,9 +24,9 @@ class Sampled:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def replay(self, prompts) -> SampleSet:
+    def replay(self, prompts) -> SampleSet | None:
         self.asked.append(list(prompts))
-        return samples(4, list(prompts), list(prompts), 20)
+        return samples(4, list(prompts), list(prompts), 20) if prompts else None
 
     def probes(self, prompts) -> list[ProbeSet]:
         self.asked.append(list(prompts))
@@ -104,6 +104,14 @@ def test_a_run_with_one_prompt_to_remember_has_no_neighbours_to_probe():
     training.train()
     assert training.controller.state.probed == []
     assert training._neighbours.asked == [training.controller.state.near]
+
+
+def test_a_run_that_has_the_surrogate_alone_to_remember_finds_nothing_near():
+    """As of two classes, one of which becomes the other."""
+    training = near(max_train_steps=2)
+    training.replay.conditions[:] = ["dog"] * len(training.replay)
+    training.train()
+    assert training.controller.state.near == []
 
 
 @pytest.mark.long

@@ -56,6 +56,8 @@ def drifts(
         Prompt -> mean deviation of its predictions from the frozen model's, in units of the loss.
     """
     rows = [row for row, prompt in enumerate(prompts[:_COMPARED]) if prompt]
+    if not rows:
+        return {}
     generator = torch.Generator().manual_seed(0)
     timesteps = objective.path.strata(min(_TIMESTEPS, objective.num_train_timesteps), generator).to(objective.device)
     noise = objective.draw_noise(samples[:1].expand(len(timesteps), *samples.shape[1:]).to(objective.device), generator)
