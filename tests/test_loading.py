@@ -469,6 +469,25 @@ def test_a_scale_may_be_a_whole_number(folder):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("unet/config.json", {"attention_head_dim": 4}),
+        ("unet/config.json", {"flip_sin_to_cos": False}),
+        ("vae/config.json", {"norm_num_groups": 8}),
+        ("text_encoder/config.json", {"hidden_act": "gelu"}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 16}),
+    ],
+)
+def test_what_no_weight_shows_makes_another_model(folder, file, values):
+    """Else samples of the model as it was are reused, and a finished run takes its weights for those of this model."""
+    whole = objective_for(load_pipeline(str(folder))).fingerprint()
+    edit(folder / file, _diffusers_version="0.30.0")
+    assert objective_for(load_pipeline(str(folder))).fingerprint() == whole
+    edit(folder / file, **values)
+    assert objective_for(load_pipeline(str(folder))).fingerprint() != whole
+
+
 def test_a_tokenizer_that_sets_no_limit_is_refused(folder):
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(

@@ -165,7 +165,10 @@ class TextToImageObjective(ScheduledObjective):
         facts = [
             *self.latent_facts(),
             *self.schedule_facts(pipeline.scheduler),
-            *(repr(sorted(tokenizer.get_vocab().items())) for _, tokenizer, _ in self._texts()),
+            *(
+                repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length))
+                for _, tokenizer, _ in self._texts()
+            ),
             self.prediction_type,
             *self.further_facts(),
         ]
