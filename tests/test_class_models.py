@@ -561,6 +561,17 @@ def test_a_baseline_is_evaluated_as_its_base_model_says(tmp_path):
     assert "--real photos does not fit the model: bird: not among the classes airplane, cat, dog" in result.stderr
 
 
+def test_a_model_that_no_erasure_made_gets_no_card_that_says_one_did(tmp_path):
+    for name in ("base", "nine"):
+        tiny_vae().save_pretrained(tmp_path / name)
+    write_classifier(tmp_path / "classifier")
+    result = evaluate(tmp_path, "--base", "base", "--erased", "nine", "--concept", "cat", "--protocol", "class",
+                      "--classifier", "classifier", "--images", "2")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "nine" / "evaluation-class" / "report.json").is_file()
+    assert not (tmp_path / "nine" / "README.md").exists()
+
+
 def test_pipelines_of_the_copied_code_and_labels_as_tensors(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     copied = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)

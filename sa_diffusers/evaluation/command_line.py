@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..configuration import EvaluationConfig, SelectiveAmnesiaConfig
+from ..configuration import CONFIG_NAME, EvaluationConfig, SelectiveAmnesiaConfig
 from ..data.classes import pair_classes
 from ..data.concepts import pair_concepts
 from ..data.sensitive import must_blur
@@ -242,7 +242,8 @@ def run(args: EvaluationConfig) -> Report | None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         comparison.save(args.output_dir)
     say, report = accelerator.print, comparison.report
-    if args.output_dir.parent == Path(args.erased):
+    # Of a model that no erasure made, as one that never learnt the class, the card would say that one did.
+    if args.output_dir.parent == Path(args.erased) and (Path(args.erased) / CONFIG_NAME).is_file():
         write_model_card(args.erased)
     say(f"\n{format_report(report)}\n")
     if report.distilled:
