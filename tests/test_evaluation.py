@@ -17,6 +17,7 @@ from sa_diffusers.evaluation.groups import PromptGroup, prompt_groups
 from sa_diffusers.evaluation.memory import batch_size_for, in_batches
 from sa_diffusers.evaluation.scoring import draw_groups, look_at, sample_groups, score_groups
 from sa_diffusers.markup import requoted
+from sa_diffusers.publish import build_model_card
 from sa_diffusers.report.terminal import format_table
 from sa_diffusers.results import Times
 from sa_diffusers.results.statistics import moments
@@ -80,7 +81,7 @@ def test_what_decodes_in_one_pass_is_told_without_sampler_and_guidance(tmp_path,
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "erased" / "evaluation-class"
     report = json.loads((folder / "report.json").read_text())
-    texts = [result.stdout, (tmp_path / "erased" / "README.md").read_text()]
+    texts = [result.stdout, str(build_model_card(tmp_path / "erased"))]
     texts += [(folder / name).read_text() for name in ("report.md", "report.html")]
     for text in texts:
         # The command that made it is as it was typed.
