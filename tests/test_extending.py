@@ -23,6 +23,7 @@ from sa_diffusers.evaluation.protocols.robustness import robustness_protocol
 from sa_diffusers.evaluation.registry import ATTACKS, MEASURES, PROTOCOLS
 from sa_diffusers.evaluation.subject import Subject
 from sa_diffusers.families import digests
+from sa_diffusers.publish import build_model_card
 
 from .conftest import build_tiny_pipeline, run_here
 from .test_class_models import tiny_vae
@@ -65,8 +66,8 @@ def evaluate(folder, base, erased, protocol, *flags):
 
 def shown(folder):
     """The report's JSON, and everything that people read of it: page, Markdown, the erased model's card."""
-    files = [folder / "report.html", folder / "report.md", folder.parent / "README.md"]
-    return json.loads((folder / "report.json").read_text()), [file.read_text() for file in files]
+    texts = [(folder / name).read_text() for name in ("report.html", "report.md")]
+    return json.loads((folder / "report.json").read_text()), [*texts, str(build_model_card(folder.parent))]
 
 
 def test_a_measure_and_an_attack_are_one_file_each(tmp_path, own, tiny_folder, erased, clip_folder):
