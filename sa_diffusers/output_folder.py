@@ -114,6 +114,8 @@ class OutputFolder:
                 "before the run goes on. Else choose"
             )
             advice = batch if any(words.startswith("global_batch=") for words in differing) else "Choose"
+            if any(words.startswith("base=") for words in differing):
+                advice = "base is the model that it starts from, which is another one or has changed. Choose"
             raise ValueError(
                 f"output_dir={self.path} holds another erasure: {', '.join(differing)}. {advice} another folder with "
                 "--output_dir, or replace it with --overwrite_output_dir"

@@ -312,6 +312,10 @@ def test_the_same_command_on_a_finished_folder_makes_what_is_missing(tiny_folder
     same = run_here(main, quick(moved, output_dir="out"), tmp_path)
     assert same.returncode == 0 and "forgetting" not in same.stderr, same.stderr
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    settings = moved / "unet" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "act_fn": "gelu"}))
+    changed = run_here(main, quick(moved, output_dir="out"), tmp_path)
+    assert "base is the model that it starts from, which is another one or has changed. Choose" in changed.stderr
     anew = run_here(main, [*arguments, "--resume_from_checkpoint", "no"], tmp_path)
     assert anew.returncode == 0 and "forgetting" in anew.stderr
     assert {path: path.stat().st_mtime_ns for path in stamps if path.exists()} != stamps

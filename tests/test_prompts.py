@@ -90,6 +90,14 @@ def test_a_surrogate_that_names_the_concept_is_warned_of(concepts, surrogates, n
     assert [match[1] for match in found] == named
 
 
+def test_words_without_quotes_and_names_with_commas_are_told_of():
+    """`--concept Brad Pitt --surrogate a man` is two of each; a list with commas is one name."""
+    with pytest.raises(ValueError, match='surrogate "a" is an article alone: put names of several words in quotes'):
+        pair_concepts(["Brad", "Pitt"], ["a", "man"])
+    with pytest.warns(UserWarning, match='"Brad Pitt, Angelina Jolie" is one concept of that name: several are given'):
+        pair_concepts(["Brad Pitt, Angelina Jolie"], ["a man"])
+
+
 def test_surrogate_folder_without_images(tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         pair_concepts(["cat"], [str(tmp_path)])

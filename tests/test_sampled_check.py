@@ -142,6 +142,16 @@ def test_what_the_base_model_does_not_seem_to_know_is_said_beforehand(objective,
     assert said in capsys.readouterr().err
 
 
+def test_a_classifier_that_takes_the_surrogate_for_the_concept_is_said_beforehand(
+    objective, classifier, sampled, capsys
+):
+    few = torch.cat([sampled["sneaker"][:1], sampled["dress"][:7]])
+    for surrogates, warned in ((sampled["dress"], False), (few, True)):
+        check_of(objective, classifier, {**sampled, "dress": surrogates})
+        said = 'takes 1 of 8 images of what is to stand in the place of "sneaker" for it'
+        assert (said in capsys.readouterr().err) == warned
+
+
 class Confused:
     """A classifier that takes another thing for sneakers; its features are as they are."""
 

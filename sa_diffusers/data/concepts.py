@@ -59,9 +59,26 @@ def pair_concepts(concepts: Sequence[str], surrogates: Sequence[str], must_exist
             parsed[place] = Surrogate("images", surrogate.value)
     pairs = pair_up(concepts, parsed, name_key)
     _check_near_names(pairs)
+    _check_quotes(pairs)
     if must_exist:
         _warn_of_named_concepts(pairs)
     return pairs
+
+
+def _check_quotes(pairs: Sequence[ErasurePair]) -> None:
+    """Words that a shell took apart, and names that somebody put together."""
+    for pair in pairs:
+        if pair.surrogate.kind == "prompt" and pair.surrogate.value.casefold() in ("a", "an", "the"):
+            raise ValueError(
+                f'surrogate "{pair.surrogate.value}" is an article alone: put names of several words in quotes, as in '
+                '--concept "Brad Pitt" --surrogate "a middle aged man"'
+            )
+        if "," in pair.concept:
+            warnings.warn(
+                f'concept "{shown(pair.concept)}" is one concept of that name: several are given one by one, as in '
+                '--concept "Brad Pitt" "Angelina Jolie"',
+                stacklevel=3,
+            )
 
 
 def _warn_of_named_concepts(pairs: Sequence[ErasurePair]) -> None:

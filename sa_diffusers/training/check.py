@@ -12,7 +12,7 @@ from ..data.generation import check_finite, sampled
 from ..environment import precision_in_use
 from ..families.base import Objective, SamplingSettings
 from ..processes import say
-from ..results.verdict import LEAST_KNOWN
+from ..results.verdict import LEAST_KNOWN, MOST_LEFT
 
 # Of pictures without a surrogate to compare with: two that share more than this are of the same thing.
 _ALIKE = 0.5
@@ -186,6 +186,16 @@ class SampledCheck:
                 f'warning: the base model does not seem to know "{part.concept}": the classifier recognises it in '
                 f"{known} of {count} of its images. Whether it is forgotten will not be measurable; give another name "
                 "for it, or another classifier"
+            )
+        shown = part.surrogates if part.shown is None else part.shown
+        if shown is None:
+            return
+        taken, count = _called(self.classifier, self.objective, shown, label), len(shown)
+        if taken > MOST_LEFT * count and self.accelerator.is_main_process:
+            say(
+                f"warning: the classifier takes {taken} of {count} images of what is to stand in the place of "
+                f'"{part.concept}" for it. Whether it is forgotten will hardly be measurable; choose another '
+                "surrogate, or give another classifier"
             )
 
     def __call__(self, turn: int, is_last: bool = False) -> tuple[int, int]:

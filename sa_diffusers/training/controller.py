@@ -308,7 +308,9 @@ class Controller:
         if self._disagree:
             seen = checks[-1]
             wishes.append(f"{seen['showing']} of {seen['images']} images still showed it after step {seen['step']}")
-        if wishes:
+        # Of few steps nobody knows; nothing is less like a concept than noise.
+        can_tell = self._disagree or self.state.readings[-1]["step"] >= _PATIENCE
+        if wishes and can_tell and set(config.surrogate) != {"uniform_noise"}:
             advice.append("a surrogate that is less like the concept")
         if not reading.worst_drift <= config.drift_tolerance:
             wishes.append(f"drift is {reading.worst_drift:.3f}, {config.drift_tolerance:g} is tolerated")
