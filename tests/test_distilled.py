@@ -139,6 +139,7 @@ def test_a_flag_tells_what_nothing_else_does(tmp_path):
     assert "\ndistilled " not in Erasure(config_of(tmp_path / "model")).plan()
 
 
+@pytest.mark.long
 def test_an_erasure_samples_all_as_the_model_is_used_and_says_what_it_is(tmp_path, clip_folder):
     base, erased = tmp_path / "sd-turbo", tmp_path / "erased"
     build_tiny_pipeline().save_pretrained(base)
