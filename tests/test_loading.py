@@ -328,6 +328,31 @@ def test_other_kinds_are_refused_before_weights(folder):
     assert "StableDiffusionPipeline (Stable Diffusion 1 and 2), StableDiffusion3Pipeline" in message
 
 
+@pytest.mark.parametrize(
+    ("left", "lost"),
+    [
+        ([], "vocab.json and merges.txt"),
+        (["tokenizer_config.json"], "vocab.json and merges.txt"),
+        (["tokenizer_config.json", "vocab.json", "merges.txt"], None),
+    ],
+)
+def test_a_tokenizer_without_its_vocabulary_is_refused(left, lost, tmp_path):
+    """Of two, one alone: transformers makes one of the special tokens, and an encoder reads no prompt."""
+    FAMILIES["SDXL"].build().save_pretrained(tmp_path)
+    folder = tmp_path / "tokenizer_2"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    for file in [*folder.iterdir()]:
+        if file.name not in left:
+            file.unlink()
+    if lost is None:
+        assert len(load_pipeline(str(tmp_path)).tokenizer_2) == len(tokenizer["model"]["vocab"])
+        return
+    with pytest.raises(ValueError, match=f"tokenizer_2 lacks {lost}, so that no word of a prompt"):
+        load_pipeline(str(tmp_path))
+
+
 def test_nine_channels_are_refused_before_weights(folder):
     edit(without_weights(folder) / "unet" / "config.json", in_channels=9)
     message = refused(folder)

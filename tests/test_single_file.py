@@ -203,6 +203,9 @@ def test_a_whole_sdxl(tmp_path):
     for file in (tmp_path / "of-xl").rglob("*.safetensors"):
         file.unlink()
     loaded = load_pipeline(str(tmp_path / "whole.safetensors"), single_file_config=str(tmp_path / "of-xl"))
+    (tmp_path / "of-xl" / "tokenizer_2" / "tokenizer.json").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="of-xl/tokenizer_2 lacks vocab.json and merges.txt, so that no word of a pro"):
+        load_pipeline(str(tmp_path / "whole.safetensors"), single_file_config=str(tmp_path / "of-xl"))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert same(getattr(pipeline, part), getattr(loaded, part)), part
     assert objective_for(loaded).fingerprint() == objective_for(pipeline).fingerprint()

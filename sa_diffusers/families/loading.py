@@ -274,7 +274,10 @@ def _load_file(
             f"({why}): give with --single_file_config a pipeline of the same kind; a folder of a whole "
             "one lends what the file lacks"
         ) from error
-    if not whole:
+    if whole:
+        if fault := lacking(pipeline.components, folder, [], None):
+            raise ValueError(fault)
+    else:
         pipeline = _load(source, place, replace(asked, file=None, undistilled=False, given=given))
     pipeline.register_to_config(_name_or_path=asked.file)
     return pipeline

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import read_json
@@ -94,7 +94,8 @@ def weights_digests(folder: str | Path, parts: Iterable[str], variant: str | Non
 
 
 def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], variant: str | None) -> str | None:
-    """What was drawn at random while a pipeline was loaded, because its files do not hold it; in a sentence.
+    """What was drawn at random, or left empty, while a pipeline was loaded, because its files do not hold it; in a
+    sentence.
 
     Args:
         parts: Of a pipeline, by name, as they were loaded.
@@ -103,6 +104,11 @@ def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], 
         variant: Of its weights.
     """
     for part, module in parts.items():
+        if isinstance(module, PreTrainedTokenizerBase) and (lost := _lacking_of_tokenizer(module, Path(folder) / part)):
+            return (
+                f"{Path(folder) / part} lacks {' and '.join(lost)}, so that no word of a prompt would be read: "
+                "download it again, or save it again"
+            )
         chosen = [Path(folder) / name for name in chosen_files(files, part, variant)
                   if name.endswith(".safetensors") and (Path(folder) / name).is_file()]  # fmt: skip
         # With the safety checker nothing here is sampled.
@@ -135,6 +141,15 @@ def lacking(parts: Mapping[str, Any], folder: str | Path, files: Sequence[str], 
                 )
             return f"{Path(folder) / part} lacks {lost[0]}{more}: {do}"
     return None
+
+
+def _lacking_of_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+    """Files of its vocabulary: one for all, or those of earlier versions."""
+    names = dict(tokenizer.vocab_files_names)
+    whole = names.pop("tokenizer_file", "tokenizer.json")
+    if not folder.parent.is_dir() or (folder / whole).is_file() or any(folder.glob("*.model")):
+        return []
+    return [name for name in names.values() if not (folder / name).is_file()] if names else [whole]
 
 
 def _lacking_of_diffusers(module: ModelMixin, held: dict[str, torch.Tensor]) -> list[str]:
