@@ -73,6 +73,14 @@ def test_a_name_tells_how_a_model_is_used(build, name, expected, tmp_path):
     objective.check_sampling(SamplingSettings(**objective.defaults), pipeline.scheduler)
 
 
+def test_a_folder_of_the_hub_s_cache_is_called_by_its_repository(tmp_path):
+    """Nothing else tells this one."""
+    folder = tmp_path / "models--stabilityai--stable-diffusion-3.5-large-turbo" / "snapshots" / ("0" * 40)
+    build_sd3().save_pretrained(folder)
+    with pytest.raises(ValueError, match="as its name stabilityai/stable-diffusion-3.5-large-turbo says"):
+        load_pipeline(str(without_weights(folder)), undistilled=True)
+
+
 def xl_turbo():
     pipeline = build_xl()
     pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
@@ -139,7 +147,6 @@ def test_a_flag_tells_what_nothing_else_does(tmp_path):
     assert "\ndistilled " not in Erasure(config_of(tmp_path / "model")).plan()
 
 
-@pytest.mark.long
 def test_an_erasure_samples_all_as_the_model_is_used_and_says_what_it_is(tmp_path, clip_folder):
     base, erased = tmp_path / "sd-turbo", tmp_path / "erased"
     build_tiny_pipeline().save_pretrained(base)

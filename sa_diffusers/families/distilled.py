@@ -86,13 +86,14 @@ def distilled(
 
     Args:
         family: Of the model.
-        names: What it and its index are called by; of a folder's path the last part counts.
+        names: What it and its index are called by; of a folder's path the last part counts, and in the Hub's
+            cache the repository.
         read: From a part's name to its configuration, from None to the pipeline's own.
     """
     for name in map(str, filter(None, names)):
-        known = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else Path(name).name
-        if use := _use_of(known):
-            return _distilled(family, use, f"as its name {known} says", known)
+        for known in _called(name):
+            if use := _use_of(known):
+                return _distilled(family, use, f"as its name {known} says", known)
     if found := family.why_distilled(read):
         why, like = found
         return _distilled(family, _use_of(like), why, like)
@@ -153,6 +154,15 @@ def check_given(pipeline: DiffusionPipeline, no_t5: bool, undistilled: bool) -> 
         )
     if undistilled:
         check_undistilled(distilled_in_memory(pipeline), f"the {type(pipeline).__name__}")
+
+
+def _called(name: str) -> list[str]:
+    """What a name on the Hub, or a path, says that the model is called."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return [name]
+    # In the Hub's cache the last part is a commit.
+    cached = [part[8:].replace("--", "/") for part in Path(name).parts if part.startswith("models--")]
+    return [Path(name).name, *cached]
 
 
 def _use_of(name: str) -> _Use | None:
