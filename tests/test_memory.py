@@ -290,7 +290,15 @@ def test_what_would_take_less_goes_by_the_model():
             assert change in changes, name
     lean = config_of(no_t5=True, gradient_checkpointing=True, fisher_dtype="bfloat16", weights_dtype="bfloat16",
                      train_method="xattn", train_batch_size=1, fisher_on_cpu=True)  # fmt: skip
-    assert not list(changes_for_less(lean, objective_for(FAMILIES["SD3"].build())))
+    objective = objective_for(FAMILIES["SD3"].build())
+    first, *further = changes_for_less(lean, objective)
+    assert first == {"adapter": "lora"}
+    assert {"adapter": "lora", "fisher_form": "rows_by_columns", "base_quantization": "int8"} in further
+    assert all(change["adapter"] == "lora" for change in further)
+    adapted = lean.replace(adapter="lora", fisher_form="rows_by_columns", base_quantization="int8")
+    assert not list(changes_for_less(adapted, objective))
+    # On norms there is none.
+    assert not list(changes_for_less(lean.replace(train_method=r"norm_q\."), objective))
 
 
 def test_a_run_says_it_before_it_begins(tiny_settings, roomless):

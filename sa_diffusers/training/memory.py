@@ -17,6 +17,7 @@ from ..families.base import Conditions, Objective
 from ..fisher.estimator import rows_of_a_square
 from ..footprint import as_in_autocast, bytes_of, checkpointing, fits_beside, peak_bytes, values_between, without_values
 from ..quantization import quantizable, quantized_bytes
+from .settings import adapted_layers
 
 _FLOAT = 4
 # Bytes that an optimiser keeps of each parameter: Prodigy two moments, the start and a sum; AdamW its moments.
@@ -389,6 +390,13 @@ def changes_for_less(
     yield from single
     for count in range(2, len(single) + 1):
         yield {name: value for change in single[:count] for name, value in change.items()}
+    if config.adapter is None:
+        # Not every model takes one, nor does every selection.
+        with contextlib.suppress(ValueError):
+            adapted = config.replace(adapter="lora")
+            adapted_layers(adapted, objective)
+            yield {"adapter": "lora"}
+            yield from ({"adapter": "lora", **change} for change in changes_for_less(adapted, objective, on_cuda))
 
 
 def as_flags(change: Mapping[str, Any]) -> str:
@@ -437,15 +445,18 @@ def memory_plan(
         lines.append(f"          before, {_sized(whole.before)} to estimate the Fisher information")
     if whole.total <= free:
         return lines
-    least = whole
+    tried: list[tuple[int, Mapping[str, Any]]] = [(kept.total, {})]
     for change in changes_for_less(config, objective, device.type == "cuda"):
-        found = needed(change)
-        if found.total <= free:
+        # Activations, which take long to count, only where the rest fits.
+        bound = needed(change, counts=False).total
+        if bound <= free and (found := needed(change)).total <= free:
             return [*lines, f"warning: that is more than is free: {as_flags(change)} would make it "
                             f"{_sized(found.total)}"]  # fmt: skip
-        least = min(least, found, key=lambda memory: memory.total)
-    return [*lines, f"warning: that is more than is free, and no flag makes it fit: it takes {_sized(least.total)} at "
-                    "the least"]  # fmt: skip
+        tried.append((bound, change))
+    # Of those that keep as little the last, which changes most.
+    least = needed(min(reversed(tried), key=lambda one: one[0])[1]).total
+    return [*lines, f"warning: that is more than is free, and no flag makes it fit: it takes "
+                    f"{_sized(min(least, whole.total))} at the least"]  # fmt: skip
 
 
 # Of what is free; what keeps so little is counted no further.
