@@ -109,6 +109,16 @@ def test_the_page_s_file_does_what_every_family_must(check, registered):
     check(TINY)
 
 
+def test_a_prediction_of_another_shape_is_told(registered):
+    """With an axis too many, which a batch of one would be compared by, each channel with each."""
+    objective = objective_for(build_aura())
+    own = objective.denoise
+    objective.denoise = lambda *given: own(*given).unsqueeze(2)
+    samples, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([3])
+    with pytest.raises(ValueError, match=r"AuraFlowObjective predicts \[1, 4, 1, 8, 8\] where the target is \[1, 4, "):
+        objective.negative_elbo(objective.module, samples, objective.encode_prompts(["a"]), timesteps, samples)
+
+
 def test_the_page_s_selections_select(registered):
     objective = objective_for(build_aura())
     text, image = (set(objective.select(name)) for name in ("xattn", "noxattn"))

@@ -370,6 +370,11 @@ class Objective(Family):
             target: Of the same shape.
             timesteps: `int64` `[batch]`.
         """
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"{type(self).__name__} predicts {[*prediction.shape]} where the target is {[*target.shape]}: its "
+                "denoise must give what the path's target is, docs/new-family.md says how"
+            )
         error = (prediction.float() - target.float()).square().flatten(1)
         error = error.sum(1) if self.reduction == "sum" else error.mean(1)
         weights = self.path.weights(timesteps)
