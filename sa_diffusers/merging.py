@@ -77,8 +77,8 @@ def merge_adapter(
             Default: as the adapter's settings say.
 
     Raises:
-        ValueError: There is no adapter, no base model, or the two do not belong together; or the adapter is not as it
-            was written, or the folder is not empty.
+        ValueError: There is no adapter of an erasure, no base model, or the two do not belong together; or the adapter
+            is not as it was written, or the folder is not empty.
     """
     name, output_dir = str(adapter), Path(output_dir)
     _check_empty(output_dir)
@@ -86,8 +86,15 @@ def merge_adapter(
     file = find_adapter(name)
     if file is None:
         raise ValueError(f"{name} holds no adapter (no pytorch_lora_weights.safetensors, or a whole pipeline)")
+    header = read_header(file)
+    if "sa_diffusers_version" not in header and not erasure_settings(name):
+        # Its card would say that it was trained to forget.
+        raise ValueError(
+            f"{name} does not say that an erasure made it: fuse it in Python, with pipeline.load_lora_weights(), "
+            "pipeline.fuse_lora(), pipeline.unload_lora_weights() and pipeline.save_pretrained()"
+        )
     settings = _settings_of(name, base, single_file_config)
-    objective = _base_of(settings, base, name, header_list(read_header(file), "fused_adapters"))
+    objective = _base_of(settings, base, name, header_list(header, "fused_adapters"))
     so = "whether it forgets on these too, only an evaluation says"
     if held := settings.get("base_quantization"):
         warnings.warn(

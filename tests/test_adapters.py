@@ -602,6 +602,15 @@ def test_its_snippet_runs_whatever_the_base_model_is(kind, settings, tiny_folder
     assert names["pipeline"].get_active_adapters() == ["erasure"]
 
 
+def test_its_snippet_samples_by_the_prediction_type_that_was_given(settings, tiny_folder):
+    """The base model's scheduler says another one, and the file holds no scheduler."""
+    output = Path(settings["output_dir"])
+    Erasure(SelectiveAmnesiaConfig(**{**settings, "prediction_type": "v_prediction", "max_train_steps": 1})).run()
+    assert DiffusionPipeline.from_pretrained(tiny_folder).scheduler.config.prediction_type == "epsilon"
+    pipeline = assert_snippet_runs_in_diffusers(build_model_card(output).content, tiny_folder.parent, output)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
 def test_a_card_of_a_base_on_the_hub_names_the_relation(erased, tmp_path):
     file = tmp_path / "erased" / CONFIG_NAME
     values = json.loads(file.read_text())
@@ -730,6 +739,30 @@ def assert_snippet_runs_in_diffusers(card, folder, adapter=None):
         names = {}
         exec(snippet, names)
     assert names["image"].size == (16, 16)
+    return names["pipeline"]
+
+
+def test_what_no_erasure_made_is_not_merged(erased, tiny_folder, tmp_path):
+    """Somebody's LoRA of a style; the header alone tells one of an erasure."""
+    state, header = read_adapter(erased)
+    for told in (header, {"format": "pt"}):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        save_file(state, tmp_path / "other" / ADAPTER_FILE, told)
+        if told is header:
+            merge_adapter(tmp_path / "other", tmp_path / "merged", base=str(tiny_folder))
+            continue
+        with pytest.raises(ValueError, match="other does not say that an erasure made it: fuse it in Python"):
+            merge_adapter(tmp_path / "other", tmp_path / "not", base=str(tiny_folder))
+
+
+def test_an_adapter_of_half_its_matrices_is_refused(erased, tiny_folder, tmp_path):
+    state, header = read_adapter(erased)
+    (tmp_path / "half").mkdir()
+    told = {name: value for name, value in header.items() if name != "lora_adapter_metadata"}
+    half = {name: value for name, value in state.items() if "lora_A" in name}
+    save_file(half, tmp_path / "half" / ADAPTER_FILE, told)
+    with pytest.raises(ValueError, match="could not be loaded into a StableDiffusionPipeline.* or is damaged"):
+        merge_adapter(tmp_path / "half", tmp_path / "merged", base=str(tiny_folder))
 
 
 def test_the_card_says_that_it_was_merged_or_extracted(erased, tiny_folder, tmp_path):

@@ -247,7 +247,6 @@ def real_folder(folder):
     return folder / "real"
 
 
-@pytest.mark.long
 def test_the_same_script_erases_a_class_into_noise_by_default(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     result = erase(tmp_path, "base", "--concept", "1")

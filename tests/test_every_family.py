@@ -536,7 +536,6 @@ def both(tmp_path_factory):
     return {name: root / name for name in FAMILIES}
 
 
-@pytest.mark.long
 def test_two_processes_make_the_same_steps(family, runs, kind, both):
     (folder,) = [folder for name, folder in both.items() if FAMILIES[name] is family]
     assert_same_steps(family, folder / "base", folder / kind, runs[kind])

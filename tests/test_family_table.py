@@ -14,7 +14,6 @@ def counts():
     return {name: PAGE["counts"](name) for name in PAGE["BASES"]}
 
 
-@pytest.mark.long
 def test_the_page_is_what_the_families_are(counts):
     PAGE["text"].__globals__["counts"] = counts.__getitem__
     assert (REPOSITORY / "docs" / "families.md").read_text() == PAGE["text"]()

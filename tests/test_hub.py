@@ -650,7 +650,6 @@ def test_what_is_pushed_is_what_loads_by_name(erased, tmp_path):
     assert f"verdict   {read_json(erased / REPORT_NAME)['verdict']['line']}" in first.stdout
 
 
-@pytest.mark.long
 def test_a_model_of_classes_brings_its_code(tmp_path):
     tiny_vae().save_pretrained(tmp_path / "no-zero")
     with HubServer() as hub:

@@ -23,7 +23,6 @@ def kept_adapter_row(name, held):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.mark.long
 def test_the_page_is_what_the_command_writes():
     PAGE["text"].__globals__.update(row=kept_row, adapter_row=kept_adapter_row)
     assert PAGE["text"]() == KEPT

@@ -133,7 +133,6 @@ def test_a_resumed_run_replays_and_probes_the_same(tmp_path):
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
 
 
-@pytest.mark.long
 def test_a_run_goes_on_where_its_near_samples_are_gone(tiny_folder, tmp_path):
     """They are of the base model, whatever the weights of the checkpoint are."""
     settings = {"max_train_steps": 6, "checkpointing_steps": 3, "forget_target": None}

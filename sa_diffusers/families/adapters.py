@@ -262,7 +262,7 @@ def load_adapter(objective: Objective, file: Path) -> None:
     logging.set_verbosity(logging.CRITICAL)
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=LOADED)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, re.error) as error:
         unload_adapter(objective)
         raise ValueError(f"{file} could not be loaded into a {type(pipeline).__name__} ({shown_error(error)}): it "
                          "belongs to another base model, or is damaged") from error  # fmt: skip

@@ -326,6 +326,10 @@ class _Card:
             # As it was evaluated; of the parts' files some may be in half precision, and others not.
             options += f", dtype=torch.{dtype}" + "".join(f", {part}=None" for part in absent)
         first = [f"# First load what was fused into it: {' '.join(facts.fused.split())}"] if facts.fused else []
+        if predicts := settings["prediction_type"]:
+            # The base model's own scheduler may say otherwise, and the file holds none.
+            first.append("pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, "
+                         f"prediction_type={json.dumps(predicts)})")  # fmt: skip
         return "\n".join([
             loader, "",
             f"pipeline = {call}({json.dumps(shown_name(base))}{options})", *first,
