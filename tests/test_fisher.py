@@ -87,7 +87,6 @@ def test_exact_mode_equals_the_brute_force_loop(objective, samples, batch_size):
 @pytest.mark.parametrize("batch_size", [10, 3], ids=["one pass", "several"])
 @pytest.mark.parametrize("kind", ["gradient", "jacobian"])
 def test_rows_by_columns_are_the_sums_of_the_diagonal(objective, samples, kind, batch_size, tmp_path):
-    """Also where they go on from a part of them."""
     parameters = select_parameters(objective.module, "full")
     exact = FisherEstimator(objective, parameters, 5, kind=kind).estimate(samples).values
     estimator = FisherEstimator(objective, parameters, 5, batch_size, kind=kind, form="rows_by_columns")

@@ -166,15 +166,16 @@ def test_it_predicts_what_noise_on_the_weights_adds_to_the_loss(name):
     assert torch.stack(rises).mean().item() == pytest.approx(penalty.item(), rel=0.3)
 
 
+@pytest.mark.parametrize("form", ["diagonal", "rows_by_columns"])
 @pytest.mark.parametrize("kind", ["gradient", "jacobian"])
-def test_an_estimate_that_was_stopped_goes_on_to_the_same_bits(samples, kind, tmp_path, monkeypatch):
+def test_an_estimate_that_was_stopped_goes_on_to_the_same_bits(samples, kind, form, tmp_path, monkeypatch):
     objective = Small()
 
     def estimate():
-        estimator = FisherEstimator(objective, "full", 4, 3, kind=kind)
+        estimator = FisherEstimator(objective, "full", 4, 3, kind=kind, form=form)
         return estimator, lambda: estimator.estimate(samples, partial_dir=tmp_path / kind)
 
-    whole = FisherEstimator(objective, "full", 4, 3, kind=kind).estimate(samples)
+    whole = FisherEstimator(objective, "full", 4, 3, kind=kind, form=form).estimate(samples)
     monkeypatch.setattr(estimators.Pace, "due", lambda _: True)
     estimator, run = estimate()
     steps = iter([1, 2])
@@ -202,7 +203,9 @@ model, folder, *kinds = sys.argv[1:]
 for kind in kinds:
     for count in (2, 5):
         samples = SampleSet.load(f"{folder}/samples").subset(list(range(count)))
-        information = FisherEstimator(model, "xattn", 4, 3, kind=kind).estimate(samples)
+        information = FisherEstimator(model, "xattn", 4, 3, kind=kind.split("-")[0], form=kind.split("-")[1]).estimate(
+            samples
+        )
         if os.environ.get("RANK", "0") == "0":
             information.save_pretrained(f"{folder}/{os.environ.get('WORLD_SIZE', '1')}-{kind}-{count}")
 """
@@ -212,11 +215,12 @@ def test_processes_share_the_squares_also_where_there_are_fewer(tiny_folder, tmp
     """Of two samples the Jacobian's timesteps have one square in common: two of three processes have nothing to do."""
     generator = torch.Generator().manual_seed(2)
     SampleSet(torch.randn(5, 4, 8, 8, generator=generator), PROMPTS, PROMPTS, list(range(5))).save(tmp_path / "samples")
-    arguments = [tiny_folder, tmp_path, "gradient", "jacobian"]
+    kinds = ["gradient-diagonal", "jacobian-diagonal", "gradient-rows_by_columns"]
+    arguments = [tiny_folder, tmp_path, *kinds]
     for count in (1, 3):
         result = forked_code(ESTIMATE, tmp_path, environment(tmp_path), *arguments, processes=count)
         assert result.returncode == 0, result.stderr
-    for name in ("gradient-2", "gradient-5", "jacobian-2", "jacobian-5"):
+    for name in [f"{kind}-{count}" for kind in kinds for count in (2, 5)]:
         alone, together = (FisherInformation.from_pretrained(tmp_path / f"{count}-{name}") for count in (1, 3))
         assert alone.passes == together.passes
         assert alone.passes.backward == 4 * int(name[-1])
