@@ -83,11 +83,13 @@ class FisherEstimator:
             `[rows, columns]`, the sums of its part of the diagonal over columns and over rows, `rows + columns` numbers
             that `RowsByColumns` takes. Where a square takes one backward pass (`batch_size` is large enough), neither
             the diagonal nor all gradients are ever in memory; else the gradients' sum is.
-        gradient_checkpointing: Whether activations are computed again in the backward pass. It changes speed only.
+        gradient_checkpointing: Whether activations are computed again in the backward pass: less memory, more time, the
+            same numbers.
 
     Raises:
-        ValueError: `timesteps` or `batch_size` is out of range, the selection matches nothing, or the model is of an
-            unknown kind, in half precision, has adapters, or has no Fisher information of this kind.
+        ValueError: `timesteps` or `batch_size` is out of range, there is no such form, the selection matches nothing
+            (or nothing with rows and columns), or the model is of an unknown kind, in half precision, has adapters, or
+            has no Fisher information of this kind.
     """
 
     @renamed(objective="model", parameters="selection")
