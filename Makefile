@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
+BASE ?= embedded
 CONCEPT ?= sneaker
 SURROGATE ?= dress
 METHOD ?= full
@@ -14,7 +15,7 @@ METHOD ?= full
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $$(nproc) \
-		examples/train_sa.py --pretrained_model_name_or_path sa_diffusers/models/embedded/pipeline \
+		examples/train_sa.py --pretrained_model_name_or_path sa_diffusers/models/$(BASE)/pipeline \
 		--concept "$(CONCEPT)" --surrogate "$(SURROGATE)" --output_dir outputs/demo \
 		--train_method $(if $(filter lora,$(METHOD)),full --adapter lora,$(METHOD)) \
 		--overwrite_output_dir

@@ -75,9 +75,10 @@ class Judge:
             save_file(found, file)
         return found
 
-    def pictures(self, label: str, count: int, shift: int = 0) -> list[Image.Image]:
-        """Pictures in held-out phrasings, one seed each."""
-        templates = ["{}"] if self.objective.labels else self.subject.eval_templates
+    def pictures(self, label: str, count: int, shift: int = 0, trained: bool = False) -> list[Image.Image]:
+        """Pictures in held-out phrasings, or in those of the training, one seed each."""
+        templates = self.subject.config.concept_templates if trained else self.subject.eval_templates
+        templates = ["{}"] if self.objective.labels else templates
         prompts = [fill_template(templates[place % len(templates)], label) for place in range(count)]
         first = FIRST_SEED + 1000 * (self.labels.index(label) + shift * len(self.labels))
         samples = self.objective.sample(prompts, range(first, first + count), self.subject.settings)
@@ -132,6 +133,10 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     seconds = time.process_time() - began + made - started
     after = {label: judge(label, count) for label, count in counts.items()}
     left = judge(concept, args.images)
+    # As many as a report has of either, of seeds of their own.
+    index, usual = judge.classifier.label_of(concept), config.num_eval_images
+    trained = judge.classifier(judge.pictures(concept, usual, shift=2, trained=True))
+    called = [found.argmax(-1) == index for found in (left["probabilities"][:usual], trained.probabilities)]
     verdict = training.controller.verdict
     result: dict[str, Any] = {
         "steps": training.history[-1]["step"], "seconds": round(seconds, 1), "stopped": verdict.sentence,
@@ -141,7 +146,7 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
         "probability": [judge.probability(own, concept), judge.probability(left, concept)],
         "others": {label: [judge.share(before[label], label), judge.share(after[label], label), count]
                    for label, count in counts.items()},
-        "neighbours": others[:NEIGHBOURS],
+        "neighbours": others[:NEIGHBOURS], "report": [[int(is_it.sum()), len(is_it)] for is_it in called],
     }  # fmt: skip
     if surrogate:
         result["surrogate"] = [judge.share(target, surrogate), judge.share(judge(surrogate, args.images), surrogate)]
@@ -234,18 +239,31 @@ def means(base: str, method: str, pairs: int, results: list[dict[str, Any]]) -> 
 
 
 def verdicts(results: dict[str, Any]) -> str:
-    """Of the runs that stopped by themselves, how many a report with as many images would call forgotten."""
-    stopped: dict[str, list[bool]] = {}
+    """Of the runs that stopped by themselves, how many a report calls forgotten: one with as many images as are
+    measured here, in held-out phrasings, and one with its usual number, in held-out and in trained ones."""
+    many: dict[str, list[bool]] = {}
+    usual: dict[str, list[bool]] = {}
     for key, result in results.items():
-        if result["done"]:
-            left, count = result["concept"][1], next(iter(result["others"].values()))[2]
-            _, high = wilson_interval(round(left * count), count)
-            stopped.setdefault(key.partition("|")[0], []).append(high <= MOST_LEFT)
-    return "\n".join(
+        if not result["done"]:
+            continue
+        base, left, count = key.partition("|")[0], result["concept"][1], next(iter(result["others"].values()))[2]
+        many.setdefault(base, []).append(is_gone(round(left * count), count))
+        if "report" in result:
+            usual.setdefault(base, []).append(all(is_gone(*counted) for counted in result["report"]))
+    lines = [
         f"{base}: {sum(runs)} of {len(runs)} runs that stopped by themselves are “forgotten” (upper end of the "
         f"interval at most {MOST_LEFT:.0%})"
-        for base, runs in stopped.items()
-    )
+        for base, runs in many.items()
+    ]
+    lines += [
+        f"{base}: {sum(runs)} of {len(runs)} are by as many images as a report has, held-out and trained phrasings"
+        for base, runs in usual.items()
+    ]
+    return "\n".join(lines)
+
+
+def is_gone(showing: int, count: int) -> bool:
+    return wilson_interval(showing, count)[1] <= MOST_LEFT
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from .fisher import FisherInformation
 from .hub import repository_name
 from .identity import Identity
 from .output_folder import OutputFolder
-from .passes import Passes, together
+from .passes import Passes, counted, over_processes, together
 from .processes import say
 from .results.schema import FUSED
 from .stages import (
@@ -49,6 +49,11 @@ from .stages.subject import built, check_artifacts_dir
 from .training.callbacks import Callback, step_functions
 
 __all__ = ["DEPENDENCIES", "IRRELEVANT", "Erasure"]
+
+# Of a training that is soon done, for the plan.
+_FEW_STEPS = 150
+# What timings call the frozen model's predictions that tell whether there is anything to measure.
+_PROBES = "probes"
 
 
 class Erasure:
@@ -151,8 +156,8 @@ class Erasure:
 
     @property
     def stages(self) -> list[Stage]:
-        """All stages, in order."""
-        return [self.surrogate_stage, self.replay_stage, self.fisher_stage, self.probe_stage, self.training_stage,
+        """All stages, in the order of the plan."""
+        return [self.surrogate_stage, self.replay_stage, self.probe_stage, self.fisher_stage, self.training_stage,
                 self.image_stage, self.report_stage, self.card_stage, self.push_stage]  # fmt: skip
 
     @property
@@ -226,8 +231,15 @@ class Erasure:
         if self.config.replays:
             samples.add(self.replay_stage.cost())
         samples.add(self.probe_stage.cost())
-        return {"samples": samples, "Fisher": self.fisher_stage.cost(), "training": self.training_stage.cost(),
-                "evaluation": self.image_stage.cost()}  # fmt: skip
+        asked = self.probe_stage.asked() if self._refuses_early else Passes()
+        return {"samples": samples, _PROBES: asked, "Fisher": self.fisher_stage.cost(),
+                "training": self.training_stage.cost(), "evaluation": self.image_stage.cost()}  # fmt: skip
+
+    @property
+    def _refuses_early(self) -> bool:
+        """Whether what cannot be measured is told before the replay samples and the Fisher information are made."""
+        made = [*([self.replay_stage] if self.config.replays else []), self.fisher_stage]
+        return self.config.probes and not self.config.naive and any(stage.cost().forward for stage in made)
 
     def _cost_plan(self) -> str:
         costs = {name: passes for name, passes in self.costs().items() if passes.forward}
@@ -238,8 +250,17 @@ class Erasure:
             f"{name} {passes.forward:,}" + (f" and {passes.backward:,}" if passes.backward else "")
             for name, passes in costs.items()
         )
-        return (f"cost      about {whole.forward:,} forward and {whole.backward:,} backward passes of the network, an "
+        line = (f"cost      about {whole.forward:,} forward and {whole.backward:,} backward passes of the network, an "
                 f"image each ({parts})")  # fmt: skip
+        if "training" not in costs or not self.config.stops:
+            return line
+        few = self.training_stage.choice().step + _FEW_STEPS
+        if few >= self.config.max_train_steps:
+            return line
+        others = [passes for name, passes in costs.items() if name != "training"]
+        less = together([*others, self.training_stage.cost(few)]) or Passes()
+        return (f"{line}\n          at the most: where the training stops after step {few}, about {less.forward:,} and "
+                f"{less.backward:,}")  # fmt: skip
 
     def run(self, parts: bool = False) -> Comparison | None:
         """Run every stage: samples, Fisher information, training, saving, evaluation. What an earlier call of the same
@@ -284,6 +305,12 @@ class Erasure:
 
     def products(self, surrogates: SampleSet) -> tuple[Any, ...]:
         """What is trained with beside the surrogates: replay set, Fisher information, and probes with their check."""
+        if self.subject.agreed(self._refuses_early):
+            with self.subject.timed(self.probe_stage.title):
+                self.probe_stage.sample()
+            with self.subject.timed(_PROBES), counted(self.objective.module) as asked:
+                self.probe_stage.refuse_what_cannot_be_measured(surrogates)
+            self.subject.made[_PROBES] = over_processes(asked, self.accelerator)
         # Without a replay loss the Fisher information alone asks for these samples, and samples them itself.
         replay = self.timed(self.replay_stage) if self.config.replays else None
         fisher = self.timed(self.fisher_stage, None, *([replay] if replay is not None else []))

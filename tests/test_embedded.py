@@ -165,6 +165,7 @@ def test_the_acid_test_runs_goes_on_and_takes_other_settings(tmp_path):
     assert key == "garments, in two steps|xattn|bag:sandal|1"
     assert result["steps"] == 2 and not result["done"]
     assert len(result["others"]) == 8 and all(count == 4 for *_, count in result["others"].values())
+    assert [count for _, count in result["report"]] == [4, 60]
     (row,) = [
         line for line in first.stdout.splitlines() if line.startswith("| garments, in two steps | xattn | bag → ")
     ][-1:]
@@ -242,6 +243,12 @@ def test_the_acid_test_says_how_many_runs_that_stopped_are_forgotten():
     assert benchmark("acid").verdicts(results).splitlines() == [
         "garments: 2 of 3 runs that stopped by themselves are “forgotten” (upper end of the interval at most 10%)",
         "icons: 1 of 1 runs that stopped by themselves are “forgotten” (upper end of the interval at most 10%)",
+    ]
+    # Of 60 images one may show it, in either kind of phrasings.
+    for seed, shown in enumerate(((1, 1), (2, 0), (0, 2))):
+        results[f"garments|full|bag:coat|{seed}"]["report"] = [[showing, 60] for showing in shown]
+    assert benchmark("acid").verdicts(results).splitlines()[2:] == [
+        "garments: 1 of 3 are by as many images as a report has, held-out and trained phrasings"
     ]
 
 

@@ -22,6 +22,7 @@ from sa_diffusers.erasure import Erasure
 from sa_diffusers.passes import counted
 from sa_diffusers.processes import Interrupted, watching
 from sa_diffusers.results.figures import significant
+from sa_diffusers.training import controller
 
 from .conftest import as_flags, run_here
 from .test_class_models import tiny_diffusion
@@ -199,6 +200,27 @@ def test_a_plan_counts_further_replay_images_at_the_guidance_of_the_replayed(tin
     few, many = (Erasure(config_of(tiny_folder, tmp_path, num_neighbour_images=count, replay_guidance_scale=1))
                  for count in (4, 104))  # fmt: skip
     assert many.costs()["training"].forward - few.costs()["training"].forward == 100 * 2
+
+
+def test_nothing_to_measure_is_told_before_anything_is_made_but_the_surrogates(tiny_folder, tmp_path, monkeypatch):
+    """Samples to replay and Fisher information take hours of a large model; it was told after them."""
+    erasure = Erasure(config_of(tiny_folder, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(controller, "_NOTHING_TO_MEASURE", 1e9)
+        with pytest.raises(ValueError, match="nothing to measure"):
+            erasure.run()
+    made = {title: passes.forward for title, passes in erasure.subject.passes.items() if passes.forward}
+    assert set(made) == {"surrogate samples", "probe samples"}
+    # What is asked then is in the plan, and in the report of one that goes on.
+    again = Erasure(config_of(tiny_folder, tmp_path))
+    planned = again.costs()["probes"]
+    report = again.run().report
+    assert report.cost["probes"].forward == planned.forward > 0
+    assert report.cost["probes"].made.forward == report.cost["probes"].forward
+    # Where they are there already, the training is soon enough.
+    third = Erasure(config_of(tiny_folder, tmp_path, "third"))
+    assert not third.costs()["probes"].forward
+    assert "probes" not in third.run().report.cost
 
 
 # How it ended

@@ -303,14 +303,16 @@ class TrainingSettings(Settings):
     )
     forget_target: float | None = flag(
         0.5,
-        "stop when the probes say that so much of the concept is forgotten, 1 being all; null trains all steps",
+        "look at images, which say when the training stops, once the probes say that so much of the concept is "
+        "forgotten, 1 being all, or after 120 steps; one above the default must be reached as well. null, in a file, "
+        "trains all steps",
         above=0,
         at_most=1,
     )
     drift_tolerance: float | None = flag(
         0.1,
         "stop only while no more than a tenth of the remembered prompts, and no neighbour, has drifted farther than "
-        "this, in units of what a prompt changes; null trains all steps",
+        "this, in units of what a prompt changes; null, in a file, trains all steps",
         above=0,
         at_most=1_000,
     )
@@ -387,8 +389,8 @@ class TrainingSettings(Settings):
     checkpointing_steps: int = flag(500, "steps between checkpoints", at_least=1, at_most=100_000_000)
     checkpointing_minutes: float = flag(
         5.0,
-        "beside those, a checkpoint every tenth of the training, if the last is so many minutes old or writing one "
-        "takes next to nothing",
+        "beside those, a checkpoint every tenth of the training, or every 25 steps where it stops by itself, if the "
+        "last is so many minutes old or writing one takes next to nothing",
     )
     checkpoints_total_limit: int | None = flag(2, "checkpoints kept", at_least=1, at_most=100_000_000)
     resume_from_checkpoint: str | None = flag(
@@ -420,8 +422,9 @@ class ReportSettings(Settings):
         own=True,
     )
     num_eval_images: int = flag(
-        40,
-        "images for each row of the evaluation; fewer than 35 cannot show that a concept is gone",
+        60,
+        "images for each row of the evaluation; fewer than 35 cannot show that a concept is gone; of 60 one may show "
+        "it",
         at_least=1,
         at_most=100_000,
     )

@@ -15,9 +15,9 @@ from ..identity import Identity
 from ..passes import Passes, counted, over_processes, together
 from ..seeds import STREAMS, first_seed
 from ..training.check import CheckedConcept, SampledCheck
-from ..training.controller import scheduled_looks, step_cost, steps_between
+from ..training.controller import refuse_nothing, scheduled_looks, step_cost, steps_between
 from ..training.neighbours import comparisons
-from ..training.probes import Probes, ProbeSet
+from ..training.probes import AVERAGED, Probes, ProbeSet
 from ..training.settings import global_batch
 from .base import Stage
 from .neighbours import Neighbourhood
@@ -158,11 +158,12 @@ class ProbeStage(Stage):
         if not self.is_needed:
             return Passes()
         requests = self._requests()
-        sets = sum(len(texts) * (2 if role == "surrogate" else 1) for _, role, texts, _ in requests)
         near = 0 if config.naive else _NEIGHBOURS * self._few
-        guided = (sets + near) * (2 if subject.objective.unconditional else 1)
+        guided = self._predictions(near)
         batch = global_batch(config, subject.accelerator.num_processes) * (2 if self._replay.prompts else 1)
-        passes = Passes(guided * (1 + math.ceil(len(steps) / steps_between(guided, step_cost(config, batch)))))
+        passes = self.asked()
+        passes.forward += near * (2 if subject.objective.unconditional else 1)
+        passes.add(Passes(guided * math.ceil(len(steps) / steps_between(guided, step_cost(config, batch)))))
         passes.add(self.looks(steps))
         if steps.start == 0 and self.searches:
             passes.forward += guided
@@ -182,6 +183,38 @@ class ProbeStage(Stage):
         count = scheduled_looks(steps.start + 1, steps.stop) * subject.accelerator.num_processes
         return subject.sampling(count * each, subject.settings)
 
+    def sample(self) -> None:
+        """Sample what is probed, which `run` finds kept then."""
+        self._sampled([(texts, seeds) for _, _, texts, seeds in self._requests()], "probe")
+
+    def refuse_what_cannot_be_measured(self, surrogates: SampleSet) -> None:
+        """What a training would refuse at its beginning, before samples to replay and Fisher information are paid for.
+
+        Raises:
+            ValueError: Concept and surrogate are the same to the model, or all remembered prompts are.
+        """
+        probes, _ = self._probes(surrogates)
+        probes.prepare(self.subject.objective.module)
+        refuse_nothing(probes)
+
+    def asked(self) -> Passes:
+        """About what that takes: the frozen model's predictions."""
+        requests = self._requests()
+        remembered, *_ = requests[-1][2:]
+        # What the surrogate's prompts answer in the concept's place; without an empty prompt, what others do.
+        wanted = 2 * sum(len(texts) for _, role, texts, _ in requests if role == "surrogate")
+        mean = 0 if self.subject.objective.unconditional else len(remembered) * min(AVERAGED, len({*remembered}))
+        return Passes(self._predictions() + wanted + mean)
+
+    def _predictions(self, near: int = 0) -> int:
+        """Of one reading of what was sampled at first, and of so many samples of neighbours."""
+        subject, requests = self.subject, self._requests()
+        sets = sum(len(texts) * (2 if role == "surrogate" else 1) for _, role, texts, _ in requests)
+        sets += self._each * sum(pair.surrogate.kind != "prompt" for pair in subject.pairs)
+        if not subject.objective.unconditional:
+            return sets + near
+        return 2 * (sets + near) + len(requests[-1][2]) // 2
+
     def run(self, *inputs: Any) -> tuple[Probes, SampledCheck, Neighbourhood | None] | None:
         """The probes, the check, and what samples the concept's neighbours; None where there are none.
 
@@ -191,33 +224,7 @@ class ProbeStage(Stage):
         if not self.is_needed:
             return None
         subject = self.subject
-        sampled = self._sampled([(texts, seeds) for _, _, texts, seeds in self._requests()], "probe")
-        sets: list[ProbeSet] = []
-        by_role: dict[tuple[str, str], tuple[torch.Tensor, list[str], list[int]]] = {}
-        for (name, role, texts, seeds), samples in zip(self._requests(), sampled, strict=True):
-            by_role[name, role] = (samples, texts, seeds)
-        for pair in subject.pairs:
-            samples, texts, _ = by_role[pair.concept, "concept"]
-            if pair.surrogate.kind == "prompt":
-                surrogates, wanted, _ = by_role[pair.concept, "surrogate"]
-                sets.append(ProbeSet(pair.concept, "concept", samples, texts, list(wanted)))
-                sets.append(ProbeSet(pair.concept, "surrogate", surrogates, texts, list(wanted)))
-                sets.append(ProbeSet(pair.concept, "own", surrogates, wanted, list(wanted)))
-            else:
-                others = self._unsampled(pair, inputs[0])
-                sets.append(ProbeSet(pair.concept, "surrogate", others.samples, others.conditions, others.sources))
-                if others.sources[0] == UNIFORM_NOISE:
-                    # What noise asks for is known everywhere, on the concept's own samples too.
-                    sets.append(ProbeSet(pair.concept, "concept", samples, texts, [UNIFORM_NOISE] * len(samples)))
-        remembered, prompts, _ = by_role["", "remembered"]
-        sets.append(ProbeSet("", "remembered", remembered, prompts, list(prompts)))
-        if subject.objective.unconditional:
-            empty = [""] * (len(remembered) // 2)
-            sets.append(ProbeSet("", "empty", remembered[: len(empty)], empty, list(empty)))
-        probes = Probes(
-            subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
-            max(subject.config.sample_batch_size, subject.config.train_batch_size),
-        )  # fmt: skip
+        probes, by_role = self._probes(inputs[0])
         start = self._first + STREAMS["probe"].length // 2
         checked = [
             CheckedConcept(
@@ -240,6 +247,38 @@ class ProbeStage(Stage):
         self.made = together([self.made, over_processes(looked, subject.accelerator)])
         near = None if subject.config.naive else Neighbourhood(subject, len(self._replay.prompts), self._few)
         return probes, check, near
+
+    def _probes(self, given: SampleSet) -> tuple[Probes, dict[tuple[str, str], Any]]:
+        """The probes, and by name and role what they were sampled with: samples, prompts and seeds."""
+        subject = self.subject
+        sampled = self._sampled([(texts, seeds) for _, _, texts, seeds in self._requests()], "probe")
+        sets: list[ProbeSet] = []
+        by_role: dict[tuple[str, str], tuple[torch.Tensor, list[str], list[int]]] = {}
+        for (name, role, texts, seeds), samples in zip(self._requests(), sampled, strict=True):
+            by_role[name, role] = (samples, texts, seeds)
+        for pair in subject.pairs:
+            samples, texts, _ = by_role[pair.concept, "concept"]
+            if pair.surrogate.kind == "prompt":
+                surrogates, wanted, _ = by_role[pair.concept, "surrogate"]
+                sets.append(ProbeSet(pair.concept, "concept", samples, texts, list(wanted)))
+                sets.append(ProbeSet(pair.concept, "surrogate", surrogates, texts, list(wanted)))
+                sets.append(ProbeSet(pair.concept, "own", surrogates, wanted, list(wanted)))
+            else:
+                others = self._unsampled(pair, given)
+                sets.append(ProbeSet(pair.concept, "surrogate", others.samples, others.conditions, others.sources))
+                if others.sources[0] == UNIFORM_NOISE:
+                    # What noise asks for is known everywhere, on the concept's own samples too.
+                    sets.append(ProbeSet(pair.concept, "concept", samples, texts, [UNIFORM_NOISE] * len(samples)))
+        remembered, prompts, _ = by_role["", "remembered"]
+        sets.append(ProbeSet("", "remembered", remembered, prompts, list(prompts)))
+        if subject.objective.unconditional:
+            empty = [""] * (len(remembered) // 2)
+            sets.append(ProbeSet("", "empty", remembered[: len(empty)], empty, list(empty)))
+        probes = Probes(
+            subject.objective, sets, subject.settings.guidance_scale, subject.config.seed, subject.accelerator,
+            max(subject.config.sample_batch_size, subject.config.train_batch_size),
+        )  # fmt: skip
+        return probes, by_role
 
     @property
     def _checked(self) -> int:

@@ -189,12 +189,18 @@ class TrainingStage(Stage):
         config = self.subject.config
         if not config.stops:
             return []
-        return [f"          until {config.forget_target:g} of the concept is forgotten and the rest has drifted by "
-                f"{config.drift_tolerance:g} at the most"]  # fmt: skip
+        return ["          until images show no more of the concept, looked at once forgotten is "
+                f"{config.forget_target:g}, and",
+                f"          the rest has drifted by {config.drift_tolerance:g} at the most"]  # fmt: skip
 
-    def cost(self) -> Passes:
+    def cost(self, limit: int | None = None) -> Passes:
+        """About what the training takes where it ends after so many steps.
+
+        Args:
+            limit: Default: all that it may take.
+        """
         config, choice = self.subject.config, self.choice()
-        steps = range(choice.step, config.max_train_steps)
+        steps = range(choice.step, config.max_train_steps if limit is None else limit)
         batch = global_batch(config, self.subject.accelerator.num_processes)
         replayed = batch if config.replays and self._replay.prompts else 0
         taken = len(steps) + (EXCURSION if self._probes.searches and not choice.step else 0)
@@ -203,7 +209,7 @@ class TrainingStage(Stage):
         passes = Passes(rows + round(taught), rows)
         passes.add(self._probes.taken(steps))
         if config.validation_prompts and steps:
-            times = {step + 1 for step in steps if (step + 1) % config.validation_steps == 0} | {config.max_train_steps}
+            times = {step + 1 for step in steps if (step + 1) % config.validation_steps == 0} | {steps.stop}
             images = len(times) * len(config.validation_prompts) * config.num_validation_images
             passes.add(self.subject.sampling(images, sampling_settings(config)))
         return passes

@@ -20,6 +20,8 @@ _PASSES = 2
 # Images are looked at after so many steps at the latest, and again when there are so many times as many.
 _FIRST_LOOK = 120
 _NEXT_LOOK = 1.5
+# What the target says where nobody sets another: when images are worth a look.
+_DEFAULT_TARGET = SelectiveAmnesiaConfig.forget_target or 1.0
 # So many looks in a row have to agree. In the last one of 60 images may show the concept, in those before one of 40:
 # with none, what stays at one in a hundred would be looked at for ever.
 _ONE_OF, _ONE_OF_EARLIER = 60, 40
@@ -74,6 +76,24 @@ def scheduled_looks(first: int, last: int) -> int:
 def steps_between(predictions: int, step_cost: int) -> int:
     """Steps between two readings of the probes, so that they take no more than their share of a run."""
     return max(_FEWEST_BETWEEN, math.ceil(predictions / (_PROBED_SHARE * step_cost)))
+
+
+def refuse_nothing(probes: Probes) -> None:
+    """Refuse a pair of which there is nothing to forget that probes could see.
+
+    Args:
+        probes: The frozen model has predicted for them.
+
+    Raises:
+        ValueError: There is nothing to measure.
+    """
+    concept, share = probes.weakest()
+    if share < _NOTHING_TO_MEASURE:
+        raise ValueError(
+            f'nothing to measure: what the model predicts for "{concept}" and for its surrogate differs by '
+            f"{share:.1%} of what a prompt changes. The model does not know the concept, or the surrogate looks "
+            "the same to it: choose another, or train without probes (num_probe_images 0)"
+        )
 
 
 @dataclass
@@ -182,8 +202,12 @@ class Controller:
 
     @property
     def loss_scale(self) -> float:
-        """What losses are divided by, so that they are in units of drift."""
-        return self.probes.denominator
+        """What losses are divided by: so they are in units of drift, and no larger where what protects weighs more.
+
+        A gradient that is eight times as long all at once is a learning rate that is too high, until the optimiser has
+        got used to it: what was to come back drifted the farther.
+        """
+        return self.probes.denominator * (1 + self.state.balance) / 2
 
     @property
     def replay_weight(self) -> float:
@@ -205,14 +229,8 @@ class Controller:
         self.probes.prepare(teacher)
         if self.config.naive:
             return
+        refuse_nothing(self.probes)
         self.surplus = max(1.0, self.probes.asked() / _MOST_ASKED)
-        concept, share = self.probes.weakest()
-        if share < _NOTHING_TO_MEASURE:
-            raise ValueError(
-                f'nothing to measure: what the model predicts for "{concept}" and for its surrogate differs by '
-                f"{share:.1%} of what a prompt changes. The model does not know the concept, or the surrogate looks "
-                "the same to it: choose another, or train without probes (num_probe_images 0)"
-            )
 
     def calibrate(self, module: Denoiser, penalty: float) -> None:
         """Set the weight of the EWC term by what its penalty stands for, after an excursion without it.
@@ -280,8 +298,11 @@ class Controller:
         state.passes = state.passes + 1 if forgotten and kept else 0
         # With all forgotten that they can tell of, and images that disagree, they have no more to say on when to look.
         is_content = state.passes >= _PASSES and not (state.checks and state.target >= 1)
-        looks = self.check is not None and kept and (step >= state.look or state.agreed > 0)
-        if (is_content or looks) and self._images_agree(step, reading, is_content):
+        looks = self.check is not None and kept and self._is_asked(reading) and (
+            step >= state.look or state.agreed > 0
+        )  # fmt: skip
+        looks_now = (is_content or looks) and not self._is_giving_back(reading)
+        if looks_now and self._images_agree(step, reading, is_content):
             self.verdict = Verdict(
                 True,
                 f"forgotten {reading.worst_forgotten:.2f} (target {state.target:g}), drift {reading.worst_drift:.3f} "
@@ -294,13 +315,23 @@ class Controller:
             return True
         if state.stalled >= _PATIENCE and not last and not (kept and state.agreed):
             rate = "with the highest learning rate " if state.pace >= _FASTEST else ""
-            self.verdict = Verdict(False, self._open(reading, f"after step {step}, as {rate}no more is forgotten"))
+            others = ["a smaller ewc"] if config.consolidates and config.ewc_weight is None else []
+            others += ["train_method full"] if config.train_method != "full" else []
+            others += [] if self._is_asked(reading) else ["a smaller forget_target"]
+            when = f"after step {step}, as {rate}no more is forgotten"
+            self.verdict = Verdict(False, self._open(reading, when, *others))
             return True
         if last:
-            self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps"))
+            more = "more steps (max_train_steps)"
+            self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps", more))
         return False
 
-    def _open(self, reading: Reading, when: str) -> str:
+    def _is_asked(self, reading: Reading) -> bool:
+        """Whether images may end the run: a target beyond the default's is a wish of its own."""
+        return self.config.forget_target <= _DEFAULT_TARGET or reading.worst_forgotten >= self.config.forget_target
+
+    def _open(self, reading: Reading, when: str, *further: str) -> str:
+        """What did not hold, and what to try; further advice comes last."""
         config, checks = self.config, self.state.checks
         wishes, advice = [], []
         if not reading.worst_forgotten >= config.forget_target:
@@ -317,8 +348,8 @@ class Controller:
             advice.append("a larger drift_tolerance")
         if not wishes:
             wishes.append("both wishes have held for too few readings")
-        advice.append("more steps (max_train_steps)")
-        return f"{when}: {', and '.join(wishes)}. Try {', or '.join(advice)}"
+        advice += further
+        return f"{when}: {', and '.join(wishes)}" + (f". Try {', or '.join(advice)}" if advice else "")
 
     @property
     def _balances(self) -> bool:
@@ -357,6 +388,11 @@ class Controller:
             state.ease = max(state.ease / factor, 1 / _LIGHTEST)
         if excess > 1:
             state.ease = min(state.ease * factor, 1.0)
+
+    def _is_giving_back(self, reading: Reading) -> bool:
+        """Whether what was forgotten beyond need still comes back: the last look is at what is left then."""
+        has_drifted = reading.worst_drift > _NEAR * self.config.drift_tolerance
+        return self.check is not None and self.state.agreed == _LOOKS - 1 and has_drifted and self._comes_back()
 
     def _comes_back(self) -> bool:
         """Whether drift has become less: what protects takes it back, as fast as the learning rate lets it."""

@@ -22,6 +22,8 @@ _QUANTILE = 0.9
 # orange while they had drifted by .03 in units of what any prompt changes anywhere.
 _NOISIEST = 0.25
 _LEAST_CHANGE = 0.25
+# Where there is no empty prompt, what a prompt changes is told from the mean over so many at the most.
+AVERAGED = 10
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class _Noised:
         wanted: What should be predicted, without guidance.
         before: What the frozen model predicts under the same prompts.
         empty: What it predicts under the empty prompt; None where there is none.
+        mean: Without an empty prompt, what it predicts on average under remembered prompts; None of what is forgotten.
         floor: For images that no prompt drew, the frozen model's own error on samples of its own; else 0.
     """
 
@@ -141,6 +144,7 @@ class _Noised:
     wanted: torch.Tensor
     before: torch.Tensor
     empty: torch.Tensor | None
+    mean: torch.Tensor | None = None
     floor: float = 0.0
 
 
@@ -181,6 +185,8 @@ class Probes:
             self._conditions = objective.encode_prompts(list(self._row))
         self._seed = seed
         self._noised: list[_Noised] = []
+        # Neighbours that are added later are told from the same.
+        self._averaged = self.averaged
         self.denominator = math.nan
         self.denominator_guided = math.nan
         self._noisiest_from = self._noisiest_denominator = math.nan
@@ -219,6 +225,17 @@ class Probes:
             if any(text is None for text in noised.of.wanted):
                 noised.floor = floor
                 self._say_if_unknown(noised)
+
+    @property
+    def averaged(self) -> list[str]:
+        """Prompts whose mean stands for the empty one, where a model has none."""
+        kept, forgotten = (
+            list(dict.fromkeys(text for part in self.sets if part.role in roles for text in part.prompts))
+            for roles in (("remembered", "neighbour"), FORGOTTEN_ROLES)
+        )
+        # One alone is its own mean.
+        prompts = kept if len(kept) > 1 else kept + forgotten
+        return prompts[:: -(-len(prompts) // AVERAGED)]
 
     @property
     def remembered(self) -> ProbeSet:
@@ -301,9 +318,10 @@ class Probes:
         return reading
 
     def _change(self, noised: _Noised) -> torch.Tensor:
-        """What a prompt changes; without an empty prompt, what prompts differ by from their mean. `[n]`."""
-        other = noised.empty if noised.empty is not None else noised.before.mean(0, keepdim=True)
-        return self._deviation(noised.before, other.expand_as(noised.before), noised.timesteps)
+        """What a prompt changes, against the empty one, or against the mean of prompts on the same sample. `[n]`."""
+        other = noised.empty if noised.empty is not None else noised.mean
+        assert other is not None
+        return self._deviation(noised.before, other, noised.timesteps)
 
     def _noisiest_unit(self, noised: _Noised) -> float:
         """What the prompt of a neighbour changes where there is most noise."""
@@ -329,6 +347,11 @@ class Probes:
         noised.before = self._answers(teacher, noised, rows)
         if not self._unguided(part):
             noised.empty = self._answers(teacher, noised, torch.full_like(rows, self._row[""]))
+        elif not objective.unconditional and part.role in ("remembered", "neighbour"):
+            answers = [
+                self._answers(teacher, noised, torch.full_like(rows, self._row[text])) for text in self._averaged
+            ]
+            noised.mean = torch.stack(answers).mean(0)
         wanted = objective.target(samples, timesteps, noise).float().clone()
         uniform = [row for row, text in enumerate(part.wanted) if text == UNIFORM_NOISE]
         if uniform:
