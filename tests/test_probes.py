@@ -650,20 +650,24 @@ def test_what_protects_weighs_heavier_without_longer_gradients(tiny_objective):
         assert more + less == pytest.approx(forgetting + replay)
 
 
-@pytest.mark.parametrize("drifts, looks", [
-    # While it comes back; no longer than that; and not where little has drifted.
-    ([0.09, 0.09, 0.08, 0.07, 0.068], [1, 2, 5]),
-    ([0.09, 0.09, 0.08, 0.04], [1, 2, 4]),
-    ([0.04, 0.04, 0.03], [1, 2, 3]),
+@pytest.mark.parametrize("forgotten, drifts, looks", [
+    # As long as it comes back; some steps where it does not; not where little drifted, or nothing is given back.
+    (0.9, [0.098, 0.098, *(0.098 * 0.93**turn for turn in range(1, 9)), 0.055], [1, 2, 11]),
+    (0.9, [0.09] * 7, [1, 2, 7]),
+    (0.9, [0.09, 0.09, 0.08, 0.04], [1, 2, 4]),
+    (0.9, [0.04, 0.04, 0.03], [1, 2, 3]),
+    (0.3, [0.09, 0.09, 0.09], [1, 2, 3]),
 ])  # fmt: skip
-def test_the_last_look_is_at_what_is_left_when_nothing_more_comes_back(tiny_objective, drifts, looks):
+def test_the_last_look_is_at_what_is_left_when_nothing_more_comes_back(tiny_objective, forgotten, drifts, looks):
     config = SelectiveAmnesiaConfig(forget_target=0.5, drift_tolerance=0.1)
     controller = Controller(probes_for(tiny_objective), config, lambda *_: (0, 20), 100)
     controller.state.look = 0
+    assert controller.every == 10
     for turn, drift in enumerate(drifts, 1):
-        controller.probes.read = lambda module, drift=drift: Reading(forgotten={"cat": 0.9}, drift_p90=drift)
+        reading = Reading(forgotten={"cat": forgotten}, drift_p90=drift)
+        controller.probes.read = lambda module, reading=reading: reading
         ends = controller.after(turn * controller.every, tiny_objective.module, None, False)
-        assert ends == (turn == looks[-1])
+        assert ends == (turn == looks[-1]), turn
     assert [check["step"] for check in controller.state.checks] == [turn * controller.every for turn in looks]
 
 

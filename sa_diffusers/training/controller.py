@@ -301,7 +301,7 @@ class Controller:
         looks = self.check is not None and kept and self._is_asked(reading) and (
             step >= state.look or state.agreed > 0
         )  # fmt: skip
-        looks_now = (is_content or looks) and not self._is_giving_back(reading)
+        looks_now = (is_content or looks) and not self._is_giving_back(step, reading)
         if looks_now and self._images_agree(step, reading, is_content):
             self.verdict = Verdict(
                 True,
@@ -389,10 +389,16 @@ class Controller:
         if excess > 1:
             state.ease = min(state.ease * factor, 1.0)
 
-    def _is_giving_back(self, reading: Reading) -> bool:
-        """Whether what was forgotten beyond need still comes back: the last look is at what is left then."""
+    def _is_giving_back(self, step: int, reading: Reading) -> bool:
+        """Whether what was forgotten beyond need comes back: the last look is at what is left then.
+
+        It takes some steps until what protects is felt, and no more where nothing comes of it.
+        """
+        state = self.state
         has_drifted = reading.worst_drift > _NEAR * self.config.drift_tolerance
-        return self.check is not None and self.state.agreed == _LOOKS - 1 and has_drifted and self._comes_back()
+        if state.agreed < _LOOKS - 1 or not has_drifted or state.balance <= state.usual:
+            return False
+        return step - state.checks[-1]["step"] < _BALANCE_STEPS or self._comes_back()
 
     def _comes_back(self) -> bool:
         """Whether drift has become less: what protects takes it back, as fast as the learning rate lets it."""
