@@ -203,7 +203,9 @@ class ProbeStage(Stage):
         remembered, *_ = requests[-1][2:]
         # What the surrogate's prompts answer in the concept's place; without an empty prompt, what others do.
         wanted = 2 * sum(len(texts) for _, role, texts, _ in requests if role == "surrogate")
-        mean = 0 if self.subject.objective.unconditional else len(remembered) * min(AVERAGED, len({*remembered}))
+        objective = self.subject.objective
+        asks = not (objective.unconditional or objective.shows_means)
+        mean = len(remembered) * min(AVERAGED, len({*remembered})) if asks else 0
         return Passes(self._predictions() + wanted + mean)
 
     def _predictions(self, near: int = 0) -> int:

@@ -133,7 +133,8 @@ class _Noised:
         wanted: What should be predicted, without guidance.
         before: What the frozen model predicts under the same prompts.
         empty: What it predicts under the empty prompt; None where there is none.
-        mean: Without an empty prompt, what it predicts on average under remembered prompts; None of what is forgotten.
+        mean: Without an empty prompt, what it predicts on average under remembered prompts, of a VAE its mean image; None
+            of what is forgotten.
         floor: For images that no prompt drew, the frozen model's own error on samples of its own; else 0.
     """
 
@@ -318,7 +319,7 @@ class Probes:
         return reading
 
     def _change(self, noised: _Noised) -> torch.Tensor:
-        """What a prompt changes, against the empty one, or against the mean of prompts on the same sample. `[n]`."""
+        """What a prompt changes, against the empty one, or against a mean. `[n]`."""
         other = noised.empty if noised.empty is not None else noised.mean
         assert other is not None
         return self._deviation(noised.before, other, noised.timesteps)
@@ -348,10 +349,7 @@ class Probes:
         if not self._unguided(part):
             noised.empty = self._answers(teacher, noised, torch.full_like(rows, self._row[""]))
         elif not objective.unconditional and part.role in ("remembered", "neighbour"):
-            answers = [
-                self._answers(teacher, noised, torch.full_like(rows, self._row[text])) for text in self._averaged
-            ]
-            noised.mean = torch.stack(answers).mean(0)
+            noised.mean = self._mean(teacher, noised, rows)
         wanted = objective.target(samples, timesteps, noise).float().clone()
         uniform = [row for row, text in enumerate(part.wanted) if text == UNIFORM_NOISE]
         if uniform:
@@ -368,6 +366,14 @@ class Probes:
                 wanted[taught] = self._answers(teacher, noised, whole)[taught]
         noised.wanted = wanted
         return noised
+
+    def _mean(self, teacher: Denoiser, noised: _Noised, rows: torch.Tensor) -> torch.Tensor:
+        """What stands for the answer to the empty prompt, where there is none."""
+        if self.objective.shows_means:
+            # A decoder's answer is an image without noise: the mean image is the answer where nothing is known.
+            return noised.before.mean(0, keepdim=True).expand_as(noised.before)
+        answers = [self._answers(teacher, noised, torch.full_like(rows, self._row[text])) for text in self._averaged]
+        return torch.stack(answers).mean(0)
 
     def _say_if_unknown(self, noised: _Noised) -> None:
         """Say so where the model errs no more on images in the concept's place than on samples of its own."""
