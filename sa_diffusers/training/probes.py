@@ -133,8 +133,8 @@ class _Noised:
         wanted: What should be predicted, without guidance.
         before: What the frozen model predicts under the same prompts.
         empty: What it predicts under the empty prompt; None where there is none.
-        mean: Without an empty prompt, what it predicts on average under remembered prompts, of a VAE its mean image; None
-            of what is forgotten.
+        mean: Without an empty prompt, what it predicts on average under remembered prompts (of a VAE, its mean image);
+            None of what is forgotten.
         floor: For images that no prompt drew, the frozen model's own error on samples of its own; else 0.
     """
 
