@@ -23,7 +23,7 @@ from sa_diffusers.configuration import (
     flags_of,
     read_settings,
 )
-from sa_diffusers.models import class_defaults
+from sa_diffusers.models import class_configurations, class_defaults
 
 from .conftest import REPOSITORY
 
@@ -461,10 +461,10 @@ def test_the_cpu_variants_write_out_what_comes_with_the_model():
         assert model in (folder / f"{name}.yaml").read_text() or model == "mnist_vae"
 
 
-def test_no_model_for_a_cpu_brings_what_a_run_finds_by_itself():
+def test_no_model_brings_what_a_run_finds_by_itself():
     found = {"learning_rate", "lr_scheduler", "max_train_steps", "ewc", "ewc_weight", "replay_weight",
              "num_probe_images", "max_grad_norm", "target", "forget_target", "drift_tolerance"}  # fmt: skip
-    for model in CPU_VARIANTS.values():
+    for model in class_configurations():
         assert not found & class_defaults(model).keys(), model
     for pipeline in ("embedded", "coloured"):
         folder = REPOSITORY / "sa_diffusers" / "models" / pipeline / "pipeline"

@@ -121,7 +121,7 @@ def test_other_settings_are_planned_as_they_are_counted(tiny_settings, changes):
 PROBED = {
     "learning_rate": None, "ewc_weight": None, "replay_weight": None, "max_grad_norm": None, "num_probe_images": 8,
     "num_neighbour_images": 4, "num_eval_images": 1, "max_train_steps": 20, "drift_tolerance": 900,
-    "forget_target": 1.0,
+    "forget_target": 0.5,
 }  # fmt: skip
 
 

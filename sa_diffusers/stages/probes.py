@@ -166,7 +166,8 @@ class ProbeStage(Stage):
         passes.add(Passes(guided * math.ceil(len(steps) / steps_between(guided, step_cost(config, batch)))))
         passes.add(self.looks(steps))
         if steps.start == 0 and self.searches:
-            passes.forward += guided
+            # Neighbours are not known yet.
+            passes.forward += self._predictions()
             passes.add(subject.sampling(near, subject.settings))
             passes.add(subject.sampling(self._near, subject.replay_settings))
             if not config.naive:
