@@ -187,7 +187,7 @@ class Probes:
         self._seed = seed
         self._noised: list[_Noised] = []
         # Neighbours that are added later are told from the same.
-        self._averaged = self.averaged
+        self.averaged = _averaged(sets)
         self.denominator = math.nan
         self.denominator_guided = math.nan
         self._noisiest_from = self._noisiest_denominator = math.nan
@@ -226,17 +226,6 @@ class Probes:
             if any(text is None for text in noised.of.wanted):
                 noised.floor = floor
                 self._say_if_unknown(noised)
-
-    @property
-    def averaged(self) -> list[str]:
-        """Prompts whose mean stands for the empty one, where a model has none."""
-        kept, forgotten = (
-            list(dict.fromkeys(text for part in self.sets if part.role in roles for text in part.prompts))
-            for roles in (("remembered", "neighbour"), FORGOTTEN_ROLES)
-        )
-        # One alone is its own mean.
-        prompts = kept if len(kept) > 1 else kept + forgotten
-        return prompts[:: -(-len(prompts) // AVERAGED)]
 
     @property
     def remembered(self) -> ProbeSet:
@@ -372,7 +361,7 @@ class Probes:
         if self.objective.shows_means:
             # A decoder's answer is an image without noise: the mean image is the answer where nothing is known.
             return noised.before.mean(0, keepdim=True).expand_as(noised.before)
-        answers = [self._answers(teacher, noised, torch.full_like(rows, self._row[text])) for text in self._averaged]
+        answers = [self._answers(teacher, noised, torch.full_like(rows, self._row[text])) for text in self.averaged]
         return torch.stack(answers).mean(0)
 
     def _say_if_unknown(self, noised: _Noised) -> None:
@@ -445,6 +434,17 @@ class Probes:
         size = min(self.batch_size, -(-count // processes))
         for start in range(rank * size, count, processes * size):
             yield slice(start, min(start + size, count))
+
+
+def _averaged(sets: Sequence[ProbeSet]) -> list[str]:
+    """Prompts whose mean stands for the empty one, where a model has none."""
+    kept, forgotten = (
+        list(dict.fromkeys(text for part in sets if part.role in roles for text in part.prompts))
+        for roles in (("remembered", "neighbour"), FORGOTTEN_ROLES)
+    )
+    # One alone is its own mean.
+    prompts = kept if len(kept) > 1 else kept + forgotten
+    return prompts[:: -(-len(prompts) // AVERAGED)]
 
 
 def _least(of_each: Mapping[str, float]) -> float | None:
