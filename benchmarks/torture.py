@@ -53,6 +53,7 @@ STAGES = ("loading", "sampling", "fisher", "evaluation before", "training", "sav
 _LIMIT = 180  # seconds that no run here takes
 _PATIENCE = 10  # seconds until what a launcher does is done to a rank that waits for a dead one
 _LONGEST_MESSAGE = 2000
+_KEPT = "holds this very erasure: nothing is trained"
 _BETWEEN = 5  # seconds between two looks at how far the attacks are
 SHOWN = 30  # faults of an attack
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -1235,15 +1236,18 @@ def together(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
             pass
         first.wait(choose.uniform(0, 0.5 * reference.seconds))
         second = start(reference.arguments, folder)
+        # The report is the last that is written before the folder is free again.
+        while second.wait(0.002) is None and _KEPT not in second.text:
+            pass
+        reported = (folder / "out" / "report.json").is_file()
         second.wait()
         refused = second.code == 1 and "is in use by another run" in second.text and is_one_sentence(second.text)
-        done = first.code == 0
         first.wait()
         outcome, note = judge(first, folder, reference)
         what = f"{name}, one output folder" if name else "one output folder"
         results = [Result("together", f"{what}: the first", outcome, note, str(first.log))]
         kind, note = (REFUSED, "") if refused else (WRONG, last_line(second.text))
-        if not refused and done and second.code == 0:
+        if second.code == 0 and reported and _KEPT in second.text:
             kind, note = SAME, "the first had ended"
         return [*results, Result("together", f"{what}: the second", kind, note, str(second.log))]
 
