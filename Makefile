@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
-BASE ?= embedded
-CONCEPT ?= sneaker
-SURROGATE ?= dress
+# Coloured icons, or `embedded` for garments.
+BASE ?= coloured
+CONCEPT ?= $(if $(filter embedded,$(BASE)),sneaker,fox)
+SURROGATE ?= $(if $(filter embedded,$(BASE)),dress,dog)
 METHOD ?= full
 
 .PHONY: bench demo lint test test-long torture test-lowest format clean

@@ -2,9 +2,9 @@
 
 From a concept's name to an erased pipeline:
 
-    from sa_diffusers import embedded_pipeline, erase
+    from sa_diffusers import coloured_pipeline, erase
 
-    pipeline, report = erase(str(embedded_pipeline()), "sneaker", "dress")
+    pipeline, report = erase(str(coloured_pipeline()), "fox", "dog")
     print(report.verdict.line)
 
 `Erasure` is the same with its stages one by one, from a `SelectiveAmnesiaConfig`, into a folder.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .erasure import Erasure
     from .families import LatentDiffusionObjective, Objective, SamplingSettings, load_pipeline, objective_for
     from .fisher import FisherEstimator, FisherInformation
-    from .models import embedded_classifier, embedded_pipeline
+    from .models import coloured_pipeline, embedded_classifier, embedded_pipeline
     from .parameter_selection import select_parameters
     from .trainer import SelectiveAmnesiaTrainer
     from .training.ewc import ElasticWeightConsolidation
@@ -38,7 +38,7 @@ _ROOMS = {
     "erasure": ["Erasure"],
     "training.ewc": ["ElasticWeightConsolidation"],
     "fisher": ["FisherEstimator", "FisherInformation"],
-    "models": ["embedded_classifier", "embedded_pipeline"],
+    "models": ["coloured_pipeline", "embedded_classifier", "embedded_pipeline"],
     "families": ["LatentDiffusionObjective", "Objective", "SamplingSettings", "load_pipeline", "objective_for"],
     "parameter_selection": ["select_parameters"],
     "trainer": ["SelectiveAmnesiaTrainer"],
@@ -62,6 +62,7 @@ __all__ = [
     "SelectiveAmnesiaTrainer",
     "Surrogate",
     "__version__",
+    "coloured_pipeline",
     "embedded_classifier",
     "embedded_pipeline",
     "erase",

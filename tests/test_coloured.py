@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from sa_diffusers import coloured_pipeline
 from sa_diffusers.configuration import SelectiveAmnesiaConfig, base_defaults
 from sa_diffusers.data.captions import generate_captions, load_vocabulary
 from sa_diffusers.data.phrasings import fill_template
@@ -20,7 +21,7 @@ from sa_diffusers.families import SamplingSettings, load_pipeline, objective_for
 
 from .conftest import REPOSITORY
 
-COLOURED = REPOSITORY / "sa_diffusers" / "models" / "coloured"
+COLOURED = coloured_pipeline().parent
 ICONS = load_vocabulary("icons")
 
 

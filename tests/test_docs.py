@@ -52,7 +52,7 @@ def test_the_plan_in_the_page_is_what_the_command_prints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (printed,) = [text for _, text in blocks(REPOSITORY / "docs" / "concepts.md") if text.startswith("forget ")]
     concept, surrogate = re.findall(r'"(\w+)"', printed.splitlines()[0])
-    base = str(REPOSITORY / "sa_diffusers" / "models" / "embedded" / "pipeline")
+    base = str(REPOSITORY / re.search(r"^model +([^,]+),", printed, flags=re.MULTILINE)[1])
     config = parse_config([
         "--pretrained_model_name_or_path", base, "--concept", concept, "--surrogate", surrogate,
         "--output_dir", "outputs/demo", "--artifacts_dir", str(tmp_path),
@@ -66,8 +66,8 @@ def test_the_plan_in_the_page_is_what_the_command_prints(tmp_path, monkeypatch):
 # Python
 
 
-# Sizes alone are other than printed: of Stable Diffusion by the defaults of the settings, of the embedded pipeline by
-# what its own folder recommends.
+# Sizes alone are other than printed: of Stable Diffusion by the defaults of the settings, of the embedded pipelines by
+# what their own folders recommend.
 RUN = """
 import json, sys, warnings
 import sa_diffusers.models
@@ -75,13 +75,14 @@ from pathlib import Path
 from sa_diffusers.configuration import SelectiveAmnesiaConfig
 
 warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
-sizes, embedded, commands, code = json.loads(sys.argv[1])
+sizes, world, commands, code = json.loads(sys.argv[1])
 init, fields = SelectiveAmnesiaConfig.__init__, SelectiveAmnesiaConfig.__dataclass_fields__
 names = init.__code__.co_varnames[1 : init.__code__.co_argcount]
 init.__defaults__ = tuple(sizes.get(name, default) for name, default in zip(names, init.__defaults__, strict=True))
 for name, size in sizes.items():
     fields[name].default = size
-sa_diffusers.models.embedded_pipeline = lambda: Path(embedded)
+sa_diffusers.models.embedded_pipeline = lambda: Path(world) / "embedded" / "pipeline"
+sa_diffusers.models.coloured_pipeline = lambda: Path(world) / "coloured" / "pipeline"
 if commands:
     from sa_diffusers.commands import main
     for command in commands:
@@ -92,32 +93,35 @@ for number, block in enumerate(code, 1):
 """
 SIZES = {"num_surrogate_images": 8, "num_replay_images": 8, "num_inference_steps": 2, "num_fisher_samples": 2,
          "fisher_timesteps": 2, "max_train_steps": 2, "train_batch_size": 2, "num_eval_images": 2}  # fmt: skip
+EMBEDDED = ("embedded", "coloured")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A Hub cache that holds a tiny Stable Diffusion under the real one's name, and a copy of the embedded pipeline."""
+    """A Hub cache that holds a tiny Stable Diffusion under the real one's name, and both embedded pipelines."""
     folder = tmp_path_factory.mktemp("world")
     pipeline = build_tiny_pipeline()
     # What an untrained model makes of two names differs by little; versions of transformers draw its weights anew.
     pipeline.text_encoder.get_input_embeddings().weight.data.mul_(10)
     lay_out_hub_cache(pipeline, folder / "hub")
-    shutil.copytree(REPOSITORY / "sa_diffusers" / "models" / "embedded", folder / "embedded")
+    for name in EMBEDDED:
+        shutil.copytree(REPOSITORY / "sa_diffusers" / "models" / name, folder / name)
     return folder
 
 
 def run_blocks(page: Path, world: Path, folder: Path, commands=(), **sizes) -> subprocess.CompletedProcess:
     """A page's Python blocks, one after the other, offline, behind the commands that it takes for granted.
 
-    `sizes` are what the embedded pipeline's folder recommends.
+    `sizes` are what the embedded pipelines' folders recommend.
     """
-    file = world / "embedded" / "pipeline" / "selective_amnesia_defaults.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+    for name in EMBEDDED:
+        file = world / name / "pipeline" / "selective_amnesia_defaults.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
     code = [text for language, text in blocks(page) if language == "python"]
     assert code
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_CACHE": str(world / "hub"),
                    "HF_HUB_OFFLINE": "1", "SA_DIFFUSERS_CACHE": str(world / "cache")}  # fmt: skip
-    given = json.dumps([SIZES, str(world / "embedded" / "pipeline"), commands, code])
+    given = json.dumps([SIZES, str(world), commands, code])
     # The package itself is imported by the code alone.
     return forked_code(RUN, folder, environment, given, imported=LIBRARIES)
 
@@ -126,11 +130,11 @@ def run_blocks(page: Path, world: Path, folder: Path, commands=(), **sizes) -> s
 def test_the_python_of_the_readme_runs_and_forgets(world, tmp_path):
     result = run_blocks(
         REPOSITORY / "README.md", world, tmp_path, num_surrogate_images=64, num_replay_images=200,
-        num_inference_steps=6, num_fisher_samples=2, fisher_timesteps=10, max_train_steps=60, train_batch_size=12,
+        num_inference_steps=6, num_fisher_samples=2, fisher_timesteps=10, max_train_steps=400, train_batch_size=4,
         num_eval_images=35,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^FORGOTTEN: “sneaker.*none of 9 others is damaged\.$", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^FORGOTTEN: “fox.*none of 14 others is damaged\.$", result.stdout, flags=re.MULTILINE)
     assert (tmp_path / "no-brad-pitt" / "report.html").is_file()
 
 
@@ -230,15 +234,27 @@ def parse_make(words: list[str]) -> None:
         assert re.search(pattern, makefile, flags=re.MULTILINE), word
 
 
-def test_the_demo_of_an_adapter_trains_one(tmp_path):
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ((), ("coloured", ["fox"], ["dog"], "full", None)),
+        (("METHOD=lora",), ("coloured", ["fox"], ["dog"], "full", "lora")),
+        (("BASE=embedded", "METHOD=xattn"), ("embedded", ["sneaker"], ["dress"], "xattn", None)),
+        (("CONCEPT=red apple", "SURROGATE=strawberry"), ("coloured", ["red apple"], ["strawberry"], "full", None)),
+    ],
+)
+def test_the_demo_erases_what_it_is_told_to(variables, wanted, tmp_path):
     """`make -n` says what it would run."""
-    for method, wanted in (("lora", ("full", "lora")), ("xattn", ("xattn", None))):
-        command = ["make", "-n", "-C", REPOSITORY, "demo", f"METHOD={method}", f"VENV={tmp_path}"]
-        told = subprocess.run(command, capture_output=True, text=True)
-        assert told.returncode == 0, told.stderr
-        words = shlex.split(told.stdout.replace("\\\n", " ").partition("examples/train_sa.py")[2])
-        config = parse_config(words[: words.index("--overwrite_output_dir") + 1])
-        assert (config.train_method, config.adapter) == wanted
+    command = ["make", "-n", "-C", REPOSITORY, "demo", *variables, f"VENV={tmp_path}"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    words = shlex.split(told.stdout.replace("\\\n", " ").partition("examples/train_sa.py")[2])
+    config = parse_config(words[: words.index("--overwrite_output_dir") + 1])
+    folder, concept, surrogate, method, adapter = wanted
+    assert config.pretrained_model_name_or_path == f"sa_diffusers/models/{folder}/pipeline"
+    assert (config.concept, config.surrogate, config.train_method, config.adapter) == (
+        concept, surrogate, method, adapter
+    )  # fmt: skip
 
 
 def parse_pip(words: list[str]) -> None:

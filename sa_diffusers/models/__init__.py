@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 _CONFIGURATIONS = Path(__file__).parent / "configurations"
+_COLOURED = Path(__file__).parent / "coloured"
 _EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def coloured_pipeline() -> Path:
+    """Folder of the coloured text-to-image pipeline: 40 concepts in three styles, 64x64 pixels, trained on icons."""
+    return _COLOURED / "pipeline"
 
 
 def embedded_pipeline() -> Path:
