@@ -1,6 +1,7 @@
 import dataclasses
 import datetime
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from sa_diffusers.configuration import (
     flags_of,
     read_settings,
 )
-from sa_diffusers.models import class_configurations, class_defaults
+from sa_diffusers.models import class_configurations, class_defaults, coloured_pipeline
 
 from .conftest import REPOSITORY
 
@@ -248,6 +249,25 @@ def test_a_base_model_recommends_nothing_that_is_the_users_to_say(tmp_path):
         (tmp_path / BASE_DEFAULTS_NAME).write_text(json.dumps({name: value}))
         with pytest.raises(ValueError, match=f"{name} is for the user to say"):
             base_defaults({"pretrained_model_name_or_path": str(tmp_path)})
+
+
+def test_features_of_real_images_are_of_the_recommended_classifier_alone():
+    base = coloured_pipeline()
+    judges = {name: str(base.parent / f"{name}_judge") for name in ("concept", "style")}
+    elsewhere = os.path.relpath(judges["concept"])
+    assert elsewhere != judges["concept"]
+    for classifier, has_features in (
+        ({}, True),
+        ({"classifier": elsewhere}, True),
+        ({"classifier": judges["style"]}, False),
+        ({"classifier": None}, False),
+    ):
+        given = {"pretrained_model_name_or_path": str(base), "concept": "fox", **classifier}
+        config = SelectiveAmnesiaConfig(**given).over_base_defaults()
+        assert (config.reference_features is not None) == has_features
+        if classifier != {"classifier": None}:
+            config = parse_config([f"--{name}={value}" for name, value in given.items()]).over_base_defaults()
+            assert (config.reference_features is not None) == has_features
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], "", "x" * 5000, "a\0"])

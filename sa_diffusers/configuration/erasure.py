@@ -157,7 +157,8 @@ class SelectiveAmnesiaConfig(
         Raises:
             ValueError: As of `base_defaults`, or the two contradict each other.
         """
-        defaults = base_defaults({"pretrained_model_name_or_path": self.pretrained_model_name_or_path})
+        place = {"pretrained_model_name_or_path": self.pretrained_model_name_or_path}
+        defaults = base_defaults({**self.written, **place})
         settings = {**(usual or {}), **defaults, **self.written}
         if all(getattr(self, name) == value for name, value in settings.items()):
             # Not built again: its doubts have been told.
@@ -242,7 +243,8 @@ def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a base model's own folder recommends, if it does.
 
     Args:
-        settings: What the user gave; only the base model's name is read.
+        settings: What the user gave; only the base model's name and the classifier are read. Features of real images
+            are of the classifier that the folder recommends, and go with it.
 
     Raises:
         ValueError: The name, or the file in the folder, is not as it should be, or sets what is for the user to say.
@@ -265,7 +267,13 @@ def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
             f"{file}: replay_prompts={shown(source, 200)} is a file elsewhere on this machine, whose lines would stand "
             "in the report: keep the prompts beside the model, or give --replay_prompts yourself"
         )
+    if "classifier" in settings and not _is_same_place(settings["classifier"], defaults.get("classifier")):
+        defaults.pop("reference_features", None)
     return defaults
+
+
+def _is_same_place(one: str | None, other: str | None) -> bool:
+    return one == other or (None not in (one, other) and Path(one).resolve() == Path(other).resolve())
 
 
 def _is_foreign(source: str, folder: Path) -> bool:
