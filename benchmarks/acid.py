@@ -134,7 +134,7 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     after = {label: judge(label, count) for label, count in counts.items()}
     left = judge(concept, args.images)
     # As many as a report has of either, of seeds of their own.
-    index, usual = judge.classifier.label_of(concept), config.num_eval_images
+    index, usual = judge.classifier.label_of(concept), config.num_concept_eval_images
     trained = judge.classifier(judge.pictures(concept, usual, shift=2, trained=True))
     called = [found.argmax(-1) == index for found in (left["probabilities"][:usual], trained.probabilities)]
     verdict = training.controller.verdict

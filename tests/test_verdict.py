@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from sa_diffusers.configuration import SelectiveAmnesiaConfig
 from sa_diffusers.configuration.evaluation import DEFAULT_CLIP
 from sa_diffusers.evaluation.groups import MOST_LABELS, label_groups, prompt_groups
 from sa_diffusers.evaluation.measures.clip import local_clip
+from sa_diffusers.report.terminal import format_table
 from sa_diffusers.results import Report, Row, Share, Summary, Times, decide
 from sa_diffusers.results.schema import Certainty, ErasedPair, Paired, Towards
 from sa_diffusers.results.statistics import holm, images_for, sign_test, wilson_interval
@@ -174,8 +176,17 @@ def test_statistics_agree_with_other_formulas():
 
 
 def test_the_default_number_of_images_can_show_that_a_concept_is_gone():
-    images = SelectiveAmnesiaConfig().num_eval_images
-    assert verdict(concept(images, 0, images)).outcome == "forgotten"
+    images = SelectiveAmnesiaConfig().num_concept_eval_images
+    for shown, outcome in ((0, "forgotten"), (4, "forgotten"), (5, "partly")):
+        assert verdict(concept(images, shown, images)).outcome == outcome
+    # At 2 % left, which the defaults are to reach, 95 % of reports say so.
+    chances = [math.comb(images, shown) * 0.02**shown * 0.98 ** (images - shown) for shown in range(5)]
+    assert sum(chances) == pytest.approx(0.95, abs=0.002)
+
+
+@pytest.mark.parametrize(("asked", "of_concept"), [(1, 1), (59, 59), (60, 100), (99, 100), (101, 101)])
+def test_a_concept_has_more_images_unless_few_are_asked_for(asked, of_concept):
+    assert SelectiveAmnesiaConfig(num_eval_images=asked).num_concept_eval_images == of_concept
 
 
 @given(st.integers(1, 200), st.data())
@@ -235,6 +246,33 @@ def test_a_classifiers_labels_are_not_the_models_world():
     ]  # fmt: skip
     seeds = [seed for group in found for seed in group.seeds]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_rows_of_a_concept_may_be_longer_than_others():
+    """In all its phrasings, with seeds that no other row has; what others have does not depend on it."""
+    labels, templates = ["cat", "dog", "cow"], ["my {}", "our {}", "{} here"]
+    pairs = pair_concepts(["cat", "unicorn"], ["dog", "a horse"])
+    arguments = (labels, pairs, {label: number for number, label in enumerate(labels)}.get, ["{}"], templates, 4, 7)
+    usual, longer = label_groups(*arguments), label_groups(*arguments, ["a house"], concept_count=11)
+    assert [group.name for group in usual] == [group.name for group in longer]
+    for short, long in zip(usual, longer, strict=True):
+        assert (long.prompts[:4], long.seeds[:4]) == (short.prompts, short.seeds)
+        assert len(long.prompts) == len(long.seeds) == (11 if long.role == "concept" else 4)
+    assert Counter(longer[0].prompts) == {"my cat": 4, "our cat": 4, "cat here": 3}
+    seeds = [seed for group in longer for seed in group.seeds]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) == 7
+
+
+def test_the_table_says_how_many_images_rows_have():
+    for shown, told in (
+        ((4, 4), "4 images a row, the"),
+        ((4, 9), "4 images a row, 9 of a concept, the"),
+        ((None, 9), "9 images a row, the"),
+    ):
+        usual, own = shown
+        rows = [concept(own, 0, own), *([kept("dog", 0, 0, usual)] if usual else [])]
+        assert f"\n{told} same seeds before and after" in format_table(Report(rows))
 
 
 def test_a_concept_that_the_classifier_does_not_know_has_its_rows():

@@ -147,6 +147,15 @@ class SelectiveAmnesiaConfig(
         """Whether the training ends by what it measures."""
         return self.probes and not self.naive and None not in (self.forget_target, self.drift_tolerance)
 
+    @property
+    def num_concept_eval_images(self) -> int:
+        """Images for a row of a concept, on which the verdict rests.
+
+        Four of 100 may show it, and one of 60: where 2 % of a concept are left, 95 % of the reports of 100 call it
+        forgotten, and 66 % of those of 60.
+        """
+        return max(self.num_eval_images, 100) if self.num_eval_images >= 60 else self.num_eval_images
+
     def over_base_defaults(self, usual: Mapping[str, Any] | None = None) -> "SelectiveAmnesiaConfig":
         """These settings over those that the base model's own folder recommends: what was written wins, even where it
         is the general default.

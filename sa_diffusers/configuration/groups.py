@@ -423,8 +423,8 @@ class ReportSettings(Settings):
     )
     num_eval_images: int = flag(
         60,
-        "images for each row of the evaluation; fewer than 35 cannot show that a concept is gone; of 60 one may show "
-        "it",
+        "images for each row of the evaluation; from 60 on a row of a concept has 100 at least, of which four may show "
+        "it; fewer than 35 cannot show that it is gone",
         at_least=1,
         at_most=100_000,
     )

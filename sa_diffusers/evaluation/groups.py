@@ -58,6 +58,7 @@ def label_groups(
     remembered: Sequence[str] = (),
     neighbours: Sequence[str] = (),
     prompted: Sequence[str] | None = None,
+    concept_count: int | None = None,
 ) -> list[PromptGroup]:
     """A group for each of a classifier's labels that a prompt can ask for, and two for each concept: in phrasings of
     the evaluation and in those that it was trained on. A concept or surrogate that the classifier does not know has its
@@ -77,31 +78,42 @@ def label_groups(
         remembered: Prompts to remember.
         neighbours: Labels that lie near a concept.
         prompted: Labels that a prompt can ask for. Default: all.
+        concept_count: Images for each group of a concept, no fewer than `count`. Default: as many.
     """
     same = list(concept_templates) == list(eval_templates)
     concepts = {label_of(pair.concept): pair for pair in reversed(pairs)}
     surrogates = {label_of(pair.surrogate.value) for pair in pairs if pair.surrogate.kind == "prompt"}
     shown, others = _labels_shown(labels, {*concepts, *surrogates}, remembered, prompted)
     groups, taken = [], len(labels)
+    # What concepts have beyond the others' number begins behind everybody's.
+    more = max(0, (concept_count or count) - count)
+    beyond = first_seed + (len(labels) + 3 * len(pairs) + len(others)) * count
+
+    def seeds_of_concept(number: int) -> tuple[int, ...]:
+        nonlocal beyond
+        beyond += more
+        return (*_seeds(first_seed, number, count), *range(beyond - more, beyond))
+
     for index in shown:
         pair = concepts.get(index)
-        name, seeds = labels[index], _seeds(first_seed, index, count)
+        name = labels[index]
         if pair:
             phrasing = "trained" if same else "held-out"
-            groups.append(_concept_group(name, pair, phrasing, eval_templates, seeds, label_of))
+            groups.append(_concept_group(name, pair, phrasing, eval_templates, seeds_of_concept(index), label_of))
         else:
+            seeds = _seeds(first_seed, index, count)
             role = "surrogate" if index in surrogates else "neighbour" if name in neighbours else "remembered"
             groups.append(PromptGroup(name, role, _spread(eval_templates, name, count), seeds, index))
     for pair in pairs:
         if not same:
             name = f"{pair.concept} (trained phrasings)"
-            seeds = _seeds(first_seed, taken, count)
+            seeds = seeds_of_concept(taken)
             groups.append(_concept_group(name, pair, "trained", concept_templates, seeds, label_of))
             taken += 1
     for pair in pairs:
         if label_of(pair.concept) is None:
             phrasing = "trained" if same else "held-out"
-            seeds = _seeds(first_seed, taken, count)
+            seeds = seeds_of_concept(taken)
             groups.append(_concept_group(pair.concept, pair, phrasing, eval_templates, seeds, label_of))
             taken += 1
     foreign = [pair.surrogate.value for pair in pairs

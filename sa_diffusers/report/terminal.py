@@ -43,11 +43,20 @@ def format_table(report: Report) -> str:
     text = [*aligned(lines), "", *_certainties(rows, report), *_remembered(report)]
     if rows:
         text.append(
-            f"{rows[0].images} images a row, the same seeds before and after; {sampling_text(report.sampling)}"
+            f"{_counts(rows)}, the same seeds before and after; {sampling_text(report.sampling)}"
             + ("; brackets: 95 % interval" if scored else "")
         )
     text.append("change: distance between before and after at the same seed; 100 % is that of two different seeds")
     return "\n".join(text)
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    of = {role: [row.images for row in rows if (row.role == "concept") == (role == "concept")]
+          for role in ("concept", "other")}  # fmt: skip
+    usual, own = (max(of[role], default=None) for role in ("other", "concept"))
+    if usual is None or own is None or usual == own:
+        return f"{usual or own} images a row"
+    return f"{usual} images a row, {own} of a concept"
 
 
 def _certainties(rows: Sequence[Row], report: Report) -> list[str]:

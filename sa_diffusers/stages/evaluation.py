@@ -53,7 +53,7 @@ class EvaluationImages(Stage):
         if scorer is not None:
             return label_groups(
                 scorer.labels, subject.pairs, scorer.label_of, config.concept_templates, subject.eval_templates, *where,
-                prompts, scorer.neighbours, scorer.prompted,
+                prompts, scorer.neighbours, scorer.prompted, config.num_concept_eval_images,
             )  # fmt: skip
         remembered = prompts[:REMEMBERED_PROMPTS]
         return prompt_groups(subject.pairs, remembered, subject.eval_templates, *where, config.concept_templates)
@@ -61,7 +61,8 @@ class EvaluationImages(Stage):
     def check_seeds(self, surrogates: SurrogateStage, replay: ReplayStage) -> None:
         """Refuse an evaluation that shares its initial noise with what is trained on."""
         config = self.subject.config
-        count = sum(len(group.prompts) for group in self.groups)
+        images = sum(len(group.prompts) for group in self.groups)
+        span = max(max(group.seeds) for group in self.groups) + 1 - config.eval_seed
         counts = {
             "surrogate": surrogates.count,
             "replay": len(replay.prompts) + config.num_neighbour_images,
@@ -71,10 +72,10 @@ class EvaluationImages(Stage):
         for stream, samples in counts.items():
             if samples > STREAMS[stream].length:
                 raise ValueError(f"{samples} {stream} samples: there are seeds for {STREAMS[stream].length}")
-        if found := met(config.eval_seed, count, config.seed, counts):
+        if found := met(config.eval_seed, span, config.seed, counts):
             stream, first = found
             raise ValueError(
-                f"eval_seed={config.eval_seed}: the evaluation's {count} images would have the seeds of {stream} "
+                f"eval_seed={config.eval_seed}: the evaluation's {images} images would have the seeds of {stream} "
                 f"samples ({first} to {first + counts[stream] - 1}): leave it at {STREAMS['evaluation'].first}"
             )
 
@@ -84,7 +85,10 @@ class EvaluationImages(Stage):
     def plan(self) -> list[str]:
         scorer = self.subject.classifier
         scored = f"scored by {scorer.name}" if scorer else "nothing knows the concept: pixel change"
-        lines = [f"evaluate  {self.subject.config.num_eval_images} images a row, before and after, {scored}"]
+        config = self.subject.config
+        usual, more = config.num_eval_images, config.num_concept_eval_images
+        own = f", {more} of a concept" if scorer and more > usual else ""
+        lines = [f"evaluate  {usual} images a row{own}, before and after, {scored}"]
         unknown = [pair.concept for pair in self.subject.pairs if scorer and scorer.label_of(pair.concept) is None]
         if unknown:
             names = ", ".join(f'"{name}"' for name in unknown)
