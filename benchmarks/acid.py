@@ -240,24 +240,25 @@ def means(base: str, method: str, pairs: int, results: list[dict[str, Any]]) -> 
 
 def verdicts(results: dict[str, Any]) -> str:
     """Of the runs that stopped by themselves, how many a report calls forgotten: one with as many images as are
-    measured here, in held-out phrasings, and one with its usual number, in held-out and in trained ones."""
+    measured here, in held-out phrasings, and one with its own number, in held-out and in trained ones."""
     many: dict[str, list[bool]] = {}
-    usual: dict[str, list[bool]] = {}
+    usual: dict[tuple[str, int], list[bool]] = {}
     for key, result in results.items():
         if not result["done"]:
             continue
         base, left, count = key.partition("|")[0], result["concept"][1], next(iter(result["others"].values()))[2]
         many.setdefault(base, []).append(is_gone(round(left * count), count))
         if "report" in result:
-            usual.setdefault(base, []).append(all(is_gone(*counted) for counted in result["report"]))
+            gone = all(is_gone(*counted) for counted in result["report"])
+            usual.setdefault((base, result["report"][0][1]), []).append(gone)
     lines = [
         f"{base}: {sum(runs)} of {len(runs)} runs that stopped by themselves are “forgotten” (upper end of the "
         f"interval at most {MOST_LEFT:.0%})"
         for base, runs in many.items()
     ]
     lines += [
-        f"{base}: {sum(runs)} of {len(runs)} are by as many images as a report has, held-out and trained phrasings"
-        for base, runs in usual.items()
+        f"{base}: {sum(runs)} of {len(runs)} are by {images} images in held-out and as many in trained phrasings"
+        for (base, images), runs in usual.items()
     ]
     return "\n".join(lines)
 

@@ -248,7 +248,7 @@ def test_the_acid_test_says_how_many_runs_that_stopped_are_forgotten():
     for seed, shown in enumerate(((1, 1), (2, 0), (0, 2))):
         results[f"garments|full|bag:coat|{seed}"]["report"] = [[showing, 60] for showing in shown]
     assert benchmark("acid").verdicts(results).splitlines()[2:] == [
-        "garments: 1 of 3 are by as many images as a report has, held-out and trained phrasings"
+        "garments: 1 of 3 are by 60 images in held-out and as many in trained phrasings"
     ]
 
 
