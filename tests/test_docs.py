@@ -295,6 +295,8 @@ def commands(page: Path) -> list[str]:
 @pages
 def test_commands_are_such_that_their_parsers_take(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Settings that a command reads.
+    (tmp_path / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     monkeypatch.setattr(sys, "argv", sys.argv[:1])
     for line in commands(page):
         try:
