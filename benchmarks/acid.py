@@ -104,7 +104,7 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     if args.classifier:
         given["classifier"] = args.classifier
     config = SelectiveAmnesiaConfig(**{
-        **base_defaults({"pretrained_model_name_or_path": folder}), "pretrained_model_name_or_path": folder,
+        **base_defaults({"pretrained_model_name_or_path": folder, **given}), "pretrained_model_name_or_path": folder,
         "concept": concept, "train_method": method, "seed": seed, "artifacts_dir": str(args.work_dir / "artifacts"),
         "output_dir": str(args.work_dir / "acid" / name), "overwrite_output_dir": True, "resume_from_checkpoint": "no",
         "report_to": "none", **given, **settings_of(args.set),
@@ -134,7 +134,7 @@ def erased(pair: str, method: str, seed: int, args: argparse.Namespace) -> dict[
     after = {label: judge(label, count) for label, count in counts.items()}
     left = judge(concept, args.images)
     # As many as a report has of either, of seeds of their own.
-    index, usual = judge.classifier.label_of(concept), config.num_concept_eval_images
+    index, usual = judge.classifier.label_of(concept), min(config.num_concept_eval_images, args.images)
     trained = judge.classifier(judge.pictures(concept, usual, shift=2, trained=True))
     called = [found.argmax(-1) == index for found in (left["probabilities"][:usual], trained.probabilities)]
     verdict = training.controller.verdict

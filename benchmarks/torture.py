@@ -1237,7 +1237,8 @@ def together(lab: Laboratory, args: argparse.Namespace) -> list[Result]:
         first.wait(choose.uniform(0, 0.5 * reference.seconds))
         second = start(reference.arguments, folder)
         # The report is the last that is written before the folder is free again.
-        while second.wait(0.002) is None and _KEPT not in second.text:
+        end = time.monotonic() + _LIMIT
+        while second.wait(0.002) is None and _KEPT not in second.text and time.monotonic() < end:
             pass
         reported = (folder / "out" / "report.json").is_file()
         second.wait()

@@ -270,6 +270,14 @@ def test_features_of_real_images_are_of_the_recommended_classifier_alone():
             assert (config.reference_features is not None) == has_features
 
 
+@pytest.mark.parametrize("value", [3, True, ["a"], {}, "a\0"])
+def test_a_classifier_that_is_no_name_is_told_of_as_ever(value):
+    given = {"pretrained_model_name_or_path": str(coloured_pipeline()), "classifier": value}
+    for build in (base_defaults, lambda given: SelectiveAmnesiaConfig(**given)):
+        with pytest.raises(ValueError, match="classifier"):
+            build(given)
+
+
 @pytest.mark.parametrize("value", [None, 3, ["a"], "", "x" * 5000, "a\0"])
 def test_base_defaults_of_what_is_no_name(value):
     with pytest.raises(ValueError):

@@ -214,3 +214,24 @@ def test_an_evaluation_on_the_noise_of_training_samples_is_refused(plain, seed, 
         ValueError, match=f"eval_seed={seed}: the evaluation's .* would have the seeds of {stream} samp"
     ):
         Erasure(SelectiveAmnesiaConfig(**plain, eval_seed=seed))
+
+
+def test_the_seeds_of_the_last_images_count_too(plain):
+    """What a concept's rows have beyond the others' number lies behind everybody's seeds."""
+    known = {**plain, "concept": ["sneaker"], "surrogate": ["dress"], "num_eval_images": 60,
+             "classifier": str(embedded_pipeline().parent / "classifier")}  # fmt: skip
+    first = first_seed("concept") - 800
+    erasure = Erasure(SelectiveAmnesiaConfig(**known))
+    assert sum(len(group.prompts) for group in erasure.image_stage.groups) < 800
+    with pytest.raises(ValueError, match=f"eval_seed={first}: .* would have the seeds of concept samples"):
+        Erasure(SelectiveAmnesiaConfig(**known, eval_seed=first))
+
+
+def test_a_report_of_before_is_another_where_a_concept_had_fewer_images(plain, monkeypatch):
+    settings = {**plain, "concept": ["sneaker"], "surrogate": ["dress"],
+                "classifier": str(embedded_pipeline().parent / "classifier")}  # fmt: skip
+    now = [digests({**settings, "num_eval_images": count})["report"] for count in (2, 60)]
+    monkeypatch.setattr(SelectiveAmnesiaConfig, "num_concept_eval_images", property(lambda self: self.num_eval_images))
+    then = [digests({**settings, "num_eval_images": count})["report"] for count in (2, 60)]
+    assert now[0] == then[0]
+    assert now[1] != then[1]

@@ -179,7 +179,7 @@ def test_the_default_number_of_images_can_show_that_a_concept_is_gone():
     images = SelectiveAmnesiaConfig().num_concept_eval_images
     for shown, outcome in ((0, "forgotten"), (4, "forgotten"), (5, "partly")):
         assert verdict(concept(images, shown, images)).outcome == outcome
-    # At 2 % left, which the defaults are to reach, 95 % of reports say so.
+    # At 2 % left, which the defaults are to reach, 95 % of rows pass.
     chances = [math.comb(images, shown) * 0.02**shown * 0.98 ** (images - shown) for shown in range(5)]
     assert sum(chances) == pytest.approx(0.95, abs=0.002)
 

@@ -151,8 +151,8 @@ class SelectiveAmnesiaConfig(
     def num_concept_eval_images(self) -> int:
         """Images for a row of a concept, on which the verdict rests.
 
-        Four of 100 may show it, and one of 60: where 2 % of a concept are left, 95 % of the reports of 100 call it
-        forgotten, and 66 % of those of 60.
+        Four of 100 may show it, and one of 60: where 2 % of a concept are left, 95 % of rows of 100 pass, and 66 % of
+        those of 60.
         """
         return max(self.num_eval_images, 100) if self.num_eval_images >= 60 else self.num_eval_images
 
@@ -276,13 +276,11 @@ def base_defaults(settings: dict[str, Any]) -> dict[str, Any]:
             f"{file}: replay_prompts={shown(source, 200)} is a file elsewhere on this machine, whose lines would stand "
             "in the report: keep the prompts beside the model, or give --replay_prompts yourself"
         )
-    if "classifier" in settings and not _is_same_place(settings["classifier"], defaults.get("classifier")):
-        defaults.pop("reference_features", None)
+    if "classifier" in settings and "reference_features" in defaults:
+        classifier = checked(fields["classifier"], settings["classifier"])
+        if classifier is None or Path(classifier).resolve() != Path(defaults.get("classifier", "")).resolve():
+            del defaults["reference_features"]
     return defaults
-
-
-def _is_same_place(one: str | None, other: str | None) -> bool:
-    return one == other or (None not in (one, other) and Path(one).resolve() == Path(other).resolve())
 
 
 def _is_foreign(source: str, folder: Path) -> bool:

@@ -144,7 +144,10 @@ class ReportStage(Stage):
         self._scorer = [named, subject.scorer, reference and digest_of(reference)]
 
     def identity(self) -> Identity:
-        facts = {name: getattr(self.subject.config, name) for name in (*_REPORT, *SAMPLING)}
+        config = self.subject.config
+        facts = {name: getattr(config, name) for name in (*_REPORT, *SAMPLING)}
+        if self.subject.classifier is not None and config.num_concept_eval_images > config.num_eval_images:
+            facts["num_concept_eval_images"] = config.num_concept_eval_images
         return Identity("report", {**facts, "scorer": self._scorer, "training": self._training.identity().digest})
 
     def plan(self) -> list[str]:
