@@ -335,6 +335,21 @@ def test_the_page_has_the_adapters_tables_as_their_command_prints_them(tmp_path)
         assert table in page
 
 
+def test_the_page_has_what_the_curves_say_of_each_recipe():
+    page = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "curves.json").read_text(encoding="utf-8"))
+    curves = benchmark("curves")
+    assert list(results) == list(curves.RECIPES)
+    for recipe, result in results.items():
+        last, spent = result["points"][-1], curves.needed(result)
+        cells = re.search(rf"^\| {re.escape(recipe)} \| (.*) \|$", page, flags=re.MULTILINE)[1].split(" | ")
+        assert cells[:5] == [
+            f"{result['steps']:,}", f"{spent[0]:,.0f}" if spent else "never", f"{curves.evaluations(last):,.0f}",
+            f"{100 * last['concept']:.1f}", f"{100 * last['others']:.1f}",
+        ]  # fmt: skip
+        assert cells[6] == f"{result['training_seconds']:.0f}"
+
+
 def test_the_page_has_the_ranks_of_probes_as_its_command_prints_them(tmp_path):
     shutil.copy(REPOSITORY / "benchmarks" / "results" / "probes.json", tmp_path / "kept.json")
     result = run_script(REPOSITORY / "benchmarks" / "probes.py", [
