@@ -165,7 +165,8 @@ def test_the_acid_test_runs_goes_on_and_takes_other_settings(tmp_path):
     assert key == "garments, in two steps|xattn|bag:sandal|1"
     assert result["steps"] == 2 and not result["done"]
     assert len(result["others"]) == 8 and all(count == 4 for *_, count in result["others"].values())
-    assert [count for _, count in result["report"]] == [4, 60]
+    # No more of either than are measured at all.
+    assert [count for _, count in result["report"]] == [4, 4]
     (row,) = [
         line for line in first.stdout.splitlines() if line.startswith("| garments, in two steps | xattn | bag → ")
     ][-1:]
