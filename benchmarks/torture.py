@@ -53,8 +53,8 @@ STAGES = ("loading", "sampling", "fisher", "evaluation before", "training", "sav
 _LIMIT = 180  # seconds that no run here takes
 _PATIENCE = 10  # seconds until what a launcher does is done to a rank that waits for a dead one
 _LONGEST_MESSAGE = 2000
-_KEPT = "holds this very erasure: nothing is trained"
 _BETWEEN = 5  # seconds between two looks at how far the attacks are
+_KEPT = "holds this very erasure: nothing is trained"
 SHOWN = 30  # faults of an attack
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -51,12 +51,9 @@ def format_table(report: Report) -> str:
 
 
 def _counts(rows: Sequence[Row]) -> str:
-    of = {role: [row.images for row in rows if (row.role == "concept") == (role == "concept")]
-          for role in ("concept", "other")}  # fmt: skip
-    usual, own = (max(of[role], default=None) for role in ("other", "concept"))
-    if usual is None or own is None or usual == own:
-        return f"{usual or own} images a row"
-    return f"{usual} images a row, {own} of a concept"
+    own = [row.images for row in rows if row.role == "concept"]
+    usual = max([row.images for row in rows if row.role != "concept"] or own)
+    return f"{usual} images a row" + (f", {max(own)} of a concept" if own and max(own) != usual else "")
 
 
 def _certainties(rows: Sequence[Row], report: Report) -> list[str]:
