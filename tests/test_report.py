@@ -1,8 +1,10 @@
 """What a reader finds in report.md and report.html."""
 
 import base64
+import errno
 import io
 import json
+import os
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -767,6 +769,19 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one_whole(tmp_path):
         save(tmp_path, full_report())
     (tmp_path / ".report-writing").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_under_a_report_is_told_in_one_sentence(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sa_diffusers.files.single._write_beside", full)
+    with pytest.raises(OSError) as caught:
+        save(tmp_path, full_report())
+    assert str(caught.value) == (
+        f"the report could not be written into {tmp_path} ([Errno 28] No space left on device): free some space on "
+        "that disk or choose another folder, and run the same command again; the images that were sampled are kept"
+    )
 
 
 NAMES = st.text(st.characters(exclude_categories=()), max_size=40) | st.sampled_from(

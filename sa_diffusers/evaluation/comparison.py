@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from ..configuration import GRID_NAME, REPORT_NAME
 from ..data.sensitive import blurred
 from ..families import SamplingSettings
+from ..files import disk_cause
 from ..report import MARKDOWN_NAME, PAGE_NAME, write_report
 from ..report.pictures import before_after_grid
 from ..report.terminal import format_table
@@ -89,7 +90,7 @@ class Comparison:
                 (staging / name).replace(folder / name)
         except OSError as error:
             raise OSError(
-                f"the report could not be written into {folder} ({error}): free some space on that disk or choose "
+                f"the report could not be written into {folder} ({disk_cause(error)}): free some space on that disk or choose "
                 "another folder, and run the same command again; the images that were sampled are kept"
             ) from error
         finally:

@@ -11,7 +11,16 @@ from .folders import (
     sweep,
 )
 from .sealed import digest_of, digests_of, read_record, read_sealed, resealed, write_record, write_sealed
-from .single import DamagedArtefact, Recorded, check_writable, read_json, write_bytes, write_json, write_text
+from .single import (
+    DamagedArtefact,
+    Recorded,
+    check_writable,
+    disk_cause,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 __all__ = [
     "DamagedArtefact",
@@ -19,6 +28,7 @@ __all__ = [
     "check_writable",
     "digest_of",
     "digests_of",
+    "disk_cause",
     "finish_interrupted",
     "is_interrupted",
     "load_kept",

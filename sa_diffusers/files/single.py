@@ -38,8 +38,13 @@ def disk_errors(place: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_error(error):
             raise
-        cause = error.__cause__ if _ADVICE in str(error) else error
+        cause = disk_cause(error)
         raise OSError(f"could not write {place} ({cause}). What was there before is unchanged. {_ADVICE}") from cause
+
+
+def disk_cause(error: Exception) -> BaseException:
+    """What the operating system said, also where `disk_errors` has told it already."""
+    return error.__cause__ or error if _ADVICE in str(error) else error
 
 
 _ADVICE = "Free some space on that disk, or choose a folder on another one, and run the same command again."
