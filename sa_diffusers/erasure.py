@@ -252,7 +252,7 @@ class Erasure:
         )
         line = (f"cost      about {whole.forward:,} forward and {whole.backward:,} backward passes of the network, an "
                 f"image each ({parts})")  # fmt: skip
-        if "training" not in costs or not self.config.stops:
+        if "training" not in costs or not self.config.stops or self.training_stage.is_over:
             return line
         few = self.training_stage.choice().step + _FEW_STEPS
         if few >= self.config.max_train_steps:

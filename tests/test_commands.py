@@ -166,6 +166,21 @@ def test_what_goes_wrong_is_one_sentence_and_exit_code_1(tmp_path, words):
     assert "nowhere" in line or "nothing" in line
 
 
+def test_what_is_warned_of_is_one_line_without_a_place_in_the_code(tmp_path):
+    words = ["erase", "--concept", "trouser", "--surrogate", "trousers", "--num_probe_images", "0", "--ewc", "0",
+             "--drift_tolerance", "0.2", "--classifier", "nobody/nothing", "--pretrained_model_name_or_path",
+             sa_diffusers.embedded_pipeline()]  # fmt: skip
+    code = "import sys; from sa_diffusers.commands import main; main(sys.argv[1:])"
+    result = fresh(code, *words, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("warning: ")] == [
+        "warning: drift_tolerance has no meaning with num_probe_images=0: nothing stops the run before its last step",
+        'warning: the surrogate "trousers" names "trouser", which is to be forgotten: choose another, unless it means '
+        "another thing",
+    ]
+    assert "UserWarning" not in result.stderr and "pair_concepts(" not in result.stderr
+
+
 # What the commands do
 
 

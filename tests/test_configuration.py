@@ -160,6 +160,11 @@ def test_bad_values(settings, message):
         ({"lr_warmup_steps": 10}, "no meaning for a constant schedule"),
         ({"use_ema": True, "ema_warmup": False, "ema_decay": 0.999999}, "nothing is trained"),
         ({"validation_prompts": ["a"], "validation_steps": 5000}, "no validation images"),
+        (
+            {"num_probe_images": 0, "ewc": 0, "forget_target": 0.9, "drift_tolerance": 0.01},
+            "^forget_target and drift_tolerance have no meaning with num_probe_images=0: nothing stops",
+        ),
+        ({"naive": True, "drift_tolerance": 0.01}, "^drift_tolerance has no meaning with naive"),
     ],
 )
 def test_doubtful_values_are_warned_of(settings, message):
@@ -170,6 +175,9 @@ def test_doubtful_values_are_warned_of(settings, message):
 def test_usual_values_raise_no_doubts(recwarn):
     SelectiveAmnesiaConfig()
     SelectiveAmnesiaConfig(lr_warmup_steps=10, lr_scheduler="cosine", use_ema=True, seed=2**64 - 1)
+    SelectiveAmnesiaConfig(num_probe_images=0, ewc=0)
+    SelectiveAmnesiaConfig(num_probe_images=0, ewc=0, forget_target=None)
+    SelectiveAmnesiaConfig(forget_target=0.9, drift_tolerance=0.01)
     assert not recwarn.list
 
 

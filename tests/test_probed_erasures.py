@@ -180,6 +180,25 @@ def test_images_in_a_concepts_place_are_measured_by_what_the_model_errs_on_them(
     assert check(0) == (8, 8)
 
 
+def test_each_concept_is_probed_with_the_images_in_its_own_place(tiny_folder, tmp_path):
+    folders = [tmp_path / name for name in ("dark", "light")]
+    for folder, grey in zip(folders, (0, 255), strict=True):
+        folder.mkdir()
+        for number in range(4):
+            Image.new("RGB", (16, 16), (grey,) * 3).save(folder / f"{number}.png")
+    concepts = ["brad pitt", "tom cruise"]
+    changes = {"concept": concepts, "surrogate": [str(folder) for folder in folders], "num_surrogate_images": 8}
+    erasure = Erasure(config_of(tiny_folder, tmp_path, **changes))
+    surrogates = erasure.surrogates()
+    probes, check, _ = erasure.probe_stage.run(surrogates)
+    own = [surrogates.samples[number::2] for number in range(2)]
+    assert not torch.allclose(*(samples[0] for samples in own), atol=0.1)
+    probed = {part.name: part for part in probes.sets if part.role == "surrogate"}
+    for concept, samples, part in zip(concepts, own, check.parts, strict=True):
+        assert torch.equal(probed[concept].samples, samples), concept
+        assert torch.equal(part.shown, samples), concept
+
+
 def test_a_plan_counts_the_images_that_are_looked_at(tiny_folder, tmp_path):
     erasure = Erasure(config_of(tiny_folder, tmp_path, max_train_steps=2000))
     _, check, _ = erasure.probe_stage.run(erasure.surrogates())
@@ -336,3 +355,28 @@ def test_a_run_that_is_stopped_right_at_its_end_takes_no_further_step(tmp_path, 
         further = controlled(tmp_path / "broken", **{**settings, "max_train_steps": 6})
         further.train()
         assert further.ending.sentence.startswith("at the limit of 6 steps")
+
+
+def test_a_plan_says_that_a_training_had_ended_before_its_weights_were_written(tiny_folder, tmp_path, monkeypatch):
+    def after(self, step, module, penalty, last):
+        self.verdict = controller.Verdict(True, f"after step {step}")
+        return True
+
+    def stop(state):
+        if state.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(controller.Controller, "after", after)
+    monkeypatch.setattr(controller.Controller, "every", 20)
+    settings = {"max_train_steps": 400, "learning_rate": 1e-3, "ewc": 0}
+    stopped = Erasure(config_of(tiny_folder, tmp_path, **settings))
+    stopped.training_stage.callbacks = [stop]
+    assert stopped.costs()["training"].backward >= 400
+    with pytest.raises(Interrupted, match="SIGTERM after step 20"), watching():
+        trained(stopped)
+    again = Erasure(config_of(tiny_folder, tmp_path, **settings))
+    plan = again.plan()
+    assert "had ended after step 20" in plan and "goes on after" not in plan
+    assert again.costs()["training"].backward == 0
+    assert "where the training stops after" not in plan
+    assert trained(again).ending.sentence == "after step 20"

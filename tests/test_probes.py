@@ -632,6 +632,67 @@ def test_who_gives_up_before_the_limit_is_not_told_to_take_more_steps(tiny_objec
     assert "more is forgotten" in controller.verdict.sentence
 
 
+@pytest.mark.parametrize(
+    "settings, reading, advice",
+    [
+        ({"learning_rate": 1e-12}, {"forgotten": 0.0}, "no learning_rate (a run finds its own), or more steps"),
+        ({"ewc_weight": 1e9, "replay_weight": 1.0}, {"forgotten": 0.0},
+         "no ewc_weight and no replay_weight (a run finds its own), or more steps"),
+        ({"ewc_weight": 1e9}, {"forgotten": 0.3},
+         "no ewc_weight (a run finds its own), or a surrogate that is less like the concept, or more steps"),
+        # A term that is left out holds nothing, and protects nothing.
+        ({"ewc_weight": 0.0}, {"forgotten": 0.3}, "a surrogate that is less like the concept, or more steps"),
+        ({"ewc_weight": 0.0}, {"forgotten": 0.9, "drift": 0.5},
+         "no ewc_weight (a run finds its own), or a larger drift_tolerance, or more steps"),
+        ({}, {"forgotten": 0.0}, "a surrogate that is less like the concept, or more steps"),
+    ],
+)  # fmt: skip
+def test_what_was_given_by_hand_is_named_first_where_a_wish_is_open(tiny_objective, settings, reading, advice):
+    """A weight that held everything, or a rate that did nothing, was blamed on the surrogate."""
+    config = SelectiveAmnesiaConfig(drift_tolerance=0.1, **settings)
+    controller = Controller(probes_for(tiny_objective), config, None, 100)
+    values = Reading(forgotten={"cat": reading["forgotten"]}, drift_p90=reading.get("drift", 0.01))
+    controller.probes.read = lambda module: values
+    last = 310 // controller.every * controller.every
+    for step in range(controller.every, last + 1, controller.every):
+        assert not controller.after(step, tiny_objective.module, None, step == last)
+    assert controller.verdict.sentence.endswith(f". Try {advice} (max_train_steps)")
+
+
+def drifting(objective, tolerance, drift):
+    """A controller of a run whose drift is what `drift` says of each step, until it ends."""
+    config = SelectiveAmnesiaConfig(drift_tolerance=tolerance)
+    controller = Controller(probes_for(objective), config, None, 100)
+    every = controller.every
+    for step in range(every, 2001, every):
+        controller.probes.read = lambda module, step=step: Reading(forgotten={"cat": 0.9}, drift_p90=drift(step))
+        if controller.after(step, objective.module, None, step + every > 2000):
+            break
+    return controller
+
+
+@pytest.mark.parametrize("every", [16, 70])
+def test_a_tolerance_that_cannot_be_met_ends_in_a_sentence_and_no_longer_run(tiny_objective, every, monkeypatch):
+    """Drift at 20,000 times the tolerance, a little less each time, was trained on for thousands of steps."""
+    monkeypatch.setattr(Controller, "every", every)
+    controller = drifting(tiny_objective, 1e-6, lambda step: 0.02 * 0.9995**step)
+    assert controller.state.readings[-1]["step"] <= 600
+    assert "both cannot be had" in controller.verdict.sentence
+    # What is near, and becomes less, is waited for.
+    near = drifting(tiny_objective, 0.1, lambda step: 0.14 * 0.9997**step)
+    assert near.state.readings[-1]["step"] > 1100
+
+
+def test_more_steps_are_no_advice_where_drift_is_far_beyond_and_all_that_protects_at_its_heaviest(tiny_objective):
+    config = SelectiveAmnesiaConfig(drift_tolerance=1e-6)
+    controller = Controller(probes_for(tiny_objective), config, None, 100)
+    controller.probes.read = lambda module: Reading(forgotten={"cat": 0.9}, drift_p90=0.02)
+    for turn in range(1, 9):
+        controller.after(turn * controller.every, tiny_objective.module, None, turn == 8)
+    assert controller.state.balance == 32
+    assert controller.verdict.sentence.endswith("Try a larger drift_tolerance")
+
+
 def test_what_protects_weighs_heavier_without_longer_gradients(tiny_objective):
     """Eight times as long all at once they were a learning rate too high: what was to come back drifted four times as
     far, and twelve of a hundred shirts were none any more."""

@@ -248,6 +248,15 @@ def test_a_classifiers_labels_are_not_the_models_world():
     assert len(set(seeds)) == len(seeds)
 
 
+def test_a_concept_is_no_bystander_of_itself_where_two_labels_have_its_name():
+    """As of ImageNet's two cranes."""
+    labels = ["crane", "dog", "crane", "cow", "dog"]
+    groups = label_groups(labels, pair_concepts(["crane"], ["cow"]), labels.index, ["{}"], ["{}"], 2, 0)
+    assert [(group.name, group.role, group.label) for group in groups] == [
+        ("crane", "concept", 0), ("dog", "remembered", 1), ("cow", "surrogate", 3)
+    ]  # fmt: skip
+
+
 def test_rows_of_a_concept_may_be_longer_than_others():
     """In all its phrasings, with seeds that no other row has; what others have does not depend on it."""
     labels, templates = ["cat", "dog", "cow"], ["my {}", "our {}", "{} here"]

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from ..processes import (
 )
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+_PACKAGE = Path(__file__).parent.parent
 Config = TypeVar("Config", bound=Settings)
 
 
@@ -76,9 +78,26 @@ def parse(
     if needed:
         parser.error(f"the following arguments are required: {', '.join(needed)}")
     try:
-        return build(flags) if build else config(**flags)
+        with one_line_warnings():
+            return build(flags) if build else config(**flags)
     except ValueError as error:
         parser.error(str(error))
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """What this package warns of inside is shown as one line, without the place in its code."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], filename: str, *place: Any, **more: Any) -> str:
+        is_own = category is UserWarning and _PACKAGE in Path(filename).parents
+        return f"warning: {message}\n" if is_own else usual(message, category, filename, *place, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 @contextlib.contextmanager
@@ -89,7 +108,7 @@ def one_line_errors(after_a_stop: str = "The same command goes on from there") -
         after_a_stop: What the user is to do then.
     """
     try:
-        with watching():
+        with watching(), one_line_warnings():
             yield
     except Interrupted as stop:
         say_stopped(stop, after_a_stop)

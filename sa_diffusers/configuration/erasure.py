@@ -111,6 +111,12 @@ class SelectiveAmnesiaConfig(
             yield f"max_grad_norm={self.max_grad_norm:g} is so small that hardly anything is trained; 1 is usual"
         if self.lr_scheduler == "polynomial" and self.lr_power > 50:
             yield f"lr_power={self.lr_power:g} leaves the learning rate at zero after a few steps; 1 is usual"
+        usual = type(self).__dataclass_fields__
+        wishes = [name for name in ("forget_target", "drift_tolerance") if getattr(self, name) != usual[name].default]
+        if wishes and not self.stops and None not in (self.forget_target, self.drift_tolerance):
+            cause = "naive" if self.naive else f"num_probe_images={self.num_probe_images}"
+            have = "have" if len(wishes) > 1 else "has"
+            yield (f"{' and '.join(wishes)} {have} no meaning with {cause}: nothing stops the run before its last step")
         if self.use_ema and not self.ema_warmup and self.ema_decay**self.max_train_steps > 0.99:
             yield (
                 f"ema_decay={self.ema_decay:g} over {self.max_train_steps} steps keeps the average at the base model's "

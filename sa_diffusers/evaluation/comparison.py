@@ -90,8 +90,8 @@ class Comparison:
                 (staging / name).replace(folder / name)
         except OSError as error:
             raise OSError(
-                f"the report could not be written into {folder} ({disk_cause(error)}): free some space on that disk or choose "
-                "another folder, and run the same command again; the images that were sampled are kept"
+                f"the report could not be written into {folder} ({disk_cause(error)}): free some space on that disk or "
+                "choose another folder, and run the same command again; the images that were sampled are kept"
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)

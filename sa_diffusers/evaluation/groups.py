@@ -130,7 +130,11 @@ def _labels_shown(
     labels: Sequence[str], needed: set[int | None], remembered: Sequence[str], prompted: Sequence[str] | None
 ) -> tuple[list[int], list[str]]:
     """Which labels have a group, and the prompts that have one in place of the others."""
-    known = [index for index, label in enumerate(labels) if prompted is None or label in prompted or index in needed]
+    # Two labels of one name, as ImageNet has, are one thing to ask for: the concept would stand beside itself.
+    first: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        first.setdefault(label, index)
+    known = [index for label, index in first.items() if prompted is None or label in prompted or index in needed]
     if len(known) <= MOST_LABELS:
         return known, []
     named = [

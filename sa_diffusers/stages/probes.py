@@ -322,7 +322,10 @@ class ProbeStage(Stage):
             # Where the answer to noise is not known, it is a surrogate as images are.
             known = _knows_noise(self.subject.objective, noise.samples[:1])
             return noise if known else replace(noise, sources=[None] * self._each)
-        rows = [row for row, source in enumerate(surrogates.sources) if source is None][: self._each]
+        given = [row for row, source in enumerate(surrogates.sources) if source is None]
+        of_pair = [row for row in given if self.subject.mentions(surrogates.conditions[row], pair.concept)]
+        # A set that was handed in may be trained under prompts that name no concept.
+        rows = (of_pair or given)[: self._each]
         images = surrogates.subset(rows)
         return SampleSet(images.samples, [prompt] * len(rows), images.sources, images.seeds)
 

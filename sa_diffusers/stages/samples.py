@@ -6,14 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..data.classes import class_name
 from ..data.generation import knows_noise, surrogate_requests, takes_concept
 from ..data.given import Samples, are_prompts, content_identity, given_prompts, given_samples
 from ..data.sample_set import MANIFEST_NAME, SampleSet, is_prompt
 from ..families import SamplingSettings
 from ..identity import Identity
 from ..messages import shown
-from ..names import names_concept
 from ..passes import Passes
 from ..seeds import first_seed
 from .base import Stage
@@ -66,15 +64,10 @@ class SurrogateStage(Stage):
 
     def _check_texts(self, texts: Sequence[str], are_sampled: bool) -> None:
         """Prompts to sample with name no concept; texts of images are prompts of one."""
-        labels = self.subject.labels
         concepts = [pair.concept for pair in self.subject.pairs]
-
-        def names(text: str) -> bool:
-            if labels is not None:
-                return class_name(text, labels) in concepts
-            return any(names_concept(text, concept) for concept in concepts)
-
-        wrong = next((text for text in texts if names(text) == are_sampled), None)
+        wrong = next(
+            (text for text in texts if any(self.subject.mentions(text, each) for each in concepts) == are_sampled), None
+        )
         if wrong is None:
             return
         if are_sampled:

@@ -46,6 +46,7 @@ from ..families.fused import fuse_adapters, fused_adapters
 from ..families.names import resolved_revision
 from ..families.trained import check_apart
 from ..messages import shown_error
+from ..names import names_concept
 from ..passes import Passes, counted
 from ..training.settings import adapted_layers, sampling_settings
 
@@ -170,6 +171,14 @@ class Subject:
         """The main process's answer, in all of them: what it writes meanwhile must not part them."""
         said = torch.tensor(float(answer and self.is_main), device=self.accelerator.device)
         return bool(self.accelerator.reduce(said, reduction="sum") > 0)
+
+    def mentions(self, text: str, concept: str) -> bool:
+        """Whether a prompt names a concept; where the model takes classes, whether it is that class.
+
+        Raises:
+            ValueError: The model takes classes, and this is none of them.
+        """
+        return names_concept(text, concept) if self.labels is None else class_name(text, self.labels) == concept
 
     def captions(self, count: int) -> list[str]:
         """Prompts to remember, none of them empty."""

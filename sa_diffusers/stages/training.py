@@ -18,7 +18,7 @@ from ..passes import Passes
 from ..processes import finishing, say
 from ..training.callbacks import Callback, step_functions
 from ..training.checkpoints import Choice, choose_checkpoint
-from ..training.loop import EXCURSION
+from ..training.loop import EXCURSION, ending_of
 from ..training.memory import memory_plan
 from ..training.progress import tracker_errors
 from ..training.settings import (
@@ -145,6 +145,12 @@ class TrainingStage(Stage):
             self._choice = choose_checkpoint(self.output.path, wanted, self._identity, config.to_dict())
         return self._choice
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the training ended before, and was stopped before its weights were written."""
+        choice, limit = self.choice(), self.subject.config.max_train_steps
+        return choice.step >= limit or ending_of(choice.control, choice.step, limit) is not None
+
     def plan(self) -> list[str]:
         subject, config = self.subject, self.subject.config
         total = sum(parameter.numel() for parameter in subject.objective.module.parameters())
@@ -200,7 +206,7 @@ class TrainingStage(Stage):
             limit: Default: all that it may take.
         """
         config, choice = self.subject.config, self.choice()
-        steps = range(choice.step, config.max_train_steps if limit is None else limit)
+        steps = range(choice.step, choice.step if self.is_over else config.max_train_steps if limit is None else limit)
         batch = global_batch(config, self.subject.accelerator.num_processes)
         replayed = batch if config.replays and self._replay.prompts else 0
         taken = len(steps) + (EXCURSION if self._probes.searches and not choice.step else 0)
@@ -226,7 +232,8 @@ class TrainingStage(Stage):
         ]
         choice = self.choice()
         if choice.folder:
-            lines.append(f"          goes on after step {choice.step}: {choice.folder}")
+            goes_on = "had ended" if self.is_over else "goes on"
+            lines.append(f"          {goes_on} after step {choice.step}: {choice.folder}")
         place = self.output.path
         free = shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.is_dir())).free
         needed = size * ((config.checkpoints_total_limit or config.max_train_steps // config.checkpointing_steps) + 1)

@@ -208,6 +208,11 @@ class Choice:
     def step(self) -> int:
         return _step(self.folder) if self.folder else 0
 
+    @property
+    def control(self) -> dict[str, Any]:
+        """What the checkpoint keeps of the controller."""
+        return read_json(self.folder / STATE_NAME).get("control") or {} if self.folder else {}
+
 
 def choose_checkpoint(
     output_dir: Path | None, wanted: str | None, identity: Identity | None, settings: Mapping[str, Any]

@@ -34,11 +34,16 @@ _GIVEN_BACK = 8.0
 _MOST_ASKED = 12.0
 # What protects may be weighed so many times heavier than at first, and EWC so many times lighter.
 _HEAVIEST, _LIGHTEST = 32.0, 8.0
+# It is weighed twice as heavy at the most in one reading, and in so many steps.
+_DOUBLING_STEPS = 32
 # So fast that so many steps multiply the weight by how much the drift exceeds its tolerance.
 _BALANCE_STEPS = 50
 # Steps in a row at the heaviest weight in which drift does not become less, until the wishes are given up.
 _PATIENCE = 300
 _LESS = 0.95
+# Of drift that is so many times what is tolerated only the half is less: at a twentieth every 300 steps it would take
+# thousands to get there.
+_HOPELESS, _MUCH_LESS = 10.0, 0.5
 # As many in which no more is forgotten than so much of what is left, though the learning rate is the highest, or does
 # not rise as next to nothing is left.
 _GAIN = 0.05
@@ -92,7 +97,7 @@ def refuse_nothing(probes: Probes) -> None:
         raise ValueError(
             f'nothing to measure: what the model predicts for "{concept}" and for its surrogate differs by '
             f"{share:.1%} of what a prompt changes. The model does not know the concept, or the surrogate looks "
-            "the same to it: choose another, or train without probes (num_probe_images 0)"
+            "the same to it: choose another, or train without probes (num_probe_images 0, and an ewc_weight or ewc 0)"
         )
 
 
@@ -322,8 +327,9 @@ class Controller:
             self.verdict = Verdict(False, self._open(reading, when, *others))
             return True
         if last:
-            more = "more steps (max_train_steps)"
-            self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps", more))
+            excess = reading.worst_drift / tolerate
+            more = [] if excess > _HOPELESS and state.balance >= _HEAVIEST else ["more steps (max_train_steps)"]
+            self.verdict = Verdict(False, self._open(reading, f"at the limit of {step} steps", *more))
         return False
 
     def _is_asked(self, reading: Reading) -> bool:
@@ -341,15 +347,27 @@ class Controller:
             wishes.append(f"{seen['showing']} of {seen['images']} images still showed it after step {seen['step']}")
         # Of few steps nobody knows; nothing is less like a concept than noise.
         can_tell = self._disagree or self.state.readings[-1]["step"] >= _PATIENCE
-        if wishes and can_tell and set(config.surrogate) != {"uniform_noise"}:
+        has_drifted = not reading.worst_drift <= config.drift_tolerance
+        by_hand = self._by_hand(has_drifted) if wishes or has_drifted else []
+        if by_hand:
+            advice.append(f"no {' and no '.join(by_hand)} (a run finds its own)")
+        # With next to nothing forgotten it is they that hold it.
+        held = by_hand and reading.worst_forgotten <= _LITTLE
+        if wishes and can_tell and not held and set(config.surrogate) != {"uniform_noise"}:
             advice.append("a surrogate that is less like the concept")
-        if not reading.worst_drift <= config.drift_tolerance:
+        if has_drifted:
             wishes.append(f"drift is {reading.worst_drift:.3f}, {config.drift_tolerance:g} is tolerated")
             advice.append("a larger drift_tolerance")
         if not wishes:
             wishes.append("both wishes have held for too few readings")
         advice += further
         return f"{when}: {', and '.join(wishes)}" + (f". Try {', or '.join(advice)}" if advice else "")
+
+    def _by_hand(self, has_drifted: bool) -> list[str]:
+        """What was given by hand, for one model, that may be why a wish is open."""
+        values = {name: getattr(self.config, name) for name in ("learning_rate", "ewc_weight", "replay_weight")}
+        # A term that is left out holds no concept.
+        return [name for name, value in values.items() if value is not None and (value or has_drifted)]
 
     @property
     def _balances(self) -> bool:
@@ -366,11 +384,11 @@ class Controller:
             state.balance = min(state.balance, state.usual)
         least = 1.0 if state.agreed and forgotten else 0.5
         factor = max(excess, 1e-3) ** (self.every / _BALANCE_STEPS)
-        wanted = state.balance * min(max(factor, least), 2.0)
+        wanted = state.balance * min(max(factor, least), max(2.0, 2 ** (self.every / _DOUBLING_STEPS)))
         state.balance = min(max(wanted, 1.0), _HEAVIEST)
         if state.balance < _HEAVIEST or excess <= 1:
             state.at_bound, state.least = 0, None
-        elif state.least is None or excess < _LESS * state.least:
+        elif state.least is None or excess < (_MUCH_LESS if excess > _HOPELESS else _LESS) * state.least:
             state.at_bound, state.least = 0, excess
         else:
             state.at_bound += self.every

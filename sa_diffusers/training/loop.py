@@ -42,16 +42,29 @@ from .settings import fixed_replay_weight, make_average, part_of_a_run, rate_of,
 from .trainable import AdapterWeights, FullWeights, Trainable
 from .validation import Validation
 
+# Beside a controller's state in a checkpoint: how the training ended.
+_ENDING = "ending"
 _BYTES_PER_SECOND = 300e6
 _MICRO_BATCHES = 4096
 # So long a checkpoint may take to be written.
 _WRITING_SECONDS = 600.0
-_ENDING = "ending"
 # Steps in which the learning rate and the EWC term's weight are found.
 EXCURSION = 20
 # Prompts whose drift is told for each, and the share of the replayed samples that is near.
 _PROBED = 5
 _NEAR_SHARE = 0.5
+
+
+def ending_of(control: Mapping[str, Any], step: int, limit: int) -> Ending | None:
+    """How a training ended by itself at a checkpoint; None if it goes on, as the limit may be another one now.
+
+    Args:
+        control: What the checkpoint keeps of the controller.
+        step: The checkpoint's.
+        limit: The most steps.
+    """
+    ending = control.get(_ENDING)
+    return Ending(**ending) if ending and not (ending["how"] == LIMIT and step < limit) else None
 
 
 @dataclass
@@ -399,17 +412,14 @@ class Loop:
         return self.optimizer, self.schedule, self.average, self.accelerator.scaler
 
     def _resume(self, folder: Path) -> int:
-        state, ending = read_checkpoint(folder), None
+        state = read_checkpoint(folder)
         if self.controller and state.control:
-            ending = state.control.pop(_ENDING, None)
-            self.controller.load_state_dict(state.control)
+            self.ending = ending_of(state.control, state.step, self.config.max_train_steps)
+            self.controller.load_state_dict({name: kept for name, kept in state.control.items() if name != _ENDING})
             # What lies near is sampled from the base model, if it is not kept.
             self._add_neighbours(self.controller)
         state.restore(self.trainable.parameters, *self._kept())
         self.progress.history, self.progress.skipped = state.history, state.skipped
-        # The limit may be another one now.
-        if ending and not (ending["how"] == LIMIT and state.step < self.config.max_train_steps):
-            self.ending = Ending(**ending)
         self.progress.go_on_from(state.passes)
         if state.step and self.output_dir and self.accelerator.is_main_process:
             # The run may have ended before it did.

@@ -214,7 +214,7 @@ class Probes:
         if not self.denominator > 0:
             raise ValueError(
                 "drift cannot be measured: the model predicts the same under every remembered prompt. Give other "
-                "prompts, or leave the probes out (num_probe_images 0)"
+                "prompts, or leave the probes out (num_probe_images 0, and an ewc_weight or ewc 0)"
             )
         timesteps = torch.cat([noised.timesteps for noised in kept]).float()
         self._noisiest_from = timesteps.quantile(1 - _NOISIEST).item()
