@@ -116,7 +116,7 @@ class SelectiveAmnesiaConfig(
         if wishes and not self.stops and None not in (self.forget_target, self.drift_tolerance):
             cause = "naive" if self.naive else f"num_probe_images={self.num_probe_images}"
             have = "have" if len(wishes) > 1 else "has"
-            yield (f"{' and '.join(wishes)} {have} no meaning with {cause}: nothing stops the run before its last step")
+            yield f"{' and '.join(wishes)} {have} no meaning with {cause}: nothing stops the run before its last step"
         if self.use_ema and not self.ema_warmup and self.ema_decay**self.max_train_steps > 0.99:
             yield (
                 f"ema_decay={self.ema_decay:g} over {self.max_train_steps} steps keeps the average at the base model's "
