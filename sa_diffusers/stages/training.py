@@ -206,7 +206,8 @@ class TrainingStage(Stage):
             limit: Default: all that it may take.
         """
         config, choice = self.subject.config, self.choice()
-        steps = range(choice.step, choice.step if self.is_over else config.max_train_steps if limit is None else limit)
+        last = config.max_train_steps if limit is None else limit
+        steps = range(choice.step, choice.step if self.is_over else last)
         batch = global_batch(config, self.subject.accelerator.num_processes)
         replayed = batch if config.replays and self._replay.prompts else 0
         taken = len(steps) + (EXCURSION if self._probes.searches and not choice.step else 0)
